@@ -1,0 +1,80 @@
+"""Which leaves of params learn, and which are state that fn itself updates."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+from flax import nnx
+
+from jaxcompress import tree
+from jaxcompress.errors import ArgumentTypeError
+from jaxcompress.tree import Params, Where
+
+
+def split(params: Params, trainable: Where) -> tuple[Params, Params]:
+    """Split params into what learns and the rest; see `tree.partition`.
+
+    Args:
+        params: Any pytree of arrays.
+        trainable: Which leaves learn.
+
+    Returns:
+        `(learned, rest)`, with `None` where a leaf went to the other.
+
+    Raises:
+        SelectionError: If `trainable` selects nothing.
+        ArgumentTypeError: If it selects a leaf that has no gradient.
+    """
+    learned, rest = tree.partition(params, trainable)
+    for path, leaf in tree.items(learned):
+        if isinstance(leaf, tree.LeafNode) or not tree.is_floating(leaf):
+            raise ArgumentTypeError(
+                "trainable",
+                got=f"{path!r} ({type(leaf).__name__} of {getattr(leaf, 'dtype', None)})",
+                expected="floating-point arrays",
+                fix="Narrow `trainable`; only floating-point leaves have gradients.",
+            )
+    return learned, rest
+
+
+def default_trainable(params: Params) -> Where:
+    """Choose the leaves that learn: floating arrays that are not mutable state.
+
+    Mutable state is told by its kind where the tree says it: in a Linen `variables` dict every
+    collection but `params`; in an `nnx.State` every variable that is not an `nnx.Param`; anywhere
+    else what lies under a `batch_stats` key. Compressed leaves (`QArray`) do not learn.
+
+    Args:
+        params: Any pytree of arrays.
+
+    Returns:
+        A `where` for these params.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> params = {"params": {"w": jnp.ones(2)}, "batch_stats": {"mean": jnp.ones(2)}}
+        >>> list(tree.select(params, default_trainable(params)))
+        ['params/w']
+    """
+    fixed = _nnx_state(params)
+    is_linen = isinstance(params, Mapping) and "params" in params and not fixed
+
+    def where(path: str, leaf: Any) -> bool:
+        segments = path.split("/")
+        if isinstance(leaf, tree.LeafNode) or not tree.is_floating(leaf) or path in fixed:
+            return False
+        return segments[0] == "params" if is_linen else "batch_stats" not in segments
+
+    return where
+
+
+def _nnx_state(params: Params) -> frozenset[str]:
+    """List the paths of NNX variables other than `nnx.Param`: statistics, caches, counters."""
+    flat = jax.tree_util.tree_flatten_with_path(
+        params, is_leaf=lambda x: isinstance(x, nnx.Variable)
+    )[0]
+    return frozenset(
+        tree.path_str(keypath)
+        for keypath, leaf in flat
+        if isinstance(leaf, nnx.Variable) and not isinstance(leaf, nnx.Param)
+    )
