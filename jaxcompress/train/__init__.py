@@ -1,6 +1,16 @@
 """Training: optimizer chains, a jitted and sharded step, a fit loop that resumes bit for bit."""
 
+from jaxcompress.train import augment as augment
+from jaxcompress.train import metrics as metrics
 from jaxcompress.train import schedules as schedules
+from jaxcompress.train._checkpoint import Checkpoints as Checkpoints
+from jaxcompress.train._checkpoint import restore as restore
+from jaxcompress.train._data import Batches as Batches
+from jaxcompress.train._data import Data as Data
+from jaxcompress.train._evaluate import evaluate as evaluate
+from jaxcompress.train._fit import fit as fit
+from jaxcompress.train._ledger import EarlyStopping as EarlyStopping
+from jaxcompress.train._log import Row as Row
 from jaxcompress.train._optimizer import GD as GD
 from jaxcompress.train._optimizer import SGD as SGD
 from jaxcompress.train._optimizer import Adagrad as Adagrad

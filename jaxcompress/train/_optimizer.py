@@ -194,9 +194,11 @@ def optimizer(
         ArgumentError: If the schedule or the warm-up cannot be used.
 
     Example:
+        >>> import jax.numpy as jnp
         >>> config = OptimizerConfig(method=Momentum(), learning_rate=0.1, clip_norm=1.0)
         >>> tx = optimizer(config)
-        >>> updates, _ = tx.update({"w": 2.0}, tx.init({"w": 0.0}), {"w": 0.0})
+        >>> params, grads = {"w": jnp.zeros(())}, {"w": jnp.full((), 2.0)}
+        >>> updates, _ = tx.update(grads, tx.init(params), params)
         >>> round(float(updates["w"]), 3)
         -0.1
     """

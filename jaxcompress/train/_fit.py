@@ -1,0 +1,198 @@
+"""The training loop: evaluate, log, stop early, checkpoint, resume."""
+
+import collections
+import contextlib
+import os
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.typing import ArrayLike
+
+from jaxcompress.errors import ArgumentError
+from jaxcompress.train._checkpoint import Checkpoints, Store
+from jaxcompress.train._data import Data, prefetched
+from jaxcompress.train._evaluate import evaluate as evaluate_on
+from jaxcompress.train._ledger import EarlyStopping, Ledger
+from jaxcompress.train._log import Bar, Log, Row
+from jaxcompress.train._state import State
+from jaxcompress.tree import Params
+
+
+def fit(
+    state: State,
+    step: Callable[[State, Any], tuple[State, Mapping[str, jax.Array]]],
+    data: Data,
+    *,
+    epochs: int | None = None,
+    steps: int | None = None,
+    validation: Data | None = None,
+    evaluate: Callable[[Params, Any], Mapping[str, ArrayLike]] | None = None,
+    report_every: int | None = None,
+    early_stopping: EarlyStopping | None = None,
+    checkpoints: Checkpoints | str | os.PathLike[str] | None = None,
+    log: str | os.PathLike[str] | None = None,
+    progress: bool = True,
+    prefetch: int = 2,
+    callbacks: Sequence[Callable[[State, Row], None]] = (),
+) -> tuple[State, list[Row]]:
+    """Train from `state.step` to the given length, and resume if it was interrupted.
+
+    Step i trains on `data[i]`, so a resumed run consumes what the interrupted one would have:
+    its params, optimizer state, masks, rows and log are those of an uninterrupted run, bit for
+    bit, on the same devices.
+
+    Args:
+        state: Where to start; a `make_step` step donates it, so do not read it afterwards.
+        step: `(state, batch) -> (state, metrics)`, as from `make_step`.
+        data: Training batches, addressed by global step; see `Batches`.
+        epochs: The total length in passes over the data, counted from step 0 of the run.
+        steps: The total length in steps; give one of the two.
+        validation: Data to evaluate on at every report.
+        evaluate: `(params, batch) -> {name: per-example values}`, averaged over all of
+            `validation`; rows hold the means as `validation/name`.
+        report_every: Steps per report; an epoch by default.
+        early_stopping: When to stop before the end.
+        checkpoints: Where to save, or a `Checkpoints` to say how often. If checkpoints are there
+            already, the run goes on from the latest and `state` only gives structure and
+            shardings.
+        log: A `.csv` or `.jsonl` file for the rows.
+        progress: Show a progress bar, if there is a terminal.
+        prefetch: Batches to move to the device ahead of their step.
+        callbacks: Called with state and row after each report (again for the reports that a
+            resumed run repeats). They may read the state, not keep it.
+
+    Returns:
+        The final state (with the best params, if early stopping restores them) and all rows.
+
+    Raises:
+        ArgumentError: If the length is not given once, or `validation` and `evaluate` not
+            together.
+        StructureError: If the checkpoint is of another model; nothing is restored then.
+
+    Example:
+        >>> import numpy as np, optax
+        >>> from jaxcompress import train
+        >>> data = train.Batches(np.ones((64, 1), np.float32), batch_size=16)
+        >>> loss = lambda params, x, key: ((x * params - 2.0) ** 2)[:, 0]
+        >>> tx = optax.sgd(0.1)
+        >>> state = train.init(jnp.zeros(()), tx, key=jax.random.key(0))
+        >>> state, rows = fit(state, train.make_step(loss, tx), data, epochs=5)
+        >>> len(rows), rows[-1]["step"], round(float(state.params), 2)
+        (5, 20, 1.98)
+    """
+    last = _length(data, epochs=epochs, steps=steps)
+    period = report_every or data.steps_per_epoch
+    place = getattr(step, "place", jax.device_put)
+    metrics_of = _evaluator(evaluate, validation, place)
+    saving = _as_checkpoints(checkpoints)
+
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(_on_mesh_of(step))
+        store = saving and stack.enter_context(Store(saving.directory, keep=saving.keep))
+        best: Params | None = None
+        ledger = Ledger()
+        if store and store.steps():
+            state, best, ledger = _resume(store, state, data)
+        start = int(state.step)
+        writer = stack.enter_context(Log(log, ledger.rows))
+        bar = stack.enter_context(Bar(start=start, total=last, enabled=progress))
+
+        # Metrics stay on the device for a few steps, so that the host never waits for the latest.
+        pending: collections.deque[Mapping[str, jax.Array]] = collections.deque()
+        ahead = range(start, start if ledger.stopped else last)
+        for i, batch in prefetched(data, place, ahead, depth=prefetch):
+            state, metrics = step(state, batch)
+            pending.append(metrics)
+            done = i + 1
+            reports = done % period == 0 or done == last
+            saves = saving is not None and (
+                reports if saving.every is None else done % saving.every == 0 or done == last
+            )
+            while len(pending) > (0 if reports or saves else prefetch):
+                ledger = ledger.add(jax.device_get(pending.popleft()))
+            if reports:
+                row = {"step": done, "epoch": done / data.steps_per_epoch}
+                row |= ledger.means() | metrics_of(state.params)
+                ledger, improved = ledger.report(row, early_stopping)
+                if improved and early_stopping and early_stopping.restore_best:
+                    best = jax.tree.map(jnp.copy, state.params)
+                writer.write(row)
+                for callback in callbacks:
+                    callback(state, row)
+            if store and (saves or ledger.stopped):
+                _save(store, state, best, ledger, data)
+            bar.update(done, loss=ledger.latest)
+            if ledger.stopped:
+                break
+    return state if best is None else state._replace(params=best), list(ledger.rows)
+
+
+def _length(data: Data, *, epochs: int | None, steps: int | None) -> int:
+    if epochs is not None and steps is None:
+        return epochs * data.steps_per_epoch
+    if steps is not None and epochs is None:
+        return steps
+    raise ArgumentError(
+        "epochs",
+        got=f"epochs={epochs} and steps={steps}",
+        expected="one of the two",
+        fix="For example epochs=10.",
+    )
+
+
+def _evaluator(
+    evaluate: Callable[[Params, Any], Mapping[str, ArrayLike]] | None,
+    validation: Data | None,
+    place: Callable[[Any], Any],
+) -> Callable[[Params], Row]:
+    if evaluate is None or validation is None:
+        if evaluate is not validation:
+            raise ArgumentError(
+                "evaluate",
+                got="one of `validation` and `evaluate` without the other",
+                expected="both or neither",
+                fix="Give the data and the function.",
+            )
+        return lambda params: {}
+
+    def metrics_of(params: Params) -> Row:
+        means = evaluate_on(evaluate, params, validation, place=place)
+        return {f"validation/{name}": value for name, value in means.items()}
+
+    return metrics_of
+
+
+def _as_checkpoints(
+    checkpoints: Checkpoints | str | os.PathLike[str] | None,
+) -> Checkpoints | None:
+    if checkpoints is None or isinstance(checkpoints, Checkpoints):
+        return checkpoints
+    return Checkpoints(directory=checkpoints)
+
+
+def _on_mesh_of(step: Any) -> contextlib.AbstractContextManager[Any]:
+    mesh = getattr(step, "mesh", None)
+    return contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh)
+
+
+def _save(store: Store, state: State, best: Params | None, ledger: Ledger, data: Data) -> None:
+    trees = {"state": state} if best is None else {"state": state, "best": best}
+    book = {"ledger": ledger.to_json(), "steps_per_epoch": data.steps_per_epoch}
+    store.save(int(state.step), trees, book)
+
+
+def _resume(store: Store, like: State, data: Data) -> tuple[State, Params | None, Ledger]:
+    latest = store.steps()[-1]
+    book = store.book(latest)
+    if book["steps_per_epoch"] != data.steps_per_epoch:
+        raise ArgumentError(
+            "data",
+            got=f"{data.steps_per_epoch} steps per epoch",
+            expected=f"the {book['steps_per_epoch']} of the run in the checkpoint directory",
+            fix="Give the same data and batch size, or another directory.",
+        )
+    state = store.read(latest, "state", like)
+    best = store.read(latest, "best", like.params) if "best" in book["manifest"] else None
+    return state, best, Ledger.from_json(book["ledger"])

@@ -1,0 +1,154 @@
+"""The host's side of a run: running means, rows, and early stopping; all of it fits in JSON."""
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal, Self
+
+from jaxcompress.errors import ArgumentError
+from jaxcompress.train._log import Row
+
+
+@dataclass(frozen=True, kw_only=True)
+class EarlyStopping:
+    """Stop when a metric has not improved for a while.
+
+    Attributes:
+        metric: A name in the rows, such as `validation/loss`.
+        mode: Whether lower or higher is better.
+        patience: Reports without improvement before stopping.
+        min_delta: How much better than the best counts as an improvement.
+        restore_best: Return the params of the best report rather than the last ones. A copy of
+            them is kept on the device and in the checkpoints.
+    """
+
+    metric: str = "validation/loss"
+    mode: Literal["min", "max"] = "min"
+    patience: int = 5
+    min_delta: float = 0.0
+    restore_best: bool = True
+
+    def __post_init__(self):
+        for name, ok, expected in (
+            ("patience", self.patience >= 1, "1 or more"),
+            ("mode", self.mode in ("min", "max"), "'min' or 'max'"),
+            ("min_delta", self.min_delta >= 0, "0 or more"),
+        ):
+            if not ok:
+                got = getattr(self, name)
+                raise ArgumentError(name, got=got, expected=expected, fix="Change the value.")
+
+    def improves(self, value: float, best: float | None) -> bool:
+        """Tell whether a value is an improvement.
+
+        Args:
+            value: The metric now; NaN never improves.
+            best: The best so far, if any.
+
+        Returns:
+            Whether it is.
+        """
+        if math.isnan(value) or best is None:
+            return not math.isnan(value)
+        gain = best - value if self.mode == "min" else value - best
+        return gain > self.min_delta
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ledger:
+    """What `fit` remembers beside the state.
+
+    Attributes:
+        rows: The reports so far.
+        sums: Sums of the metrics of the steps since the last report, skipped steps aside.
+        count: How many steps those are.
+        skipped: How many were skipped.
+        latest: The loss of the latest step that was not skipped.
+        best: The best value of the early-stopping metric.
+        waited: Reports since then.
+        stopped: Whether early stopping has ended the run.
+    """
+
+    rows: tuple[Row, ...] = ()
+    sums: Mapping[str, float] = field(default_factory=dict)
+    count: int = 0
+    skipped: int = 0
+    latest: float | None = None
+    best: float | None = None
+    waited: int = 0
+    stopped: bool = False
+
+    @classmethod
+    def from_json(cls, record: Mapping[str, Any]) -> Self:
+        """Read it back.
+
+        Args:
+            record: What `to_json` gave.
+
+        Returns:
+            The ledger.
+        """
+        return cls(**{**record, "rows": tuple(record["rows"])})
+
+    def to_json(self) -> dict[str, Any]:
+        """Write it down; floats survive JSON exactly.
+
+        Returns:
+            A JSON object.
+        """
+        return dataclasses.asdict(self)
+
+    def add(self, metrics: Mapping[str, float]) -> Self:
+        """Take in the metrics of one step.
+
+        Args:
+            metrics: Scalars.
+
+        Returns:
+            The new ledger.
+        """
+        values = {name: float(value) for name, value in metrics.items()}
+        if values.pop("skipped", 0.0):
+            return dataclasses.replace(self, skipped=self.skipped + 1)
+        sums = {name: self.sums.get(name, 0.0) + value for name, value in values.items()}
+        latest = values.get("loss", self.latest)
+        return dataclasses.replace(self, sums=sums, count=self.count + 1, latest=latest)
+
+    def means(self) -> dict[str, float]:
+        """Average the metrics since the last report.
+
+        Returns:
+            `{name: mean}`, and the number of skipped steps.
+        """
+        means = {name: total / self.count for name, total in self.sums.items()}
+        return {**means, "skipped": self.skipped}
+
+    def report(self, row: Row, stopping: EarlyStopping | None) -> tuple[Self, bool]:
+        """Close a report.
+
+        Args:
+            row: Its metrics.
+            stopping: The early-stopping rule, if any.
+
+        Returns:
+            The new ledger, and whether this is the best report so far.
+
+        Raises:
+            ArgumentError: If the row lacks the early-stopping metric.
+        """
+        fresh = dataclasses.replace(self, rows=(*self.rows, row), sums={}, count=0, skipped=0)
+        if stopping is None:
+            return fresh, False
+        if stopping.metric not in row:
+            raise ArgumentError(
+                "early_stopping.metric",
+                got=repr(stopping.metric),
+                expected=f"one of {sorted(row)}",
+                fix="Let evaluate return it.",
+            )
+        if stopping.improves(row[stopping.metric], self.best):
+            return dataclasses.replace(fresh, best=row[stopping.metric], waited=0), True
+        waited = self.waited + 1
+        stopped = waited >= stopping.patience
+        return dataclasses.replace(fresh, waited=waited, stopped=stopped), False
