@@ -1,0 +1,124 @@
+"""A format: a number type plus everything else that decides how an array is rounded to it."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+from jaxcompress.errors import ArgumentError
+from jaxcompress.numerics._basis import Basis
+from jaxcompress.numerics._granularity import Granularity, PerTensor
+from jaxcompress.numerics._qtypes import Int, Limits, QType, Scaled
+from jaxcompress.numerics._range import AbsMax, Convention, LeastSquares, Range
+
+
+@dataclass(frozen=True)
+class Format:
+    """A number type, granularity, symmetry, range method, scale dtype and convention.
+
+    Invariant: `range` and `convention` are never left to the imagination; where they are not
+    given, the constructor writes in what applies.
+
+    Attributes:
+        qtype: The number type.
+        granularity: Which entries share a scale.
+        symmetric: Whether the code 0 stands for the number 0; if not (integers only), each slice
+            has an integer zero point, and its range is made to include 0, so that 0 stays exact.
+        range: How a slice's range is found: `AbsMax()`, `MSE()`, `Percentile(p)` or
+            `LeastSquares()`. By default `AbsMax()`, and `LeastSquares()` for a `Basis`.
+        scale_dtype: The dtype that scales are rounded to, before anything is divided by them:
+            float32, bfloat16 or float16. Scales saturate at the ends of its normal range.
+        convention: For symmetric signed integers, `Convention.NARROW` by default; else `None`.
+
+    Raises:
+        ArgumentError: If the parts do not go together.
+
+    Example:
+        >>> from jaxcompress.numerics import PerGroup, int4
+        >>> Format(int4, PerGroup(128)).limits
+        (-7.0, 7.0)
+        >>> Format(int4, PerGroup(128), symmetric=False).limits
+        (-8.0, 7.0)
+    """
+
+    qtype: QType
+    granularity: Granularity = field(default_factory=PerTensor)
+    symmetric: bool = True
+    range: Range | None = None
+    scale_dtype: Any = jnp.float32
+    convention: Convention | None = None
+
+    def __post_init__(self):
+        is_basis = isinstance(self.qtype, Basis)
+        if self.range is None:
+            object.__setattr__(self, "range", LeastSquares() if is_basis else AbsMax())
+        object.__setattr__(self, "scale_dtype", np.dtype(self.scale_dtype))
+        self._check(is_basis)
+        if self._takes_convention and self.convention is None:
+            object.__setattr__(self, "convention", Convention.NARROW)
+
+    @property
+    def _takes_convention(self) -> bool:
+        return isinstance(self.qtype, Int) and self.qtype.signed and self.symmetric
+
+    def _check(self, is_basis: bool) -> None:
+        if not self.symmetric and not isinstance(self.qtype, Int):
+            raise ArgumentError(
+                "symmetric",
+                got=f"False with {self.qtype.name}",
+                expected="an integer type where there is a zero point",
+                fix="Leave symmetric=True, or use int2 to int8.",
+            )
+        if is_basis and not isinstance(self.range, LeastSquares):
+            raise ArgumentError(
+                "range",
+                got=f"{self.range} with {self.qtype.name}",
+                expected="LeastSquares(), since a basis has several scales per slice",
+                fix="Leave `range` out.",
+            )
+        if self.convention is not None and not self._takes_convention:
+            raise ArgumentError(
+                "convention",
+                got=f"{self.convention} with {self.qtype.name}, symmetric={self.symmetric}",
+                expected="a symmetric signed integer format where a convention is chosen",
+                fix="Leave `convention` out.",
+            )
+        if self.scale_dtype not in (jnp.float32, jnp.bfloat16, jnp.float16):
+            raise ArgumentError(
+                "scale_dtype",
+                got=self.scale_dtype,
+                expected="float32, bfloat16 or float16",
+                fix="float32 is the default; 16 bits save 2 bytes per slice.",
+            )
+
+    @property
+    def limits(self) -> Limits | None:
+        """The smallest and the largest code in use; `None` for a `Basis`."""
+        if not isinstance(self.qtype, Scaled):
+            return None
+        low, high = self.qtype.limits
+        return (-high, high) if self.convention is Convention.NARROW else (low, high)
+
+    def obstacle(self, shape: tuple[int, ...], dtype: Any) -> str | None:
+        """Say why an array cannot be brought into this format.
+
+        Args:
+            shape: The array's shape.
+            dtype: The array's dtype.
+
+        Returns:
+            The reason, which continues a sentence about the array; `None` if it can.
+
+        Example:
+            >>> from jaxcompress.numerics import PerGroup, int4
+            >>> Format(int4, PerGroup(128)).obstacle((100, 4), jnp.float32)
+            'has 100 entries along axis -2, which do not divide into groups of 128'
+        """
+        if not jnp.issubdtype(dtype, jnp.floating):
+            return f"is of dtype {dtype}, not floating point"
+        if not shape:
+            return "is a scalar"
+        if 0 in shape:
+            return "has no entries"
+        return self.granularity.obstacle(shape)

@@ -1,0 +1,80 @@
+"""`QArray`: the pytree node that stands where a quantized leaf stood."""
+
+import math
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import jax
+import numpy as np
+from jax import Array
+
+from jaxcompress.numerics._format import Format
+from jaxcompress.tree import LeafNode, bits_of
+
+
+@partial(
+    jax.tree_util.register_dataclass,
+    data_fields=("values", "scale", "zero"),
+    meta_fields=("format", "dtype"),
+)
+@dataclass(frozen=True, kw_only=True, eq=False, repr=False)
+class QArray(LeafNode):
+    """An array in stored form: values, scale and zero point, with the format beside them.
+
+    It is a pytree node of up to three arrays, so `jit`, donation, sharding and checkpoints see
+    through it; `jaxcompress.tree` counts it as one leaf.
+
+    Invariants: `values` has the storage dtype of `format.qtype` and the blocked shape of
+    `format.granularity`; `scale` and `zero` have as many axes (`scale` one more for a `Basis`),
+    with 1 where entries share. Under `tree.map` the three may be anything at all.
+
+    Attributes:
+        values: The stored codes.
+        scale: One per slice, in `format.scale_dtype`.
+        zero: The code of the number 0 per slice, in the storage dtype; `None` if symmetric.
+        format: What the codes mean.
+        dtype: The dtype of the array that this stands for.
+
+    Example:
+        >>> from jaxcompress.numerics import PerGroup, int4, quantize
+        >>> q = quantize(jax.numpy.ones((64, 10)), Format(int4, PerGroup(32)))
+        >>> q.shape, q.values.shape, q.nbytes
+        ((64, 10), (2, 32, 10), 400)
+    """
+
+    values: Array
+    scale: Array
+    zero: Array | None
+    format: Format
+    dtype: Any
+
+    @property
+    def shape(self) -> tuple[int, ...]:  # type: ignore[override]
+        """The shape of the array that this stands for."""
+        return self.format.granularity.unblocked_shape(self.values.shape)
+
+    @property
+    def ndim(self) -> int:
+        """How many axes that array has."""
+        return len(self.shape)
+
+    @property
+    def size(self) -> int:  # type: ignore[override]
+        """How many entries that array has."""
+        return math.prod(self.shape)
+
+    @property
+    def nbytes(self) -> int:  # type: ignore[override]
+        """The bytes that XLA keeps: values, scale and zero point; int4 takes half a byte."""
+        parts = [part for part in (self.values, self.scale, self.zero) if part is not None]
+        return sum(-(-math.prod(part.shape) * bits_of(part.dtype) // 8) for part in parts)
+
+    def __repr__(self) -> str:
+        try:
+            shape = ",".join(map(str, self.shape))
+            return f"QArray({np.dtype(self.dtype).name}[{shape}] as {self.format.qtype.name}, " + (
+                f"{self.format.granularity})"
+            )
+        except (AttributeError, TypeError):  # inside a tree.map that put other things here
+            return f"QArray(values={self.values!r}, scale={self.scale!r}, zero={self.zero!r})"

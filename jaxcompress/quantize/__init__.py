@@ -1,0 +1,10 @@
+"""Quantization of whole models: policies over params, fake quantization and packing."""
+
+from jaxcompress.quantize import presets as presets
+from jaxcompress.quantize._policy import Coverage as Coverage
+from jaxcompress.quantize._policy import Policy as Policy
+from jaxcompress.quantize._policy import Rule as Rule
+from jaxcompress.quantize._policy import coverage as coverage
+from jaxcompress.quantize._policy import fake_quant as fake_quant
+from jaxcompress.quantize._policy import pack as pack
+from jaxcompress.quantize._policy import unpack as unpack

@@ -1,0 +1,253 @@
+"""Policies: which leaves of params get which format."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from jaxcompress import numerics, tree
+from jaxcompress.errors import ArgumentError, ArgumentTypeError, SelectionError
+from jaxcompress.numerics import Format, QArray
+from jaxcompress.tree import LeafNode, Params, Where
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rule:
+    """What to do with the leaves that `where` selects.
+
+    Attributes:
+        where: Which leaves; see `tree.matches`.
+        weights: The format to bring them into; `None` leaves them alone, on purpose.
+
+    Raises:
+        ArgumentTypeError: If `weights` is neither.
+    """
+
+    where: Where = tree.weights
+    weights: Format | None
+
+    def __post_init__(self):
+        if not isinstance(self.weights, Format | None):
+            raise ArgumentTypeError(
+                "weights",
+                got=type(self.weights).__name__,
+                expected="a numerics.Format, or None to leave the leaves alone",
+                fix="For example Format(int8, PerChannel()).",
+            )
+
+
+@dataclass(frozen=True)
+class Policy:
+    """An ordered list of rules; for each leaf the first that selects it counts.
+
+    Attributes:
+        rules: The rules, the most particular first.
+
+    Raises:
+        ArgumentError: If there is no rule.
+
+    Example:
+        >>> from jaxcompress.numerics import Format, PerChannel, int4, int8
+        >>> policy = Policy((
+        ...     Rule(where="head/**", weights=None),
+        ...     Rule(where="embed/**", weights=Format(int8, PerChannel())),
+        ...     Rule(weights=Format(int4, PerChannel())),
+        ... ))
+    """
+
+    rules: tuple[Rule, ...]
+
+    def __post_init__(self):
+        object.__setattr__(self, "rules", tuple(self.rules))
+        if not self.rules or not all(isinstance(rule, Rule) for rule in self.rules):
+            raise ArgumentError(
+                "rules",
+                got=self.rules,
+                expected="one or more quantize.Rule",
+                fix="For example Policy((Rule(weights=Format(int8, PerChannel())),)).",
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Coverage:
+    """What a policy does to every leaf of params; the four together name each leaf once.
+
+    Attributes:
+        formats: The format of each leaf that is quantized, `{path: format}`.
+        excluded: Paths of the leaves that a rule with `weights=None` leaves alone.
+        unselected: Paths of the leaves that no rule selects.
+        exempt: Leaves whose rule has a format that they cannot take, `{path: reason}`.
+    """
+
+    formats: Mapping[str, Format] = field(default_factory=dict)
+    excluded: tuple[str, ...] = ()
+    unselected: tuple[str, ...] = ()
+    exempt: Mapping[str, str] = field(default_factory=dict)
+
+
+def coverage(params: Params, policy: Policy, *, strict: bool = False) -> Coverage:
+    """Decide for every leaf which rule counts, and whether it can be followed.
+
+    Args:
+        params: Any pytree of arrays (shapes are enough).
+        policy: The rules.
+        strict: Raise when a leaf cannot take its format, rather than exempting it.
+
+    Returns:
+        The decision; at least one leaf has a format.
+
+    Raises:
+        SelectionError: If a rule selects nothing, or nothing that earlier rules left; if no leaf
+            can take its format, or under `strict` if any cannot.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from jaxcompress.quantize import presets
+        >>> params = {"kernel": jnp.ones((4, 3)), "bias": jnp.ones(3)}
+        >>> coverage(params, presets.int8_weights).unselected
+        ('bias',)
+    """
+    leaves = dict(tree.items(params))
+    rule_of = _first_matches(params, leaves, policy)
+    formats, exempt = {}, {}
+    for path, rule in rule_of.items():
+        if rule.weights is None:
+            continue
+        reason = _obstacle(leaves[path], rule.weights)
+        if reason is None:
+            formats[path] = rule.weights
+        else:
+            exempt[path] = reason
+    if not formats or (strict and exempt):
+        raise _nothing_to_do(formats, exempt, strict)
+    return Coverage(
+        formats=formats,
+        excluded=tuple(path for path, rule in rule_of.items() if rule.weights is None),
+        unselected=tuple(path for path in leaves if path not in rule_of),
+        exempt=exempt,
+    )
+
+
+def _first_matches(params: Params, leaves: Mapping[str, Any], policy: Policy) -> dict[str, Rule]:
+    """Give each selected leaf its rule, in traversal order; every rule must get a leaf."""
+    if not isinstance(policy, Policy):
+        raise ArgumentTypeError(
+            "policy",
+            got=type(policy).__name__,
+            expected="a quantize.Policy",
+            fix="For example quantize.presets.int8_weights.",
+        )
+    rule_of: dict[str, Rule] = {}
+    for i, rule in enumerate(policy.rules):
+        chosen = tree.select(params, rule.where)
+        fresh = [path for path in chosen if path not in rule_of]
+        if not fresh:
+            raise SelectionError(
+                "policy",
+                got=f"rule {i} (where={rule.where!r}), whose {len(chosen)} leaves all fall to "
+                "earlier rules",
+                expected="rules that each decide at least one leaf",
+                fix="Put the more particular rule first, or drop this one.",
+            )
+        rule_of |= dict.fromkeys(fresh, rule)
+    return {path: rule_of[path] for path in leaves if path in rule_of}
+
+
+def _obstacle(leaf: Any, format: Format) -> str | None:
+    if isinstance(leaf, LeafNode):
+        return "is compressed already"
+    if not hasattr(leaf, "shape") or not hasattr(leaf, "dtype"):
+        return f"is not an array but {type(leaf).__name__}"
+    return format.obstacle(tuple(leaf.shape), leaf.dtype)
+
+
+def _nothing_to_do(
+    formats: Mapping[str, Format], exempt: Mapping[str, str], strict: bool
+) -> SelectionError:
+    listed = "; ".join(f"{path!r} {reason}" for path, reason in list(exempt.items())[:5])
+    return SelectionError(
+        "policy",
+        got=f"{len(exempt)} of {len(formats) + len(exempt)} leaves that cannot take their format"
+        + (f": {listed}" if listed else ""),
+        expected="leaves that can be quantized",
+        fix="Narrow `where`, or choose another granularity"
+        + (", or pass strict=False to leave them alone." if strict else "."),
+    )
+
+
+def fake_quant(params: Params, policy: Policy, *, strict: bool = False) -> Params:
+    """Round every leaf to what its packed form stands for, and let gradients through.
+
+    Call it on the params inside a loss: that is quantization-aware training of weights. What
+    comes out equals `unpack(pack(params, policy))`, bit for bit.
+
+    Args:
+        params: Any pytree of arrays.
+        policy: The rules.
+        strict: Raise when a leaf cannot take its format, rather than leaving it alone.
+
+    Returns:
+        Params of the same structure, shapes and dtypes.
+
+    Raises:
+        SelectionError: As `coverage` does.
+        NonFiniteError: If a concrete leaf holds NaN or infinity.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from jaxcompress.quantize import presets
+        >>> params = {"kernel": jnp.asarray([[0.3], [127.0]]), "bias": jnp.asarray([0.3])}
+        >>> fake_quant(params, presets.int8_weights)["kernel"].tolist()
+        [[0.0], [127.0]]
+    """
+    formats = coverage(params, policy, strict=strict).formats
+    return tree.map_with_path(
+        lambda path, x: numerics.fake_quant(x, formats[path]) if path in formats else x, params
+    )
+
+
+def pack(params: Params, policy: Policy, *, strict: bool = False) -> Params:
+    """Bring every leaf into its stored form.
+
+    Args:
+        params: Any pytree of arrays.
+        policy: The rules.
+        strict: Raise when a leaf cannot take its format, rather than leaving it alone.
+
+    Returns:
+        Params with a `QArray` in place of every quantized leaf; the others are untouched.
+
+    Raises:
+        SelectionError: As `coverage` does.
+        NonFiniteError: If a concrete leaf holds NaN or infinity.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from jaxcompress.quantize import presets
+        >>> params = {"kernel": jnp.ones((4, 3)), "bias": jnp.ones(3)}
+        >>> tree.nbytes(params), tree.nbytes(pack(params, presets.int8_weights))
+        (60, 36)
+    """
+    formats = coverage(params, policy, strict=strict).formats
+    return tree.map_with_path(
+        lambda path, x: numerics.quantize(x, formats[path]) if path in formats else x, params
+    )
+
+
+def unpack(params: Params) -> Params:
+    """Replace every `QArray` by the array that it stands for; other leaves pass through.
+
+    Args:
+        params: What `pack` gave, or any other params.
+
+    Returns:
+        Params of arrays, of the dtypes they had before `pack`.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from jaxcompress.quantize import presets
+        >>> unpack(pack({"kernel": jnp.ones((2, 2))}, presets.int8_weights))["kernel"].dtype
+        dtype('float32')
+    """
+    return tree.map_with_path(
+        lambda _, x: numerics.dequantize(x) if isinstance(x, QArray) else x, params
+    )

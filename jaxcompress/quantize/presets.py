@@ -1,0 +1,57 @@
+"""Ready policies. All of them take the weights (`tree.weights`), and leave the rest alone.
+
+A leaf that a group size does not divide is left alone and named by `quantize.coverage`.
+"""
+
+from jaxcompress.numerics import (
+    MSE,
+    Format,
+    LeastSquares,
+    PerChannel,
+    PerGroup,
+    binary,
+    binary_basis,
+    float8_e4m3fn,
+    int3,
+    int4,
+    int8,
+    nf4,
+    power_of_two,
+    ternary,
+)
+from jaxcompress.quantize._policy import Policy, Rule
+
+
+def _weights(format: Format) -> Policy:
+    return Policy((Rule(weights=format),))
+
+
+int8_weights = _weights(Format(int8, PerChannel()))
+"""8-bit integers, a scale per output from the largest magnitude."""
+
+int4_weights = _weights(Format(int4, PerChannel(), range=MSE()))
+"""4-bit integers, a scale per output where the squared error is least."""
+
+int4_g128 = _weights(Format(int4, PerGroup(128)))
+"""4-bit integers, a scale per output and 128 inputs from the largest magnitude."""
+
+int3_g128 = _weights(Format(int3, PerGroup(128), range=MSE()))
+"""3-bit integers (stored in 4), a scale per output and 128 inputs, least squared error."""
+
+float8_weights = _weights(Format(float8_e4m3fn, PerChannel()))
+"""float8 with 4 exponent bits, a scale per output from the largest magnitude."""
+
+nf4_g64 = _weights(Format(nf4, PerGroup(64)))
+"""NormalFloat of QLoRA (arXiv:2305.14314), a scale per output and 64 inputs."""
+
+power_of_two_weights = _weights(Format(power_of_two(5, terms=2), PerChannel(), range=MSE()))
+"""Sums of two signed powers of two, 5 bits (stored in 8), a scale per output."""
+
+ternary_weights = _weights(Format(ternary, PerChannel(), range=LeastSquares()))
+"""-1, 0 and 1, a least-squares scale per output."""
+
+binary_weights = _weights(Format(binary, PerChannel(), range=LeastSquares()))
+"""-1 and 1 (stored in 2 bits), the mean magnitude as the scale of each output."""
+
+binary_basis2_weights = _weights(Format(binary_basis(2), PerChannel()))
+"""Two sign vectors, two least-squares scales per output."""
