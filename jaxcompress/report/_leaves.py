@@ -1,0 +1,142 @@
+"""Every leaf accounted for: its shape, what is kept of it, and what it takes."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from jaxcompress import tree
+from jaxcompress.report._table import Column, Table, table
+
+
+@dataclass(frozen=True, kw_only=True)
+class Leaf:
+    """What one leaf is and takes; also the sum over all of them.
+
+    Attributes:
+        path: The leaf's path, or `total`.
+        shape: Its shape; `None` for the total.
+        stored: The dtype or qtype of what is stored; empty for the total.
+        entries: How many entries it has.
+        kept: How many of them the mask keeps; all if there is no mask.
+        bytes: Bytes in memory, scales and zero points included.
+        file_bytes: Bytes in the file, where known.
+    """
+
+    path: str
+    shape: tuple[int, ...] | None
+    stored: str
+    entries: int
+    kept: int
+    bytes: int
+    file_bytes: int | None = None
+
+    @property
+    def sparsity(self) -> float:
+        """The fraction of entries that are pruned; 0 for a leaf without entries."""
+        return 1 - self.kept / self.entries if self.entries else 0.0
+
+    @property
+    def bits(self) -> float:
+        """Bits per entry: in the file where that is known, else in memory."""
+        taken = self.bytes if self.file_bytes is None else self.file_bytes
+        return 8 * taken / self.entries if self.entries else 0.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Leaves:
+    """All leaves of params, and their total.
+
+    Attributes:
+        rows: One per leaf, in traversal order.
+        total: Their sum.
+    """
+
+    rows: tuple[Leaf, ...]
+    total: Leaf
+
+    def table(self, *, title: str = "") -> Table:
+        """Lay it out as a table, the total last.
+
+        Args:
+            title: A heading.
+
+        Returns:
+            The table.
+        """
+        rows = [
+            {"shape": leaf.shape, "sparsity": leaf.sparsity, "bits": leaf.bits} | vars(leaf)
+            for leaf in (*self.rows, self.total)
+        ]
+        in_file = self.total.file_bytes is not None
+        columns = [
+            *("path", "shape", "stored", "entries", "kept", "sparsity"),
+            Column(key="bits", title="bits/entry"),
+            *(["bytes", "file_bytes"] if in_file else ["bytes"]),
+        ]
+        made = table(rows, columns=columns, title=title)
+        return Table(columns=made.columns, rows=made.rows, title=title, total=True)
+
+
+def leaves(
+    params: tree.Params,
+    *,
+    mask: tree.Params | None = None,
+    file_bytes: Mapping[str, int] | None = None,
+) -> Leaves:
+    """List every leaf of params with its entries, sparsity and bytes.
+
+    Args:
+        params: Any pytree of arrays, QArrays among them.
+        mask: What pruning keeps, mirroring params, `None` for untouched leaves.
+        file_bytes: Bytes per path in a file, as `export.save` reports them.
+
+    Returns:
+        The leaves and their total.
+
+    Raises:
+        StructureError: If the mask does not mirror params.
+
+    Example:
+        >>> params = {"bias": np.zeros(4, "f4"), "kernel": np.ones((4, 8), "f4")}
+        >>> print(leaves(params, mask={"bias": None, "kernel": np.arange(32).reshape(4, 8) < 8})
+        ...       .table().text(width=80))
+                                               sparsity              bytes
+        path    shape  stored   entries  kept       [%]  bits/entry    [B]
+        ───────────────────────────────────────────────────────────────────
+        bias    4      float32        4     4       0.0       32.00     16
+        kernel  4×8    float32       32     8      75.0       32.00    128
+        ───────────────────────────────────────────────────────────────────
+        total   –                    36    12      66.7       32.00    144
+    """
+    masks = tree.flatten_like(params, mask, name="mask") if mask is not None else []
+    masks = masks or [None] * len(tree.leaves(params))
+    rows = tuple(
+        Leaf(
+            path=path,
+            shape=tuple(leaf.shape),
+            stored=_stored(leaf),
+            entries=math.prod(leaf.shape),
+            kept=math.prod(leaf.shape) if kept is None else int(np.sum(np.asarray(kept))),
+            bytes=tree.nbytes(leaf),
+            file_bytes=None if file_bytes is None else file_bytes.get(path, 0),
+        )
+        for (path, leaf), kept in zip(tree.items(params), masks, strict=True)
+    )
+    total = Leaf(
+        path="total",
+        shape=None,
+        stored="",
+        entries=sum(row.entries for row in rows),
+        kept=sum(row.kept for row in rows),
+        bytes=sum(row.bytes for row in rows),
+        file_bytes=None if file_bytes is None else sum(file_bytes.values()),
+    )
+    return Leaves(rows=rows, total=total)
+
+
+def _stored(leaf: Any) -> str:
+    qtype = getattr(getattr(leaf, "format", None), "qtype", None)
+    return str(getattr(qtype, "name", leaf.dtype))
