@@ -1,0 +1,332 @@
+"""Sparse training as one optax transformation."""
+
+import functools
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax import lax
+from jaxtyping import ArrayLike, Int
+
+from jaxcompress import tree
+from jaxcompress.errors import ArgumentError, StructureError
+from jaxcompress.sparsity._apply import check_mask
+from jaxcompress.sparsity._masks import (
+    ContractionAxes,
+    Scope,
+    check_amount,
+    check_finite,
+    choose_masks,
+    contraction_axes,
+    coverage,
+)
+from jaxcompress.sparsity._patterns import Pattern, Unstructured
+from jaxcompress.sparsity._scores import Score, magnitude
+from jaxcompress.sparsity.schedules import Schedule
+
+
+class SparsifyState(NamedTuple):
+    """State of `sparsify`: arrays only, shaped (and to be sharded) like params.
+
+    Attributes:
+        step: Updates seen so far.
+        mask: The mask in force: a bool array per pruned leaf, `None` elsewhere.
+        inner: State of the inner transformation.
+        scores: What the score accumulates, per pruned leaf.
+        within: The user's mask, or `None`.
+        leaked: Entries that should have been zero but were not when the mask was last updated;
+            never more than 0 where `sparsify` is outermost. See `check`.
+    """
+
+    step: Int[jax.Array, ""]
+    mask: tree.Params
+    inner: Any
+    scores: tree.Params
+    within: tree.Params | None
+    leaked: Int[jax.Array, ""]
+
+
+def sparsify(
+    inner: optax.GradientTransformation,
+    *,
+    schedule: float | ArrayLike | Schedule | None = None,
+    every: int = 1,
+    until: int | None = None,
+    score: Score | None = None,
+    pattern: Pattern | None = None,
+    scope: Scope = "layer",
+    where: tree.Where = tree.weights,
+    axes: ContractionAxes = None,
+    within: tree.Params | None = None,
+    strict: bool = False,
+) -> optax.GradientTransformationExtraArgs:
+    """Prune while training: wrap an optimizer so that its params stay exactly masked.
+
+    At update t = 0, `every`, 2 `every`, ... the mask is chosen anew at sparsity schedule(t), from
+    the incoming params. The inner optimizer sees the gradient of the masked model (zero where
+    pruned), and the update returned is `where(mask, u, -p)`, in the wider dtype of u and p, so
+    that `optax.apply_updates` gives exactly zero where the mask prunes.
+
+    It must be **outermost**: anything chained after it changes the updates, and the zeros with
+    them. Wrappers that hand updates on unchanged (`optax.MultiSteps`, `apply_if_finite`,
+    `multi_transform`) may surround it. `check` detects the mistake. Params become masked by the
+    first update; `apply` the mask (see `get_mask`) to evaluate before it.
+
+    With a score that depends on p alone, pruned entries score lowest and stay pruned while the
+    sparsity does not fall.
+
+    Args:
+        inner: The optimizer.
+        schedule: Fraction to prune, from 0 to 1: a number, or a function of the update count
+            (see `schedules`). May be left out for `NM`, which says it itself.
+        every: Updates from one choice of mask to the next.
+        until: The last update at which the mask is chosen (always, there); later it is fixed.
+        score: What is kept, `magnitude()` by default. Gradient scores accumulate at each update.
+        pattern: What lives and dies together, `Unstructured()` by default.
+        scope: "layer" or "global", as in `make_mask`.
+        where: The leaves to prune.
+        axes: Contraction axes, as in `make_mask`.
+        within: A mask that all masks must be subsets of.
+        strict: Raise in `init` if a selected leaf cannot be pruned.
+
+    Returns:
+        An optax transformation; its state is a `SparsifyState`.
+
+    Raises:
+        ArgumentError: If an argument is out of range; in `update`, if `params` is missing.
+        SelectionError: In `init`, if no leaf can be pruned.
+        NonFiniteError: In `init`, if concrete weights are not finite.
+
+    Example:
+        >>> params = {"kernel": jnp.array([[1.0, 4.0], [3.0, 2.0]])}
+        >>> tx = sparsify(optax.sgd(0.1), schedule=0.5)
+        >>> grads = {"kernel": jnp.ones((2, 2))}
+        >>> updates, state = tx.update(grads, tx.init(params), params)
+        >>> optax.apply_updates(params, updates)["kernel"]
+        Array([[0. , 3.9],
+               [2.9, 0. ]], dtype=float32)
+
+    Reference:
+        "To prune, or not to prune" (arXiv:1710.01878), with its masked forward pass replaced by
+        masked params, which is the same function.
+    """
+    score, pattern = score or magnitude(), pattern or Unstructured()
+    # What a function will return is only known under jit, where it is clipped to [0, 1].
+    check_amount(0.0 if callable(schedule) else schedule, None, pattern, scope)
+    _check_steps(every, until)
+    inner = optax.with_extra_args_support(inner)
+    choose = functools.partial(
+        choose_masks, threshold=None, score=score, pattern=pattern, scope=scope
+    )
+
+    def init(params: tree.Params) -> Any:
+        covered = coverage(params, pattern=pattern, where=where, axes=axes, strict=strict)
+        leaves = {path: p for path, p in tree.items(params) if path in covered.touched}
+        check_finite(leaves)
+        allowed = _by_path(params, check_mask(params, within, name="within"), name="within")
+        mask = {
+            path: jnp.ones_like(p, bool) if allowed.get(path) is None else allowed[path]
+            for path, p in leaves.items()
+        }
+        return SparsifyState(
+            step=jnp.zeros((), jnp.int32),
+            mask=_as_tree(params, mask),
+            inner=inner.init(params),
+            scores=_as_tree(params, {path: score.init(path, p) for path, p in leaves.items()}),
+            within=within,
+            leaked=jnp.zeros((), jnp.int32),
+        )
+
+    def update(
+        updates: tree.Params, state: Any, params: tree.Params | None = None, **extra: Any
+    ) -> tuple[tree.Params, Any]:
+        if params is None:
+            raise ArgumentError(
+                "params",
+                got="None",
+                expected="the params that the updates are for",
+                fix="Call tx.update(grads, state, params).",
+            )
+        old = _by_path(params, state.mask, name="state.mask", absent=False)
+        leaves = {path: p for path, p in tree.items(params) if path in old}
+        scores = _by_path(params, state.scores, name="state.scores")
+        grads = _by_path(params, updates, name="updates")
+        scores = {path: score.update(scores[path], p, grads[path]) for path, p in leaves.items()}
+
+        def choose_anew() -> tuple[dict[str, jax.Array], jax.Array]:
+            chosen = choose(
+                leaves,
+                accumulated=scores,
+                within=_by_path(params, state.within, name="within"),
+                contraction=contraction_axes(params, axes),
+                sparsity=schedule(state.step) if callable(schedule) else schedule,
+            )
+            return chosen, _leaks(leaves, old)
+
+        due = _is_due(state.step, every, until)
+        masks, leaked = lax.cond(due, choose_anew, lambda: (old, state.leaked))
+        free, inner_state = inner.update(_freeze(updates, masks), state.inner, params, **extra)
+        return _pin(free, params, masks), SparsifyState(
+            step=optax.safe_increment(state.step),
+            mask=_as_tree(params, masks),
+            inner=inner_state,
+            scores=_as_tree(params, scores),
+            within=state.within,
+            leaked=leaked,
+        )
+
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
+def get_mask(opt_state: Any) -> tree.Params:
+    """Find the mask in any optax state that holds a `SparsifyState`.
+
+    Args:
+        opt_state: The state of an optimizer with `sparsify` somewhere in it. Where several
+            partitions of `optax.multi_transform` are sparsified, their masks are overlaid.
+
+    Returns:
+        The mask: a tree like params, `None` for untouched leaves.
+
+    Raises:
+        StructureError: If there is none.
+
+    Example:
+        >>> params = {"kernel": jnp.ones((2, 2)), "bias": jnp.ones(2)}
+        >>> tx = optax.MultiSteps(sparsify(optax.adam(1e-3), schedule=0.5), 4)
+        >>> get_mask(tx.init(params))["kernel"].shape
+        (2, 2)
+    """
+    states = list(_states(opt_state))
+    if not states:
+        raise StructureError(
+            "opt_state",
+            got="no SparsifyState in it",
+            expected="the state of an optimizer that contains sparsify(...)",
+            fix="Wrap the optimizer: tx = sparsity.sparsify(tx, ...).",
+        )
+
+    def bare(x: Any) -> Any:
+        return None if isinstance(x, optax.MaskedNode) else x
+
+    def absent(x: Any) -> bool:
+        return x is None or isinstance(x, optax.MaskedNode)
+
+    return tree.merge(*(jax.tree.map(bare, state.mask, is_leaf=absent) for state in states))
+
+
+def check(params: tree.Params, opt_state: Any) -> None:
+    """Refuse params that the optimizer has not kept masked; call it now and then, outside jit.
+
+    It looks at params themselves (after at least one update), at the leak that `sparsify` saw
+    when it last chose a mask, and for transformations chained after `sparsify`.
+
+    Args:
+        params: The params that `optax.apply_updates` gave.
+        opt_state: The optimizer's state, concrete.
+
+    Raises:
+        ArgumentError: If pruned entries are not zero, or something is chained after `sparsify`.
+        StructureError: If there is no `SparsifyState`.
+    """
+    mask = get_mask(opt_state)
+    check_mask(params, mask)
+    fix = "Make sparsify outermost: sparsify(optax.chain(...), ...), nothing chained after it."
+    if _chained_after(opt_state):
+        raise ArgumentError(
+            "opt_state",
+            got="a chain that goes on after sparsify",
+            expected="sparsify as the last transformation of a chain",
+            fix=fix,
+        )
+    states = list(_states(opt_state))
+    started = any(int(state.step) > 0 for state in states)
+    masks = _by_path(params, mask, name="mask", absent=False)
+    leaves = {path: p for path, p in tree.items(params) if path in masks}
+    now = int(_leaks(leaves, masks)) if started else 0
+    before = sum(int(state.leaked) for state in states)
+    if now or before:
+        raise ArgumentError(
+            "params",
+            got=f"{now} entries that are not zero though pruned ({before} at the last mask update)",
+            expected="params that sparsify keeps masked",
+            fix=fix,
+        )
+
+
+# --- Parts --------------------------------------------------------------------------------------
+
+
+def _check_steps(every: int, until: int | None) -> None:
+    if every < 1:
+        raise ArgumentError(
+            "every", got=f"{every}", expected="at least 1", fix="Use every=100 for every 100 steps."
+        )
+    if until is not None and until < 0:
+        raise ArgumentError(
+            "until", got=f"{until}", expected="a step, or None", fix="Use until=None for no end."
+        )
+
+
+def _is_due(count: jax.Array, every: int, until: int | None) -> jax.Array:
+    due = count % every == 0
+    return due if until is None else (due & (count < until)) | (count == until)
+
+
+def _freeze(updates: tree.Params, masks: dict[str, jax.Array]) -> tree.Params:
+    """Zero the gradient of pruned entries: the gradient of the masked model."""
+
+    def frozen(path: str, g: Any) -> Any:
+        return jnp.where(masks[path], g, jnp.zeros((), g.dtype)) if path in masks else g
+
+    return tree.map_with_path(frozen, updates)
+
+
+def _pin(updates: tree.Params, params: tree.Params, masks: dict[str, jax.Array]) -> tree.Params:
+    """Replace the update u of pruned entries by -p, in a dtype wide enough for p + (-p) = 0."""
+
+    def pinned(path: str, p: Any, u: Any) -> Any:
+        if path not in masks:
+            return u
+        wide = jnp.promote_types(u.dtype, p.dtype)
+        return jnp.where(masks[path], u.astype(wide), -p.astype(wide))
+
+    return tree.map_with_path(pinned, params, updates)
+
+
+def _leaks(leaves: dict[str, jax.Array], masks: dict[str, jax.Array]) -> jax.Array:
+    """Count entries that are not zero where the mask prunes."""
+    counts = [jnp.sum(~masks[path] & (p != 0), dtype=jnp.int32) for path, p in leaves.items()]
+    return sum(counts, start=jnp.zeros((), jnp.int32))
+
+
+def _by_path(
+    params: tree.Params, other: tree.Params | None, *, name: str, absent: bool = True
+) -> dict[str, Any]:
+    """Read a tree that mirrors params by path, with or without the entries that are `None`."""
+    if other is None:
+        return {}
+    entries = zip(tree.paths(params), tree.flatten_like(params, other, name=name), strict=True)
+    return {path: entry for path, entry in entries if absent or entry is not None}
+
+
+def _as_tree(params: tree.Params, entries: dict[str, Any]) -> tree.Params:
+    """Write `{path: entry}` as a tree that mirrors params, `None` where there is no entry."""
+    return tree.map_with_path(lambda path, p: entries.get(path), params)
+
+
+def _states(opt_state: Any) -> Iterator[SparsifyState]:
+    nodes = jax.tree.leaves(opt_state, is_leaf=lambda x: isinstance(x, SparsifyState))
+    return (node for node in nodes if isinstance(node, SparsifyState))
+
+
+def _chained_after(node: Any) -> bool:
+    """Tell whether, in some chain's state (a plain tuple), states follow the SparsifyState."""
+    if isinstance(node, SparsifyState) or not isinstance(node, tuple | list | dict):
+        return False
+    children = list(node.values()) if isinstance(node, dict) else list(node)
+    if type(node) is tuple and any(next(_states(child), None) for child in children[:-1]):
+        return True
+    return any(_chained_after(child) for child in children)
