@@ -208,6 +208,7 @@ def _objective(loss: Loss, policy: Precision) -> Callable[..., tuple[jax.Array, 
     def objective(
         learned: Params, rest: Params, batch: Batch, key: jax.Array
     ) -> tuple[jax.Array, tuple[_Sums, Params]]:
+        size = _leading_size(batch)
         params = policy.lower(tree.merge(learned, rest))
         out = loss(params, policy.lower_batch(batch), key)
         values, aux = out if isinstance(out, tuple) and isinstance(out[-1], Aux) else (out, Aux())
@@ -219,7 +220,6 @@ def _objective(loss: Loss, policy: Precision) -> Callable[..., tuple[jax.Array, 
                 expected="names other than 'loss', 'grad_norm' and 'skipped'",
                 fix="Rename the metric.",
             )
-        size = _leading_size(batch)
         weights = None if aux.weights is None else policy.widen(jnp.asarray(aux.weights))
         weight = jnp.ones(()) if weights is None else jnp.sum(weights) / size
         means = {

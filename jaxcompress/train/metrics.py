@@ -41,6 +41,11 @@ def correct(logits: ArrayLike, labels: ArrayLike, *, k: int = 1) -> Float[Array,
     logits, labels = _checked(logits, labels)
     if k < 1:
         raise ArgumentError("k", got=k, expected="1 or more", fix="Use 1 for plain accuracy.")
+    return _correct(logits, labels, k)
+
+
+@functools.partial(jax.jit, static_argnums=2)
+def _correct(logits: Array, labels: Array, k: int) -> Array:
     own = jnp.take_along_axis(logits, labels[:, None], axis=1)
     earlier = jnp.arange(logits.shape[1])[None, :] < labels[:, None]
     above = jnp.sum((logits > own) | ((logits == own) & earlier), axis=1)
@@ -65,6 +70,11 @@ def cross_entropy(logits: ArrayLike, labels: ArrayLike) -> Float[Array, " batch"
         Array([1.3862944], dtype=float32)
     """
     logits, labels = _checked(logits, labels)
+    return _cross_entropy(logits, labels)
+
+
+@jax.jit
+def _cross_entropy(logits: Array, labels: Array) -> Array:
     logits = logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
     return optax.softmax_cross_entropy_with_integer_labels(logits, labels)
 
@@ -177,8 +187,12 @@ def expected_calibration_error(
     """
     if bins < 1:
         raise ArgumentError("bins", got=bins, expected="1 or more", fix="15 is usual.")
-    right = correct(logits, labels)
-    logits = jnp.asarray(logits)
+    return _calibration_error(*_checked(logits, labels), bins)
+
+
+@functools.partial(jax.jit, static_argnums=2)
+def _calibration_error(logits: Array, labels: Array, bins: int) -> Array:
+    right = _correct(logits, labels, 1)
     logits = logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
     confidence = jnp.max(jax.nn.softmax(logits, axis=1), axis=1)
     index = jnp.clip(jnp.ceil(confidence * bins).astype(jnp.int32) - 1, 0, bins - 1)
@@ -279,14 +293,9 @@ def compare(
         )
     if resamples < 1:
         raise ArgumentError("resamples", got=resamples, expected="1 or more", fix="Raise it.")
-    right = [correct(logits, labels) for logits in (a_logits, b_logits)]
-    losses = [cross_entropy(logits, labels) for logits in (a_logits, b_logits)]
-    same = jnp.argmax(jnp.asarray(a_logits), axis=1) == jnp.argmax(jnp.asarray(b_logits), axis=1)
-    # (batch, 3)
-    columns = jnp.stack(
-        [same.astype(losses[0].dtype), right[1] - right[0], losses[1] - losses[0]], 1
-    )
-    means = _bootstrap(key, columns, resamples)
+    a, labels = _checked(a_logits, labels)
+    b, labels = _checked(b_logits, labels)
+    right, losses, columns, means = _compared(key, a, b, labels, resamples)
     tail = 50 * (1 - confidence)
     lows, highs = np.percentile(np.asarray(means), [tail, 100 - tail], axis=0)
     values = np.mean(np.asarray(columns, np.float64), axis=0)
@@ -305,16 +314,25 @@ def compare(
     )
 
 
-@functools.partial(jax.jit, static_argnums=2)
-def _bootstrap(key: jax.Array, columns: Array, resamples: int) -> Array:
-    """Average the rows drawn in each resample: (resamples, columns)."""
+@functools.partial(jax.jit, static_argnums=4)
+def _compared(
+    key: jax.Array, a: Array, b: Array, labels: Array, resamples: int
+) -> tuple[Array, Array, Array, Array]:
+    right = jnp.stack([_correct(a, labels, 1), _correct(b, labels, 1)])
+    losses = jnp.stack([_cross_entropy(a, labels), _cross_entropy(b, labels)])
+    same = (jnp.argmax(a, axis=1) == jnp.argmax(b, axis=1)).astype(right.dtype)
+    # (batch, 3)
+    columns = jnp.stack([same, right[1] - right[0], losses[1] - losses[0]], axis=1)
     size = columns.shape[0]
 
+    # A few at a time: all at once would hold resamples * batch indices.
     def resample(key: jax.Array) -> Array:
-        return jnp.mean(columns[jax.random.randint(key, (size,), 0, size)], axis=0)
+        return jnp.mean(columns[jax.random.randint(key, (50, size), 0, size)], axis=1)
 
-    # 64 at a time: all at once would hold resamples * batch indices.
-    return jax.lax.map(resample, jax.random.split(key, resamples), batch_size=64)
+    # (groups, 50, 3) -> (resamples, 3)
+    means = jax.lax.map(resample, jax.random.split(key, -(-resamples // 50)))
+    means = means.reshape(-1, 3)[:resamples]
+    return right, losses, columns, means
 
 
 def _checked(logits: ArrayLike, labels: ArrayLike) -> tuple[Array, Array]:
