@@ -7,12 +7,15 @@ import pytest
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from jaxcompress import train
+from jaxcompress import quantize, sparsity, train, tree
 from jaxcompress.errors import ArgumentError, SelectionError
 
 KEY = jax.random.key(0)
-RULES = {"first/*": P(None, "model"), "second/kernel": P("model", None)}
-RULES_BY_AXIS = {"first/kernel": P(None, "model"), "first/bias": P("model"), **RULES}
+RULES = {
+    "first/kernel": P(None, "model"),
+    "first/bias": P("model"),
+    "second/kernel": P("model", None),
+}
 EXPLICIT, AUTO = AxisType.Explicit, AxisType.Auto
 
 
@@ -27,6 +30,51 @@ def train_on(problem, batch, tx, loss, **kwargs):
     for _ in range(6):
         state, metrics = step(state, batch)
     return state, metrics
+
+
+@pytest.fixture(scope="module")
+def sparse_qat(problem):
+    """A loss with fake-quantized weights and an optimizer that prunes: `(loss, tx)`."""
+    schedule = sparsity.schedules.linear(0.75, end=4)
+    config = train.OptimizerConfig(learning_rate=1e-2, weight_decay=1e-2, clip_norm=1.0)
+    tx = sparsity.sparsify(train.optimizer(config), schedule=schedule, every=2)
+
+    def loss(params, batch, key):
+        quantized = quantize.fake_quant(params, quantize.presets.int8_weights)
+        return problem.loss(quantized, batch, key)
+
+    return loss, tx
+
+
+@pytest.fixture(scope="module")
+def single(problem, batch, sparse_qat):
+    loss, tx = sparse_qat
+    return train_on(problem, batch, tx, loss)
+
+
+@pytest.mark.parametrize(
+    ("shape", "kind", "rules"),
+    [((8,), AUTO, None), ((4, 2), AUTO, RULES), ((4, 2), EXPLICIT, RULES)],
+    ids=["data", "data-model", "data-model-explicit"],
+)
+def test_masked_and_quantized_training_equals_one_device(
+    problem, batch, sparse_qat, single, shape, kind, rules
+):
+    loss, tx = sparse_qat
+    mesh = make_mesh(shape, kind)
+    state, metrics = train_on(problem, batch, tx, loss, mesh=mesh, sharding=rules)
+    expected, expected_metrics = single
+    mask, expected_mask = (sparsity.get_mask(s.opt_state) for s in (state, expected))
+    for (path, a), b in zip(tree.items(mask), jax.tree.leaves(expected_mask), strict=True):
+        np.testing.assert_array_equal(a, b, err_msg=path)
+        assert np.mean(a) == 0.25
+        assert np.all(np.asarray(dict(tree.items(state.params))[path])[~np.asarray(a)] == 0)
+    for a, b in zip(jax.tree.leaves(state.params), jax.tree.leaves(expected.params), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(metrics["loss"], expected_metrics["loss"], rtol=1e-5)
+    if rules:
+        assert mask["first"]["kernel"].sharding.spec == P(None, "model")
+        assert state.params["first"]["kernel"].sharding.spec == P(None, "model")
 
 
 def test_mirrors_of_params_are_found_by_path_and_shape(problem):
