@@ -11,7 +11,7 @@ import hashlib
 import json
 import os
 import pathlib
-import tempfile
+import secrets
 from collections.abc import Iterator, Mapping, Sequence
 from typing import IO, Any
 
@@ -82,19 +82,15 @@ def _header(about: Mapping[str, Any], pools: Pools) -> bytes:
 def _replacing(path: pathlib.Path) -> Iterator[IO[bytes]]:
     """Open a new file beside a place; when it is complete and on the disk, rename it there."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, beside = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    beside = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
     try:
-        with os.fdopen(handle, "wb") as file:
+        with open(beside, "xb") as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
-        umask = os.umask(0)
-        os.umask(umask)
-        os.chmod(beside, 0o666 & ~umask)  # mkstemp makes it private
         os.replace(beside, path)
-    except BaseException:
-        os.unlink(beside)
-        raise
+    finally:
+        beside.unlink(missing_ok=True)
 
 
 def refuse(path: pathlib.Path, got: str) -> FileError:
@@ -167,6 +163,6 @@ def _read_header(path: pathlib.Path, content: bytes) -> tuple[dict[str, Any], in
     except MALFORMED as error:
         raise refuse(path, f"an altered file: its header makes no sense ({error})") from error
     if len(content) != total or not known:
-        what = "truncated" if len(content) < total else "altered"
-        raise refuse(path, f"a {what} file: {len(content)} bytes, where its header says {total}")
+        what = "a truncated" if len(content) < total else "an altered"
+        raise refuse(path, f"{what} file: {len(content)} bytes, where its header says {total}")
     return header, size

@@ -212,8 +212,13 @@ def _write_qarray(
     path: str, q: numerics.QArray, kept: np.ndarray | None, formats: list[Any], writer: Writer
 ) -> list[Any]:
     qtype = q.format.qtype
-    values = np.asarray(q.values)
-    scale = np.asarray(q.scale)
+    q = dataclasses.replace(
+        q,
+        values=np.asarray(q.values),
+        scale=np.asarray(q.scale),
+        zero=None if q.zero is None else np.asarray(q.zero),
+    )
+    values, scale = np.asarray(q.values), np.asarray(q.scale)
     if kept is not None:
         _check_pruned(path, q, kept)
         values = values[_block(q.format, kept)]

@@ -2,7 +2,7 @@
 
 import os
 import pathlib
-import tempfile
+import secrets
 
 
 def write_text(path: str | os.PathLike[str], text: str) -> None:
@@ -24,19 +24,9 @@ def write_bytes(path: str | os.PathLike[str], content: bytes) -> None:
     """
     path = pathlib.Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, beside = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    beside = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
     try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(content)
-        # mkstemp makes it private; a report is as public as any other new file.
-        os.chmod(beside, 0o666 & ~_umask())
+        beside.write_bytes(content)
         os.replace(beside, path)
-    except BaseException:
-        os.unlink(beside)
-        raise
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
+    finally:
+        beside.unlink(missing_ok=True)

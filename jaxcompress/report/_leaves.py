@@ -16,9 +16,9 @@ class Leaf:
     """What one leaf is and takes; also the sum over all of them.
 
     Attributes:
-        path: The leaf's path, or `total`.
-        shape: Its shape; `None` for the total.
-        stored: The dtype or qtype of what is stored; empty for the total.
+        path: The leaf's path, or `total`, or what else takes bytes in a file, such as `(header)`.
+        shape: Its shape; `None` if it is not a leaf.
+        stored: The dtype or qtype of what is stored; empty if it is not a leaf.
         entries: How many entries it has.
         kept: How many of them the mask keeps; all if there is no mask.
         bytes: Bytes in memory, scales and zero points included.
@@ -50,7 +50,7 @@ class Leaves:
     """All leaves of params, and their total.
 
     Attributes:
-        rows: One per leaf, in traversal order.
+        rows: One per leaf, in traversal order, and one for whatever else takes bytes in the file.
         total: Their sum.
     """
 
@@ -91,7 +91,8 @@ def leaves(
     Args:
         params: Any pytree of arrays, QArrays among them.
         mask: What pruning keeps, mirroring params, `None` for untouched leaves.
-        file_bytes: Bytes per path in a file, as `export.save` reports them.
+        file_bytes: Bytes per path in a file, as `export.save` reports them in `leaves`; what is
+            not the path of a leaf (the header) gets a row of its own, so that they add up.
 
     Returns:
         The leaves and their total.
@@ -105,26 +106,32 @@ def leaves(
         ...       .table().text(width=80))
                                                sparsity              bytes
         path    shape  stored   entries  kept       [%]  bits/entry    [B]
-        ───────────────────────────────────────────────────────────────────
+        ──────────────────────────────────────────────────────────────────
         bias    4      float32        4     4       0.0       32.00     16
         kernel  4×8    float32       32     8      75.0       32.00    128
-        ───────────────────────────────────────────────────────────────────
+        ──────────────────────────────────────────────────────────────────
         total   –                    36    12      66.7       32.00    144
     """
     masks = tree.flatten_like(params, mask, name="mask") if mask is not None else []
     masks = masks or [None] * len(tree.leaves(params))
-    rows = tuple(
+    rows = [
         Leaf(
             path=path,
-            shape=tuple(leaf.shape),
+            shape=tuple(np.shape(leaf)),
             stored=_stored(leaf),
-            entries=math.prod(leaf.shape),
-            kept=math.prod(leaf.shape) if kept is None else int(np.sum(np.asarray(kept))),
-            bytes=tree.nbytes(leaf),
+            entries=math.prod(np.shape(leaf)),
+            kept=math.prod(np.shape(leaf)) if kept is None else int(np.sum(np.asarray(kept))),
+            bytes=tree.nbytes(leaf) if hasattr(leaf, "dtype") else 0,
             file_bytes=None if file_bytes is None else file_bytes.get(path, 0),
         )
         for (path, leaf), kept in zip(tree.items(params), masks, strict=True)
-    )
+    ]
+    known = {row.path for row in rows}
+    rows += [
+        Leaf(path=path, shape=None, stored="", entries=0, kept=0, bytes=0, file_bytes=count)
+        for path, count in (file_bytes or {}).items()
+        if path not in known
+    ]
     total = Leaf(
         path="total",
         shape=None,
@@ -134,9 +141,9 @@ def leaves(
         bytes=sum(row.bytes for row in rows),
         file_bytes=None if file_bytes is None else sum(file_bytes.values()),
     )
-    return Leaves(rows=rows, total=total)
+    return Leaves(rows=tuple(rows), total=total)
 
 
 def _stored(leaf: Any) -> str:
     qtype = getattr(getattr(leaf, "format", None), "qtype", None)
-    return str(getattr(qtype, "name", leaf.dtype))
+    return str(getattr(qtype, "name", getattr(leaf, "dtype", type(leaf).__name__)))

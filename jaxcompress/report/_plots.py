@@ -173,15 +173,16 @@ def plot_leaves(
     Raises:
         ArgumentError: If there is no leaf.
     """
-    if not leaves.rows:
+    rows = [row for row in leaves.rows if row.shape is not None]
+    if not rows:
         raise ArgumentError(
             "leaves", got="no leaves", expected="at least one", fix="Pass params with arrays."
         )
-    threshold = sorted((row.bytes for row in leaves.rows), reverse=True)[:most][-1]
-    largest = [row for row in leaves.rows if row.bytes >= threshold][:most]
+    threshold = sorted((row.bytes for row in rows), reverse=True)[:most][-1]
+    largest = [row for row in rows if row.bytes >= threshold][:most]
     shown = [*largest, leaves.total]
-    if len(largest) < len(leaves.rows):
-        title += f" (largest {len(largest)} of {len(leaves.rows)})"
+    if len(largest) < len(rows):
+        title += f" (largest {len(largest)} of {len(rows)})"
 
     def draw(figure: Any) -> None:
         left, right = figure.subplots(1, 2, sharey=True)

@@ -112,6 +112,7 @@ class Table:
             title_style="bold",
             box=_BOX,
             show_edge=False,
+            pad_edge=False,
             padding=(0, 1, 0, 0),
         )
         for i, (header, is_numeric) in enumerate(zip(headers, numeric, strict=True)):
@@ -192,7 +193,7 @@ def table(
         >>> print(table(rows, columns=["model", "accuracy", Column(key="bytes", versus="ratio")]))
                accuracy  bytes
         model       [%]   [kB]  ratio
-        ──────────────────────────────
+        ─────────────────────────────
         dense      98.1  161.4   1.0×
         int4       97.5   12.9  12.5×
     """
