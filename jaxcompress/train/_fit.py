@@ -68,7 +68,7 @@ def fit(
 
     Raises:
         ArgumentError: If the length is not given once, or `validation` and `evaluate` not
-            together.
+            together; if the checkpoint was made with another number of steps per epoch.
         StructureError: If the checkpoint is of another model; nothing is restored then.
 
     Example:
@@ -83,7 +83,9 @@ def fit(
         (5, 20, 1.98)
     """
     last = _length(data, epochs=epochs, steps=steps)
-    period = report_every or data.steps_per_epoch
+    period = data.steps_per_epoch if report_every is None else report_every
+    _at_least("report_every", period, 1)
+    _at_least("prefetch", prefetch, 0)
     place = getattr(step, "place", jax.device_put)
     metrics_of = _evaluator(evaluate, validation, place)
     saving = _as_checkpoints(checkpoints)
@@ -107,9 +109,7 @@ def fit(
             pending.append(metrics)
             done = i + 1
             reports = done % period == 0 or done == last
-            saves = saving is not None and (
-                reports if saving.every is None else done % saving.every == 0 or done == last
-            )
+            saves = saving is not None and (done == last or done % (saving.every or period) == 0)
             while len(pending) > (0 if reports or saves else prefetch):
                 ledger = ledger.add(jax.device_get(pending.popleft()))
             if reports:
@@ -127,6 +127,11 @@ def fit(
             if ledger.stopped:
                 break
     return state if best is None else state._replace(params=best), list(ledger.rows)
+
+
+def _at_least(argument: str, value: int, least: int) -> None:
+    if value < least:
+        raise ArgumentError(argument, got=value, expected=f"{least} or more", fix="Raise it.")
 
 
 def _length(data: Data, *, epochs: int | None, steps: int | None) -> int:

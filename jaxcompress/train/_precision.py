@@ -75,7 +75,19 @@ class Precision:
         Returns:
             It in the `output` dtype.
         """
-        return x.astype(self.output or jnp.promote_types(x.dtype, jnp.float32))
+        return x.astype(self.output) if self.output else widened(x)
+
+
+def widened(x: jax.Array) -> jax.Array:
+    """Cast to float32, unless it is wider already.
+
+    Args:
+        x: An array of any real dtype.
+
+    Returns:
+        It in float32 or float64.
+    """
+    return x if x.dtype == jnp.float64 else x.astype(jnp.float32)
 
 
 def _cast(params: Params, dtype: FloatType | None) -> Params:

@@ -183,7 +183,7 @@ def make_step(
         if skip_nonfinite:
             finite = _all_finite((metrics["loss"], grads))
             new = jax.tree.map(lambda new, old: jnp.where(finite, new, old), new, state)
-            new = new._replace(skipped=state.skipped + ~finite)
+            new = new._replace(skipped=state.skipped + (~finite).astype(jnp.int32))
             metrics["skipped"] = policy.widen(~finite)
         new = new._replace(step=state.step + 1)
         if mesh is not None:

@@ -16,6 +16,7 @@ from jax.typing import ArrayLike
 from jaxtyping import Array, Float, Int
 
 from jaxcompress.errors import ArgumentError, MissingExtraError
+from jaxcompress.train._precision import widened
 
 
 def correct(logits: ArrayLike, labels: ArrayLike, *, k: int = 1) -> Float[Array, " batch"]:
@@ -75,8 +76,7 @@ def cross_entropy(logits: ArrayLike, labels: ArrayLike) -> Float[Array, " batch"
 
 @jax.jit
 def _cross_entropy(logits: Array, labels: Array) -> Array:
-    logits = logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
-    return optax.softmax_cross_entropy_with_integer_labels(logits, labels)
+    return optax.softmax_cross_entropy_with_integer_labels(widened(logits), labels)
 
 
 def accuracy(logits: ArrayLike, labels: ArrayLike) -> Float[Array, ""]:
@@ -193,8 +193,7 @@ def expected_calibration_error(
 @functools.partial(jax.jit, static_argnums=2)
 def _calibration_error(logits: Array, labels: Array, bins: int) -> Array:
     right = _correct(logits, labels, 1)
-    logits = logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
-    confidence = jnp.max(jax.nn.softmax(logits, axis=1), axis=1)
+    confidence = jnp.max(jax.nn.softmax(widened(logits), axis=1), axis=1)
     index = jnp.clip(jnp.ceil(confidence * bins).astype(jnp.int32) - 1, 0, bins - 1)
     gaps = jax.ops.segment_sum(right.astype(confidence.dtype) - confidence, index, bins)
     return jnp.sum(jnp.abs(gaps)) / confidence.size
@@ -295,6 +294,13 @@ def compare(
         raise ArgumentError("resamples", got=resamples, expected="1 or more", fix="Raise it.")
     a, labels = _checked(a_logits, labels)
     b, labels = _checked(b_logits, labels)
+    if a.shape != b.shape:
+        raise ArgumentError(
+            "b_logits",
+            got=f"shape {b.shape}",
+            expected=f"{a.shape}, the shape of a_logits",
+            fix="Compare models of one task on the same examples.",
+        )
     right, losses, columns, means = _compared(key, a, b, labels, resamples)
     tail = 50 * (1 - confidence)
     lows, highs = np.percentile(np.asarray(means), [tail, 100 - tail], axis=0)
@@ -320,9 +326,10 @@ def _compared(
 ) -> tuple[Array, Array, Array, Array]:
     right = jnp.stack([_correct(a, labels, 1), _correct(b, labels, 1)])
     losses = jnp.stack([_cross_entropy(a, labels), _cross_entropy(b, labels)])
-    same = (jnp.argmax(a, axis=1) == jnp.argmax(b, axis=1)).astype(right.dtype)
+    same = jnp.argmax(a, axis=1) == jnp.argmax(b, axis=1)
     # (batch, 3)
-    columns = jnp.stack([same, right[1] - right[0], losses[1] - losses[0]], axis=1)
+    columns = [same, right[1] - right[0], losses[1] - losses[0]]
+    columns = jnp.stack([column.astype(losses.dtype) for column in columns], axis=1)
     size = columns.shape[0]
 
     # A few at a time: all at once would hold resamples * batch indices.

@@ -293,6 +293,8 @@ def test_a_checkpoint_of_another_model_is_refused(problem, step, data, tmp_path)
         ({"epochs": 1, "steps": 1}, "one of the two"),
         ({"epochs": 1, "evaluate": lambda p, b: {}}, "both or neither"),
         ({"epochs": 1, "log": "log.txt"}, "csv"),
+        ({"epochs": 1, "report_every": 0}, "report_every"),
+        ({"epochs": 1, "prefetch": -1}, "prefetch"),
         ({"epochs": 1, "early_stopping": train.EarlyStopping()}, "validation/loss"),
     ],
 )

@@ -92,13 +92,19 @@ def masked_loss(problem):
     return loss
 
 
-@pytest.mark.parametrize("accumulate", [1, 4])
-def test_weights_mask_padding(problem, batch, accumulate):
+@pytest.fixture(scope="module")
+def ten(problem, batch):
+    """The first ten examples, and training on them."""
     kept = jax.tree.map(lambda x: x[:10], batch)
+    return kept, run(problem, kept)
+
+
+@pytest.mark.parametrize("accumulate", [1, 4])
+def test_weights_mask_padding(problem, batch, ten, accumulate):
+    kept, (expected, plain_metrics) = ten
     weight = np.asarray([1.0] * 10 + [0.0] * 6, np.float32)
     padded = {**batch, "weight": weight}
     state, metrics = run(problem, padded, loss=masked_loss(problem), accumulate=accumulate)
-    expected, plain_metrics = run(problem, kept)
     close(state.params, expected.params, rtol=1e-5, atol=1e-6)
     np.testing.assert_allclose(metrics["loss"], plain_metrics["loss"], rtol=1e-5)
     np.testing.assert_allclose(metrics["first"], kept["x"][:, 0].mean(), rtol=1e-5)
@@ -121,11 +127,22 @@ def weighted_step(problem, batch):
     return problem, batch, step, train.init(problem.params, TX, key=KEY)
 
 
+@pytest.mark.usefixtures("strict_promotion")
+def test_promotes_no_dtypes_of_its_own(problem, batch):
+    def loss(params, batch, key):
+        metrics = {"positive": batch["y"][:, 0] > 0, "count": jnp.int32(3)}
+        return problem.loss(params, batch, key).astype(jnp.bfloat16), train.Aux(metrics=metrics)
+
+    tx = optax.sgd(0.1)
+    state = train.init(problem.params, tx, key=KEY)
+    _, metrics = train.make_step(loss, tx, accumulate=2)(state, batch)
+    assert metrics["positive"] == np.mean(batch["y"][:, 0] > 0) and metrics["count"] == 3
+
+
 def test_a_scalar_loss_is_taken_as_the_mean(problem, batch, plain):
     scalar = lambda *args: jnp.mean(problem.loss(*args))
-    for accumulate in (1, 4):
-        state, _ = run(problem, batch, loss=scalar, accumulate=accumulate)
-        close(state.params, plain[0].params, rtol=1e-5, atol=1e-6)
+    state, _ = run(problem, batch, loss=scalar, accumulate=4)
+    close(state.params, plain[0].params, rtol=1e-5, atol=1e-6)
 
 
 def test_each_step_and_microbatch_has_its_own_key():
