@@ -49,6 +49,14 @@ def page(
     Raises:
         ArgumentTypeError: If a part is no text, table or plot.
         MissingExtraError: If jinja2 or matplotlib is not installed.
+
+    Example:
+        >>> import tempfile
+        >>> from jaxcompress.report import table
+        >>> result = Section(title="Result", parts=(table([{"model": "dense", "accuracy": 0.98}]),))
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     page(f"{folder}/report.html", [result], title="Digits").name
+        'report.html'
     """
     try:
         import jinja2

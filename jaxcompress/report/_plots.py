@@ -42,6 +42,11 @@ def plot_tradeoff(points: Sequence[Point], *, title: str = "Accuracy against siz
 
     Raises:
         ArgumentError: If there is no point, or one without bytes.
+
+    Example:
+        >>> plot = plot_tradeoff([Point(label="dense", bytes=161_416, accuracy=0.981)])
+        >>> plot.data["points"][0]["accuracy"]
+        0.981
     """
     if not points or min(p.bytes for p in points) <= 0:
         raise ArgumentError(
@@ -172,6 +177,12 @@ def plot_leaves(
 
     Raises:
         ArgumentError: If there is no leaf.
+
+    Example:
+        >>> import numpy as np
+        >>> from jaxcompress.report import leaves
+        >>> plot_leaves(leaves({"kernel": np.ones((4, 4), "f4")})).data["total"]["bits"]
+        32.0
     """
     rows = [row for row in leaves.rows if row.shape is not None]
     if not rows:
@@ -240,6 +251,11 @@ def plot_curves(
 
     Raises:
         ArgumentError: If a key is in no row.
+
+    Example:
+        >>> history = [{"step": 0, "loss": 2.3}, {"step": 10, "loss": 1.1}]
+        >>> plot_curves(history, keys=["loss"]).data["series"]
+        {'loss': [(0.0, 2.3), (10.0, 1.1)]}
     """
     for key in (x, *keys):
         if not any(key in row for row in history):

@@ -155,3 +155,27 @@ def test_no_module_here_can_run_what_it_reads():
     for file in pathlib.Path(export.__file__).parent.glob("*.py"):
         words = file.read_text()
         assert not any(bad in words for bad in ("pickle", "eval(", "exec(", "import_module"))
+
+
+def test_the_documented_layout_is_enough_to_read_it(original):
+    """Decode the pruned int4 leaf by docs/file_format.md, with NumPy and json alone."""
+    size = 8 + int.from_bytes(original[:8], "little")
+    header = json.loads(original[8:size])
+    texts, body = header.pop("__metadata__"), original[size:]
+    assert original[35:99].decode() == texts["digest"]
+    blanked = original[:35] + b"0" * 64 + original[99:]
+    assert hashlib.sha256(blanked).hexdigest() == texts["digest"]
+    pools = {name: body[slice(*entry["data_offsets"])] for name, entry in header.items()}
+    assert list(json.loads(texts["tree"])) == ["b", "list", "q", "w"]
+    kind, index, values, scales, _, masked = json.loads(texts["tree"])["q"]
+    assert (kind, values, scales, masked) == ("q", [8, 6], [1, 6], 1)
+    assert json.loads(texts["formats"])[index]["Format"]["qtype"]["Int"]["bits"] == 4
+    # "q" is the first leaf with entries in `bits` and the first in `float32`.
+    bits = np.unpackbits(np.frombuffer(pools["bits"], np.uint8), bitorder="little")
+    kept = bits[:48].reshape(8, 6).astype(bool)
+    np.testing.assert_array_equal(kept, KEPT)
+    nibbles = bits[48 : 48 + 4 * kept.sum()].reshape(-1, 4) @ [1, 2, 4, -8]
+    codes = np.zeros((8, 6))
+    codes[kept] = nibbles
+    scale = np.frombuffer(pools["float32"], "<f4")[:6]
+    np.testing.assert_allclose(codes * scale, np.where(KEPT, 1.0, 0.0), rtol=1e-6)
