@@ -110,7 +110,7 @@ def run_with_kills(folder: pathlib.Path, kills: int, span: float, rng: random.Ra
         # From the first report on: before it, there is nothing but imports and compilation.
         process.stdout.readline()
         try:
-            process.wait(rng.uniform(0, span))
+            process.wait(rng.uniform(0, 0.8 * span))
         except subprocess.TimeoutExpired:
             process.send_signal(signal.SIGKILL)
         process.communicate()

@@ -14,6 +14,7 @@ from jaxcompress.errors import ArgumentError, MissingExtraError
 from jaxcompress.train import metrics
 
 KEY = jax.random.key(0)
+pytestmark = pytest.mark.usefixtures("strict_promotion")
 
 
 @pytest.fixture(scope="module")
@@ -25,7 +26,6 @@ def answers():
     return logits.astype(np.float32), labels.astype(np.int32)
 
 
-@pytest.mark.usefixtures("strict_promotion")
 def test_equal_scikit_learn(answers):
     logits, labels = answers
     predicted = logits.argmax(1)
@@ -45,7 +45,6 @@ def test_equal_scikit_learn(answers):
     )
 
 
-@pytest.mark.usefixtures("strict_promotion")
 def test_half_precision_logits_are_reduced_in_single(answers):
     logits, labels = jnp.asarray(answers[0], jnp.bfloat16), answers[1]
     exact = metrics.cross_entropy(logits.astype(jnp.float32), labels)
@@ -81,7 +80,6 @@ def test_ties_go_to_the_lower_class_and_nan_is_wrong(logits, labels, k):
     np.testing.assert_array_equal(metrics.correct(logits, labels, k=k), expected)
 
 
-@pytest.mark.usefixtures("strict_promotion")
 @pytest.mark.parametrize("bins", [1, 15])
 def test_calibration_error_equals_the_loop(answers, bins):
     logits, labels = answers
@@ -103,7 +101,6 @@ def test_calibration_of_the_certain():
     assert metrics.expected_calibration_error(logits, jnp.array([1, 1])) == 1.0
 
 
-@pytest.mark.usefixtures("strict_promotion")
 def test_compare_finds_a_difference_and_its_size(answers):
     logits, labels = answers
     rng = np.random.default_rng(1)
