@@ -6,6 +6,13 @@ from jaxcompress.numerics._granularity import Granularity as Granularity
 from jaxcompress.numerics._granularity import PerChannel as PerChannel
 from jaxcompress.numerics._granularity import PerGroup as PerGroup
 from jaxcompress.numerics._granularity import PerTensor as PerTensor
+from jaxcompress.numerics._learned import dorefa_activations as dorefa_activations
+from jaxcompress.numerics._learned import dorefa_weights as dorefa_weights
+from jaxcompress.numerics._learned import lsq as lsq
+from jaxcompress.numerics._learned import lsq_init as lsq_init
+from jaxcompress.numerics._learned import lsq_plus as lsq_plus
+from jaxcompress.numerics._learned import lsq_plus_init as lsq_plus_init
+from jaxcompress.numerics._learned import pact as pact
 from jaxcompress.numerics._qarray import QArray as QArray
 from jaxcompress.numerics._qtypes import Codebook as Codebook
 from jaxcompress.numerics._qtypes import Float as Float

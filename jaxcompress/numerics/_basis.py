@@ -119,11 +119,25 @@ class Basis(QType):
         # Sign vectors that coincide make the matrix singular; the ridge then shares alpha evenly.
         matrix = jnp.stack(rows, -2) + 1e-6 * jnp.eye(self.bits, dtype=x.dtype)
         target = jnp.stack([(sign * x).mean(shared, keepdims=True) for sign in signs], -1)
-        return jnp.linalg.solve(matrix, target[..., None])[..., 0]
+        return _solve(matrix, target)
 
     def _signs(self, values: Array) -> list[Array]:
         codes = values.astype(jnp.int32)
         return [(((codes >> i) & 1) * 2 - 1).astype(jnp.float32) for i in range(self.bits)]
+
+
+def _solve(matrix: Array, target: Array) -> Array:
+    """Solve small positive definite systems, `(..., k, k)` and `(..., k)`, by elimination.
+
+    Unlike `jnp.linalg.solve` this is elementwise in the slices, and so stays sharded as they are.
+    """
+    k = target.shape[-1]
+    rows = jnp.concatenate([matrix, target[..., None]], -1)  # (..., k, k + 1)
+    for i in range(k):
+        pivot = rows[..., i : i + 1, :] / rows[..., i : i + 1, i : i + 1]
+        cleared = rows - rows[..., i : i + 1] * pivot
+        rows = jnp.where(jnp.arange(k)[:, None] == i, pivot, cleared)
+    return rows[..., -1]
 
 
 def _combine(scale: Array, signs: list[Array]) -> Array:

@@ -71,10 +71,9 @@ class QArray(LeafNode):
         return sum(-(-math.prod(part.shape) * bits_of(part.dtype) // 8) for part in parts)
 
     def __repr__(self) -> str:
-        try:
+        parts = (self.values, self.scale, self.zero)
+        if all(isinstance(part, jax.Array | None) for part in parts) and self.values is not None:
             shape = ",".join(map(str, self.shape))
-            return f"QArray({np.dtype(self.dtype).name}[{shape}] as {self.format.qtype.name}, " + (
-                f"{self.format.granularity})"
-            )
-        except (AttributeError, TypeError):  # inside a tree.map that put other things here
-            return f"QArray(values={self.values!r}, scale={self.scale!r}, zero={self.zero!r})"
+            kind = f"{self.format.qtype.name}, {self.format.granularity}"
+            return f"QArray({np.dtype(self.dtype).name}[{shape}] as {kind})"
+        return "QArray(values={!r}, scale={!r}, zero={!r})".format(*parts)

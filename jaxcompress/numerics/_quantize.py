@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
+from jax.core import Tracer
 from jax.typing import ArrayLike
 
 from jaxcompress.errors import ArgumentError, ArgumentTypeError, NonFiniteError
@@ -51,7 +52,7 @@ def quantize(
         >>> quantize(jnp.asarray([[-7.0, 0.4, 3.6]]), Format(int4)).values.tolist()
         [[-7, 0, 4]]
     """
-    x = _checked(x, format)
+    x = checked(x, format)
     if key is not None and not isinstance(format.qtype, Scaled):
         raise ArgumentError(
             "key",
@@ -60,9 +61,9 @@ def quantize(
             fix="Leave `key` out.",
         )
     given = _given_fit(x, format, scale, zero)
-    values, scale, zero, finite = _quantize(x, format, given, key)
+    values, fitted_scale, fitted_zero, finite = _quantize(x, format, given, key)
     _require_finite(finite)
-    return QArray(values=values, scale=scale, zero=zero, format=format, dtype=x.dtype)
+    return QArray(values=values, scale=fitted_scale, zero=fitted_zero, format=format, dtype=x.dtype)
 
 
 def dequantize(q: QArray) -> Array:
@@ -115,8 +116,8 @@ def fake_quant(x: ArrayLike, format: Format) -> Array:
     Reference: Bengio et al., "Estimating or Propagating Gradients Through Stochastic Neurons"
     (arXiv:1308.3432); clipped as in Hubara et al. (arXiv:1602.02830), equation 4.
     """
-    x = _checked(x, format)
-    if not isinstance(x, jax.core.Tracer):
+    x = checked(x, format)
+    if not isinstance(x, Tracer):
         _require_finite(jnp.isfinite(x).all())
     return _fake_quant(x, format)
 
@@ -240,7 +241,8 @@ _fake_quant = jax.jit(_straight_through, static_argnums=1)
 # --- Checks -----------------------------------------------------------------------------------
 
 
-def _checked(x: ArrayLike, format: Format) -> Array:
+def checked(x: ArrayLike, format: Format) -> Array:
+    """Refuse what cannot be brought into the format; value checks are left to the caller."""
     if not isinstance(format, Format):
         raise ArgumentTypeError(
             "format",
@@ -269,7 +271,7 @@ def _require_no_obstacle(format: Format, shape: tuple[int, ...], dtype: Any) -> 
 
 
 def _require_finite(finite: Array) -> None:
-    if not isinstance(finite, jax.core.Tracer) and not finite:
+    if not isinstance(finite, Tracer) and not finite:
         raise NonFiniteError(
             "x",
             got="NaN or infinity among the entries",
