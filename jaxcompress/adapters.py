@@ -7,7 +7,7 @@ Linen, NNX or Equinox model, and fill Flax params from a PyTorch checkpoint.
 import os
 import re
 from collections.abc import Callable, Mapping
-from typing import Any, Protocol
+from typing import Any, TypeAlias
 
 import flax.linen as nn
 import jax
@@ -21,12 +21,8 @@ from jaxcompress.errors import ArgumentError, StructureError
 from jaxcompress.tree import Params, Where
 
 
-class Fn(Protocol):
-    """A pure function of params and inputs: the unit of work everywhere."""
-
-    def __call__(self, params: Params, *inputs: Any, **kwargs: Any) -> Any:
-        """Compute the outputs."""
-        ...
+Fn: TypeAlias = Callable[..., Any]
+"""A pure `fn(params, *inputs) -> outputs`: the unit of work everywhere."""
 
 
 def from_linen(module: nn.Module, variables: Params, **apply_kwargs: Any) -> tuple[Fn, Params]:

@@ -117,7 +117,7 @@ class _Stages:
     demo: Demo
     console: rich.console.Console
     rows: list[Row] = field(default_factory=list)
-    sections: list[report.Section] = field(default_factory=list)
+    leaves: list[report.Leaves] = field(default_factory=list)
     teacher: Params = None
 
     def __post_init__(self):
@@ -196,10 +196,7 @@ class _Stages:
             latency=report.latency(self.predict, loaded.params, self.test.images[:_BATCH]),
         )
         self.rows.append(row)
-        leaves = report.leaves(loaded.params, mask=loaded.mask, file_bytes=saved.leaves)
-        self.sections.append(
-            report.Section(title=name, parts=(leaves.table(), report.plot_leaves(leaves)))
-        )
+        self.leaves.append(report.leaves(loaded.params, mask=loaded.mask, file_bytes=saved.leaves))
 
     def finish(self) -> list[Row]:
         """Print the table and write report, plots and results."""
@@ -221,11 +218,14 @@ class _Stages:
         ]
         tradeoff = report.plot_tradeoff(points)
         tradeoff.save(out / "plots" / "tradeoff.png")
-        for section, row in zip(self.sections, self.rows, strict=True):
-            section.parts[1].save(out / "plots" / f"{row.model.removeprefix('+ ')}.png")
+        sections = [report.Section(title="Result", parts=(table, tradeoff))]
+        for row, leaves in zip(self.rows, self.leaves, strict=True):
+            plot = report.plot_leaves(leaves, title=f"Sparsity and bits per leaf: {row.model}")
+            plot.save(out / "plots" / f"{row.model.removeprefix('+ ')}.png")
+            sections.append(report.Section(title=row.model, parts=(leaves.table(), plot)))
         page = report.page(
             out / "report.html",
-            [report.Section(title="Result", parts=(table, tradeoff)), *self.sections],
+            sections,
             title="jaxcompress demo",
             summary=_SUMMARY.format(demo=self.demo),
         )

@@ -4,7 +4,7 @@ import os
 import pathlib
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Self
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -95,7 +95,7 @@ class Store:
             cleanup_tmp_directories=create,
         )
 
-    def __enter__(self) -> Self:
+    def __enter__(self) -> "Store":
         """Open the directory."""
         self._manager = (
             ocp.CheckpointManager(self._path, options=self._options)

@@ -4,7 +4,7 @@ import collections
 import functools
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import KW_ONLY, dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 import numpy as np
@@ -13,6 +13,7 @@ from jaxcompress import tree
 from jaxcompress.errors import ArgumentError
 
 
+@runtime_checkable
 class Data(Protocol):
     """What `fit` trains on: batches addressed by the global step, so that a run can resume."""
 

@@ -4,7 +4,7 @@ import dataclasses
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal, Self
+from typing import Any, Literal
 
 from jaxcompress.errors import ArgumentError
 from jaxcompress.train._log import Row
@@ -80,7 +80,7 @@ class Ledger:
     stopped: bool = False
 
     @classmethod
-    def from_json(cls, record: Mapping[str, Any]) -> Self:
+    def from_json(cls, record: Mapping[str, Any]) -> "Ledger":
         """Read it back.
 
         Args:
@@ -99,7 +99,7 @@ class Ledger:
         """
         return dataclasses.asdict(self)
 
-    def add(self, metrics: Mapping[str, float]) -> Self:
+    def add(self, metrics: Mapping[str, float]) -> "Ledger":
         """Take in the metrics of one step.
 
         Args:
@@ -124,7 +124,7 @@ class Ledger:
         means = {name: total / self.count for name, total in self.sums.items()}
         return {**means, "skipped": self.skipped}
 
-    def report(self, row: Row, stopping: EarlyStopping | None) -> tuple[Self, bool]:
+    def report(self, row: Row, stopping: EarlyStopping | None) -> tuple["Ledger", bool]:
         """Close a report.
 
         Args:

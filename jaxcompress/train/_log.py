@@ -6,7 +6,7 @@ import os
 import pathlib
 from collections.abc import Sequence
 from types import TracebackType
-from typing import Any, Self, TypeAlias
+from typing import Any, TypeAlias
 
 from rich.progress import (
     BarColumn,
@@ -37,7 +37,7 @@ class Log:
         self._rows = rows
         self._columns: list[str] | None = None
 
-    def __enter__(self) -> Self:
+    def __enter__(self) -> "Log":
         """Open the file and write the rows known so far."""
         if self._path is not None:
             if self._path.suffix not in (".csv", ".jsonl"):
@@ -108,7 +108,7 @@ class Bar:
         self._progress.disable = not (enabled and self._progress.console.is_terminal)
         self._task = self._progress.add_task("step", total=total, completed=start, loss="")
 
-    def __enter__(self) -> Self:
+    def __enter__(self) -> "Bar":
         """Show the bar."""
         self._progress.start()
         return self

@@ -12,7 +12,22 @@ from jaxcompress.cli import _demo, _models
 
 
 @pytest.fixture(scope="module")
-def demo(tmp_path_factory):
+def compile_once(tmp_path_factory):
+    """Let the second run of the demo read what the first one compiled."""
+    settings = {
+        "jax_compilation_cache_dir": str(tmp_path_factory.mktemp("cache")),
+        "jax_persistent_cache_min_compile_time_secs": 0.2,
+    }
+    before = {name: getattr(jax.config, name) for name in settings}
+    for name, value in settings.items():
+        jax.config.update(name, value)
+    yield
+    for name, value in before.items():
+        jax.config.update(name, value)
+
+
+@pytest.fixture(scope="module")
+def demo(tmp_path_factory, compile_once):
     out = tmp_path_factory.mktemp("demo")
     assert cli.main(["demo", "--out", str(out), "--steps", "24", "--seed", "3"]) == 0
     return out
@@ -57,7 +72,8 @@ def test_the_demo_repeats_by_seed(demo, tmp_path):
         assert (tmp_path / file).read_bytes() == (demo / file).read_bytes()
 
 
-def test_inspect_lists_every_leaf(demo, capsys):
+def test_inspect_lists_every_leaf(demo, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "120")
     assert cli.main(["inspect", str(demo / "models" / "int4.safetensors")]) == 0
     printed = capsys.readouterr().out
     for text in ("params/conv1/kernel", "params/head/bias", "int4", "total", "stage: + int4"):
