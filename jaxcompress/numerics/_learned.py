@@ -201,8 +201,8 @@ def dorefa_weights(x: ArrayLike, *, bits: int) -> Array:
         ArgumentError: If `bits` is out of range.
 
     Example:
-        >>> dorefa_weights(jnp.asarray([-2.0, 0.0, 2.0]), bits=1).round(2).tolist()
-        [-1.33..., 1.33..., 1.33...]
+        >>> dorefa_weights(jnp.asarray([-2.0, 0.5, 3.5]), bits=1).tolist()
+        [-2.0, 2.0, 2.0]
 
     Reference: Zhou et al., "DoReFa-Net" (arXiv:1606.06160), section 2.3.
     """

@@ -243,6 +243,8 @@ def _from_range(low: Array, high: Array, format: "Format") -> Fit:
 def _settle(scale: Array, format: "Format") -> Array:
     """Bring a scale to what `scale_dtype` holds and what has a reciprocal; 1 for an empty range."""
     info = jnp.finfo(format.scale_dtype)
+    # The selects also keep XLA on CPU from fusing the slice's reduction with the rounding that
+    # follows, which would write a float32 temporary and take four times as long.
     size = jnp.clip(jnp.abs(scale), float(info.smallest_normal), min(float(info.max), 2.0**126))
     return _rounded(jnp.where(scale == 0, 1, jnp.where(scale < 0, -size, size)), format)
 
