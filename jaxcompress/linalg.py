@@ -114,7 +114,7 @@ def top_k_masks(
     compared = sum(w * x.size for w, x in zip(weights, arrays, strict=True))
     if not compared:
         return [jnp.zeros(x.shape, bool) for x in arrays]
-    widest = jnp.result_type(*arrays)
+    widest = common_float(*(x.dtype for x in arrays))
     xs = [x.astype(widest) for x in arrays]
     return _joint_masks(xs, _checked_k(k, compared), costs=weights)
 
@@ -154,6 +154,25 @@ def top_k_in_groups(
             fix="Choose another group size, or pad the axis.",
         )
     return _group_mask(x, _checked_k(k, size), axis=axis, size=size)
+
+
+def common_float(*dtypes: Any) -> Any:
+    """Choose the float that holds all of these exactly, and not by implicit promotion.
+
+    Args:
+        *dtypes: Floating-point dtypes.
+
+    Returns:
+        The dtype itself where all are one, else float64 if there is one, else float32.
+
+    Example:
+        >>> common_float(jnp.bfloat16, jnp.float16)
+        dtype('float32')
+    """
+    distinct = {jnp.dtype(dtype) for dtype in dtypes}
+    if len(distinct) == 1:
+        return distinct.pop()
+    return jnp.dtype(jnp.float64 if jnp.dtype(jnp.float64) in distinct else jnp.float32)
 
 
 # --- Checks -----------------------------------------------------------------------------------
@@ -338,8 +357,9 @@ def _select(
     k = jnp.clip(k.astype(dtype), 0, compared)
     integer = _ordered_bits(xs[0]).dtype
     lowest, highest = jnp.iinfo(integer).min, jnp.iinfo(integer).max
-    # Loop carries are made from counts, because they must be sharded as the counts will be.
-    everything, nothing = key_counts([jnp.asarray(lowest), jnp.asarray(highest)])
+    # Loop carries are made from a count (of nothing), for they must be sharded as counts will be.
+    nothing = totals(lambda x: [jnp.zeros_like(x, bool)], xs)[0]
+    everything = jnp.full_like(nothing, compared)
     start = (
         jnp.full_like(nothing, lowest, integer),
         jnp.full_like(nothing, highest, integer),

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jax.core import Tracer
 from jaxtyping import ArrayLike, Float, Int
 
-from jaxcompress import tree
+from jaxcompress import numerics, tree
 from jaxcompress.errors import ArgumentTypeError, StructureError
 
 
@@ -16,7 +16,8 @@ def apply(params: tree.Params, mask: tree.Params) -> tree.Params:
 
     Args:
         params: Any pytree of arrays.
-        mask: A tree like params, from `make_mask`: bool arrays, `None` for untouched leaves.
+        mask: A tree like params, from `make_mask` or `get_mask`: bool arrays, `None` for untouched
+            leaves and subtrees.
 
     Returns:
         Params, with the leaves that have no mask passed through.
@@ -29,13 +30,12 @@ def apply(params: tree.Params, mask: tree.Params) -> tree.Params:
         >>> apply({"w": jnp.array([1.0, 2.0])}, {"w": jnp.array([True, False])})
         {'w': Array([1., 0.], dtype=float32)}
     """
-    check_mask(params, mask)
 
     def zero(path: str, p: Any, m: Any) -> Any:
         del path
         return p if m is None else jnp.where(m, p, jnp.zeros((), p.dtype))
 
-    return tree.map_with_path(zero, params, mask)
+    return tree.map_with_path(zero, params, check_mask(params, mask))
 
 
 def check_mask(params: tree.Params, mask: tree.Params, *, name: str = "mask") -> tree.Params:
@@ -43,18 +43,17 @@ def check_mask(params: tree.Params, mask: tree.Params, *, name: str = "mask") ->
 
     Args:
         params: Any pytree of arrays.
-        mask: What should be a mask for it; `None` as a whole passes.
+        mask: What should be a mask for it; `None` may stand for a whole subtree.
         name: What to call it in an error.
 
     Returns:
-        The mask.
+        The mask, with `None` at every untouched leaf.
 
     Raises:
         StructureError: If it does not mirror params, in structure or shapes.
         ArgumentTypeError: If it is not boolean.
     """
-    if mask is None:
-        return None
+    mask = _spread(params, mask)
     entries = tree.flatten_like(params, mask, name=name)
     for (path, p), m in zip(tree.items(params), entries, strict=True):
         if m is None:
@@ -74,6 +73,18 @@ def check_mask(params: tree.Params, mask: tree.Params, *, name: str = "mask") ->
                 fix="Build it from the same params, before they are packed or shrunk.",
             )
     return mask
+
+
+def _spread(params: tree.Params, mask: tree.Params) -> tree.Params:
+    """Write `None` at each leaf of a subtree for which the mask has but one."""
+
+    def spread(m: Any, subtree: tree.Params) -> Any:
+        return tree.map_with_path(lambda path, p: None, subtree) if m is None else m
+
+    try:
+        return jax.tree.map(spread, mask, params, is_leaf=lambda x: x is None)
+    except (ValueError, TypeError):  # another structure, which flatten_like describes
+        return mask
 
 
 class Sparsity(NamedTuple):
@@ -102,7 +113,7 @@ def sparsity_of(params: tree.Params, *, where: tree.Where | None = None) -> Spar
     """Count zeros, in params or in a mask (where a pruned entry is a zero too).
 
     Args:
-        params: Any pytree of arrays, or a mask.
+        params: Any pytree of arrays (packed ones count what they dequantize to), or a mask.
         where: The leaves to count; by default the weights (`tree.weights`) and masks.
 
     Returns:
@@ -118,9 +129,14 @@ def sparsity_of(params: tree.Params, *, where: tree.Where | None = None) -> Spar
     """
     chosen = tree.select(params, _countable if where is None else where)
     return Sparsity(
-        zeros={path: jnp.sum(leaf == 0) for path, leaf in chosen.items()},
+        zeros={path: _zeros(leaf) for path, leaf in chosen.items()},
         entries={path: leaf.size for path, leaf in chosen.items()},
     )
+
+
+def _zeros(leaf: Any) -> jax.Array:
+    values = numerics.dequantize(leaf) if isinstance(leaf, numerics.QArray) else leaf
+    return jnp.sum(values == jnp.zeros((), values.dtype), dtype=jnp.int32)
 
 
 def _countable(path: str, leaf: Any) -> bool:

@@ -89,7 +89,7 @@ def make_mask(
     masks = choose_masks(
         leaves,
         accumulated=_accumulate(params, leaves, score, grads),
-        within=_entries(params, check_mask(params, within, name="within")),
+        within=_by_path(params, within),
         contraction=contraction_axes(params, axes),
         sparsity=targets if targets is not None else sparsity,
         threshold=threshold,
@@ -379,11 +379,12 @@ def _targets(
     return {path: value for path, value in matched.items() if value is not None}
 
 
-def _entries(params: tree.Params, other: tree.Params | None) -> dict[str, Any]:
-    if other is None:
+def _by_path(params: tree.Params, within: tree.Params | None) -> dict[str, Any]:
+    if within is None:
         return {}
+    mask = check_mask(params, within, name="within")
     return dict(
-        zip(tree.paths(params), tree.flatten_like(params, other, name="within"), strict=True)
+        zip(tree.paths(params), tree.flatten_like(params, mask, name="within"), strict=True)
     )
 
 

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple, TypeAlias
 import jax
 import jax.numpy as jnp
 
-from jaxcompress import tree
+from jaxcompress import linalg, tree
 from jaxcompress.errors import ArgumentError
 
 Mean: TypeAlias = Callable[[jax.Array], jax.Array]
@@ -37,10 +37,12 @@ class Accumulated(NamedTuple):
 
 
 def _nothing(path: str, p: jax.Array) -> Any:
+    """Accumulate nothing."""
     del path, p
 
 
 def _unchanged(accumulated: Any, p: jax.Array, g: jax.Array) -> Any:
+    """Learn nothing from a gradient."""
     del p, g
     return accumulated
 
@@ -212,7 +214,7 @@ def movement(*, decay: float = 1.0) -> Score:
 
 
 def _wide(x: jax.Array) -> jax.Array:
-    return x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    return x.astype(linalg.common_float(x.dtype, jnp.float32))
 
 
 def _from_grads(
@@ -228,8 +230,8 @@ def _from_grads(
 
     def init(path: str, p: jax.Array) -> Accumulated:
         del path
-        wide = jnp.promote_types(p.dtype, jnp.float32)
-        return Accumulated(total=jnp.zeros_like(p, wide), weight=jnp.zeros((), jnp.float32))
+        total = jnp.zeros_like(p, linalg.common_float(p.dtype, jnp.float32))
+        return Accumulated(total=total, weight=jnp.zeros((), total.dtype))
 
     def update(accumulated: Accumulated, p: jax.Array, g: jax.Array) -> Accumulated:
         new = contribution(_wide(p), g.astype(accumulated.total.dtype))

@@ -1,7 +1,7 @@
 """Sparse training as one optax transformation."""
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -10,7 +10,7 @@ import optax
 from jax import lax
 from jaxtyping import ArrayLike, Int
 
-from jaxcompress import tree
+from jaxcompress import linalg, tree
 from jaxcompress.errors import ArgumentError, StructureError
 from jaxcompress.sparsity._apply import check_mask
 from jaxcompress.sparsity._masks import (
@@ -125,7 +125,8 @@ def sparsify(
         covered = coverage(params, pattern=pattern, where=where, axes=axes, strict=strict)
         leaves = {path: p for path, p in tree.items(params) if path in covered.touched}
         check_finite(leaves)
-        allowed = _by_path(params, check_mask(params, within, name="within"), name="within")
+        limit = None if within is None else check_mask(params, within, name="within")
+        allowed = _by_path(params, limit, name="within")
         mask = {
             path: jnp.ones_like(p, bool) if allowed.get(path) is None else allowed[path]
             for path, p in leaves.items()
@@ -135,7 +136,7 @@ def sparsify(
             mask=_as_tree(params, mask),
             inner=inner.init(params),
             scores=_as_tree(params, {path: score.init(path, p) for path, p in leaves.items()}),
-            within=within,
+            within=limit,
             leaked=jnp.zeros((), jnp.int32),
         )
 
@@ -169,7 +170,7 @@ def sparsify(
         masks, leaked = lax.cond(due, choose_anew, lambda: (old, state.leaked))
         free, inner_state = inner.update(_freeze(updates, masks), state.inner, params, **extra)
         return _pin(free, params, masks), SparsifyState(
-            step=optax.safe_increment(state.step),
+            step=jnp.asarray(optax.safe_increment(state.step)),
             mask=_as_tree(params, masks),
             inner=inner_state,
             scores=_as_tree(params, scores),
@@ -188,7 +189,8 @@ def get_mask(opt_state: Any) -> tree.Params:
             partitions of `optax.multi_transform` are sparsified, their masks are overlaid.
 
     Returns:
-        The mask: a tree like params, `None` for untouched leaves.
+        The mask: a tree like params, `None` for untouched leaves; and for whole subtrees that
+        `multi_transform` gave to other transformations, which `apply` and `check` understand.
 
     Raises:
         StructureError: If there is none.
@@ -208,13 +210,7 @@ def get_mask(opt_state: Any) -> tree.Params:
             fix="Wrap the optimizer: tx = sparsity.sparsify(tx, ...).",
         )
 
-    def bare(x: Any) -> Any:
-        return None if isinstance(x, optax.MaskedNode) else x
-
-    def absent(x: Any) -> bool:
-        return x is None or isinstance(x, optax.MaskedNode)
-
-    return tree.merge(*(jax.tree.map(bare, state.mask, is_leaf=absent) for state in states))
+    return _overlay([state.mask for state in states])
 
 
 def check(params: tree.Params, opt_state: Any) -> None:
@@ -231,8 +227,7 @@ def check(params: tree.Params, opt_state: Any) -> None:
         ArgumentError: If pruned entries are not zero, or something is chained after `sparsify`.
         StructureError: If there is no `SparsifyState`.
     """
-    mask = get_mask(opt_state)
-    check_mask(params, mask)
+    mask = check_mask(params, get_mask(opt_state))
     fix = "Make sparsify outermost: sparsify(optax.chain(...), ...), nothing chained after it."
     if _chained_after(opt_state):
         raise ArgumentError(
@@ -290,7 +285,7 @@ def _pin(updates: tree.Params, params: tree.Params, masks: dict[str, jax.Array])
     def pinned(path: str, p: Any, u: Any) -> Any:
         if path not in masks:
             return u
-        wide = jnp.promote_types(u.dtype, p.dtype)
+        wide = linalg.common_float(u.dtype, p.dtype)
         return jnp.where(masks[path], u.astype(wide), -p.astype(wide))
 
     return tree.map_with_path(pinned, params, updates)
@@ -315,6 +310,18 @@ def _by_path(
 def _as_tree(params: tree.Params, entries: dict[str, Any]) -> tree.Params:
     """Write `{path: entry}` as a tree that mirrors params, `None` where there is no entry."""
     return tree.map_with_path(lambda path, p: entries.get(path), params)
+
+
+def _overlay(nodes: Sequence[Any]) -> tree.Params:
+    """Merge masks where each holds nothing (`None`, or a `MaskedNode` for a subtree) for others."""
+    present = [x for x in nodes if x is not None and not isinstance(x, optax.MaskedNode)]
+    if not present:
+        return None
+    flat = [jax.tree.flatten(node, is_leaf=lambda x, node=node: x is not node) for node in present]
+    children, treedefs = zip(*flat, strict=True)  # of the first level only
+    if jax.tree_util.treedef_is_leaf(treedefs[0]):
+        return present[0]
+    return treedefs[0].unflatten(_overlay(column) for column in zip(*children, strict=True))
 
 
 def _states(opt_state: Any) -> Iterator[SparsifyState]:

@@ -77,8 +77,8 @@ def linear(sparsity: float, *, end: int, begin: int = 0, initial: float = 0.0) -
 def cubic(sparsity: float, *, end: int, begin: int = 0, initial: float = 0.0) -> Schedule:
     """Grow fast, then ever slower: s(t) = s_f + (s_i - s_f)(1 - x)^3.
 
-    Here x = (t - begin)/(end - begin): "To prune, or not to prune" (Zhu & Gupta, arXiv:1710.01878, eq. 1), where the
-    denominator is written n dt; dt is `every` in `sparsify`.
+    Here x = (t - begin)/(end - begin). "To prune, or not to prune" (Zhu & Gupta,
+    arXiv:1710.01878, eq. 1), where the denominator is written n dt; dt is `every` in `sparsify`.
 
     Args:
         sparsity: s_f, the fraction pruned from `end` on, from 0 to 1.
