@@ -137,8 +137,8 @@ def magnitude(*, order: int = 1) -> Score:
 def saliency(*, decay: float = 1.0) -> Score:
     """Score by the effect of a gate on each entry: |p g|, g the mean gradient; mean over a unit.
 
-    "SNIP: single-shot network pruning based on connection sensitivity" (arXiv:1810.02340,
-    eq. 6), without the normalisation by the sum over all entries, which changes no order.
+    "SNIP: single-shot network pruning based on connection sensitivity" (arXiv:1810.02340),
+    without its normalisation by the sum over all entries, which changes no order.
 
     Args:
         decay: Factor on the past at each new gradient; 1 weighs all gradients alike.
@@ -159,8 +159,8 @@ def taylor(*, decay: float = 1.0) -> Score:
     The terms p g are averaged over gradients and *added with their signs* inside a unit, as the
     gradient of a gate on the unit is, where `saliency` adds |p g|; entry by entry the two differ
     only while p changes. This is the absolute form of "Pruning convolutional neural networks for
-    resource efficient inference" (arXiv:1611.06440, eq. 8), put on weights as in "Importance
-    estimation for neural network pruning" (arXiv:1906.10771, section 3.2), which squares it.
+    resource efficient inference" (arXiv:1611.06440), put on weights as in "Importance
+    estimation for neural network pruning" (arXiv:1906.10771), which squares it.
 
     Args:
         decay: Factor on the past at each new gradient; 1 weighs all gradients alike.
@@ -182,7 +182,7 @@ def fisher(*, decay: float = 1.0) -> Score:
     """Score by the second-order change of the loss: p^2 F / 2, F = mean(g^2); mean over a unit.
 
     Optimal brain damage with the diagonal Fisher information for the Hessian: "Faster gaze
-    prediction with dense networks and Fisher pruning" (arXiv:1801.05787, eq. 6). F is exact when
+    prediction with dense networks and Fisher pruning" (arXiv:1801.05787). F is exact when
     each gradient is that of one example; gradients of batches underestimate it.
 
     Args:
@@ -202,7 +202,7 @@ def movement(*, decay: float = 1.0) -> Score:
     """Score by how far training moves entries away from zero: mean(-p g); mean over a unit.
 
     Signed: entries that shrink score below zero and go first. "Movement pruning: adaptive
-    sparsity by fine-tuning" (arXiv:2005.07683, eq. 3), as a mean over steps, not a sum.
+    sparsity by fine-tuning" (arXiv:2005.07683), as a mean over steps, not a sum.
 
     Args:
         decay: Factor on the past at each new gradient; 1 weighs all gradients alike.
