@@ -459,7 +459,7 @@ def test_a_mask_on_a_number_is_refused(path):
         export.save(path, {"step": 3}, mask={"step": np.array(True)})
 
 
-@pytest.mark.parametrize("leaf", ["text", object(), np.array(["text"]), jax.nn.relu], ids=str)
+@pytest.mark.parametrize("leaf", ["text", object(), np.array(["text"]), jax.nn.relu], ids=range(4))
 def test_what_is_no_array_is_refused(path, leaf):
     with pytest.raises(ArgumentTypeError, match=r"`params`.*'act'"):
         export.save(path, {"act": leaf})

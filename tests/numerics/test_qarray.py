@@ -46,7 +46,7 @@ def test_layout_of_a_grouped_leaf(x, q):
         (PerGroup(3, axis=-1), lambda s: (*s[:-1], 2, 1)),
         (PerGroup(s := 2, axis=2), None),
     ],
-    ids=str,
+    ids=["channel", "two axes", "group", "last axis", "axis 2"],
 )
 def test_leaves_of_more_axes(shape, granularity, scale_shape):
     x = jnp.arange(np.prod(shape), dtype=jnp.float32).reshape(shape)
