@@ -20,7 +20,6 @@ from jaxcompress import tree
 from jaxcompress.errors import ArgumentError, StructureError
 from jaxcompress.tree import Params, Where
 
-
 Fn: TypeAlias = Callable[..., Any]
 """A pure `fn(params, *inputs) -> outputs`: the unit of work everywhere."""
 

@@ -8,7 +8,7 @@ import pytest
 import jaxcompress
 
 LEVELS = {
-    0: {"tree", "errors", "adapters"},
+    0: {"tree", "errors", "files", "adapters"},
     1: {"graph", "stats", "numerics", "linalg", "budget"},
     2: {"sparsity", "structured", "quantize", "lowrank", "distill", "transfer"},
     3: {"train", "search", "export", "report"},

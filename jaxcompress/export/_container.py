@@ -6,17 +6,15 @@ package reads these files, but does not write the metadata in a fixed order, so 
 write the header are here.
 """
 
-import contextlib
 import hashlib
 import json
-import os
 import pathlib
-import secrets
-from collections.abc import Iterator, Mapping, Sequence
-from typing import IO, Any
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
+from jaxcompress import files
 from jaxcompress.errors import FileError
 from jaxcompress.export._pools import DECLARED, ITEMSIZE
 
@@ -48,7 +46,7 @@ def write(path: pathlib.Path, about: Mapping[str, Any], pools: Pools) -> tuple[s
     """
     header = _header(about, pools)
     digest = hashlib.sha256(header)
-    with _replacing(path) as file:
+    with files.replacing(path) as file:
         file.write(header)
         for _, chunks in pools:
             for chunk in chunks:
@@ -76,21 +74,6 @@ def _header(about: Mapping[str, Any], pools: Pools) -> bytes:
     text += b" " * (-len(text) % 8)
     assert text.startswith(_PREFIX + _BLANK)
     return len(text).to_bytes(8, "little") + text
-
-
-@contextlib.contextmanager
-def _replacing(path: pathlib.Path) -> Iterator[IO[bytes]]:
-    """Open a new file beside a place; when it is complete and on the disk, rename it there."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
-    try:
-        with open(beside, "xb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(beside, path)
-    finally:
-        beside.unlink(missing_ok=True)
 
 
 def refuse(path: pathlib.Path, got: str) -> FileError:

@@ -8,8 +8,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
+from jaxcompress import files
 from jaxcompress.errors import ArgumentTypeError, MissingExtraError
-from jaxcompress.report._files import write_text
 from jaxcompress.report._plot import INK, Plot
 from jaxcompress.report._table import Table
 
@@ -72,7 +72,7 @@ def page(
             parts.append(_part(part, prefix=f"plot{plots}-"))
         drawn.append({"title": section.title, "parts": parts})
     html = environment.from_string(source).render(title=title, summary=summary, sections=drawn)
-    write_text(path, html)
+    files.write(path, html)
     return pathlib.Path(path)
 
 

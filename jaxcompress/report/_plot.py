@@ -8,8 +8,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from jaxcompress import files
 from jaxcompress.errors import ArgumentError, MissingExtraError
-from jaxcompress.report._files import write_bytes, write_text
 from jaxcompress.report._table import plain
 
 INK, FAINT = "#24292f", "#8c959f"
@@ -82,9 +82,9 @@ class Plot:
                 expected="a file name ending in .png or .svg",
                 fix="For example 'tradeoff.png'.",
             )
-        write_bytes(path, self.render(path.suffix[1:]))
+        files.write(path, self.render(path.suffix[1:]))
         data = {"title": self.title, **self.data}
-        write_text(path.with_suffix(".json"), json.dumps(data, default=plain, indent=1) + "\n")
+        files.write(path.with_suffix(".json"), json.dumps(data, default=plain, indent=1) + "\n")
         return path
 
     def render(self, suffix: str, *, transparent: bool = False) -> bytes:

@@ -15,8 +15,8 @@ import rich.console
 import rich.table
 import rich.text
 
+from jaxcompress import files
 from jaxcompress.errors import ArgumentError, ArgumentTypeError
-from jaxcompress.report._files import write_text
 from jaxcompress.report._units import (
     BYTES,
     MILLISECONDS,
@@ -166,7 +166,7 @@ class Table:
         rows = [{c.key: row.get(c.key) for c in self.columns} for row in self.rows]
         text = json.dumps({"title": self.title, "rows": rows}, default=plain, indent=1)
         if path is not None:
-            write_text(path, text + "\n")
+            files.write(path, text + "\n")
         return text
 
 

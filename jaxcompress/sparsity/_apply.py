@@ -53,7 +53,6 @@ def check_mask(params: tree.Params, mask: tree.Params, *, name: str = "mask") ->
         StructureError: If it does not mirror params, in structure or shapes.
         ArgumentTypeError: If it is not boolean.
     """
-    mask = _spread(params, mask)
     entries = tree.flatten_like(params, mask, name=name)
     for (path, p), m in zip(tree.items(params), entries, strict=True):
         if m is None:
@@ -72,19 +71,7 @@ def check_mask(params: tree.Params, mask: tree.Params, *, name: str = "mask") ->
                 expected="a mask of the shape of each array",
                 fix="Build it from the same params, before they are packed or shrunk.",
             )
-    return mask
-
-
-def _spread(params: tree.Params, mask: tree.Params) -> tree.Params:
-    """Write `None` at each leaf of a subtree for which the mask has but one."""
-
-    def spread(m: Any, subtree: tree.Params) -> Any:
-        return tree.map_with_path(lambda path, p: None, subtree) if m is None else m
-
-    try:
-        return jax.tree.map(spread, mask, params, is_leaf=lambda x: x is None)
-    except (ValueError, TypeError):  # another structure, which flatten_like describes
-        return mask
+    return tree.map_with_path(lambda path, p, m: m, params, mask)
 
 
 class Sparsity(NamedTuple):

@@ -129,7 +129,8 @@ def flatten_like(params: Params, other: Params, *, name: str) -> list[Any]:
 
     Args:
         params: The tree that gives the structure.
-        other: A tree that mirrors it; an entry may be `None` or a subtree.
+        other: A tree that mirrors it; an entry may be `None` or a subtree, and a `None` may also
+            stand for a whole subtree of params.
         name: What to call `other` in an error.
 
     Returns:
@@ -141,10 +142,12 @@ def flatten_like(params: Params, other: Params, *, name: str) -> list[Any]:
     Example:
         >>> flatten_like({"a": 1, "b": 2}, {"a": None, "b": True}, name="mask")
         [None, True]
+        >>> flatten_like({"a": {"b": 1, "c": 2}}, {"a": None}, name="mask")
+        [None, None]
     """
     treedef = jax.tree.structure(params, is_leaf=is_leaf)
     try:
-        return treedef.flatten_up_to(other)
+        return treedef.flatten_up_to(_spread_none(other, params))
     except (ValueError, TypeError) as error:
         raise StructureError(
             name,
@@ -152,6 +155,18 @@ def flatten_like(params: Params, other: Params, *, name: str) -> list[Any]:
             expected="a tree that mirrors params, leaf for leaf",
             fix="Build it from the same params (with None for untouched leaves).",
         ) from error
+
+
+def _spread_none(other: Params, params: Params) -> Params:
+    """Write `None` at each leaf of a subtree for which `other` has but one."""
+
+    def spread(entry: Any, subtree: Params) -> Any:
+        return jax.tree.map(lambda _: None, subtree, is_leaf=is_leaf) if entry is None else entry
+
+    try:
+        return jax.tree.map(spread, other, params, is_leaf=lambda x: x is None)
+    except (ValueError, TypeError):  # entries that are subtrees, or another structure
+        return other
 
 
 def describe_difference(params: Params, other: Params) -> str:
