@@ -4,6 +4,7 @@ A granularity may split an axis into blocks. Scales keep every axis of the block
 length 1 where entries share, so that they broadcast; they ride along under `vmap` and `scan`.
 """
 
+import abc
 import math
 from dataclasses import dataclass
 
@@ -13,7 +14,7 @@ from jaxcompress.errors import ArgumentError
 
 
 @dataclass(frozen=True)
-class Granularity:
+class Granularity(abc.ABC):
     """Which entries share one scale: the base class of `PerTensor`, `PerChannel`, `PerGroup`."""
 
     def obstacle(self, shape: tuple[int, ...]) -> str | None:
@@ -28,6 +29,7 @@ class Granularity:
         del shape
         return None
 
+    @abc.abstractmethod
     def shared(self, ndim: int) -> tuple[int, ...]:
         """List the axes of the blocked array along which one scale is shared.
 
@@ -37,7 +39,6 @@ class Granularity:
         Returns:
             Axes, non-negative.
         """
-        raise NotImplementedError
 
     def block(self, x: Array) -> Array:
         """Split the array's axes into blocks, if the granularity has any.

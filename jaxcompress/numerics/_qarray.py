@@ -50,7 +50,7 @@ class QArray(LeafNode):
     dtype: Any
 
     @property
-    def shape(self) -> tuple[int, ...]:  # type: ignore[override]
+    def shape(self) -> tuple[int, ...]:
         """The shape of the array that this stands for."""
         return self.format.granularity.unblocked_shape(self.values.shape)
 
@@ -60,12 +60,12 @@ class QArray(LeafNode):
         return len(self.shape)
 
     @property
-    def size(self) -> int:  # type: ignore[override]
+    def size(self) -> int:
         """How many entries that array has."""
         return math.prod(self.shape)
 
     @property
-    def nbytes(self) -> int:  # type: ignore[override]
+    def nbytes(self) -> int:
         """The bytes that XLA keeps: values, scale and zero point; int4 takes half a byte."""
         parts = [part for part in (self.values, self.scale, self.zero) if part is not None]
         return sum(-(-math.prod(part.shape) * bits_of(part.dtype) // 8) for part in parts)

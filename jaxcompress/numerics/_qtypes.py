@@ -6,6 +6,7 @@ A `QType` turns a slice's numbers and scale into stored values and back. Almost 
 instance of a class here, or a subclass.
 """
 
+import abc
 import itertools
 import math
 from dataclasses import dataclass
@@ -22,7 +23,7 @@ Limits = tuple[float, float]
 
 
 @dataclass(frozen=True, kw_only=True)
-class QType:
+class QType(abc.ABC):
     """A number type: the base class of them all.
 
     Attributes:
@@ -34,10 +35,11 @@ class QType:
     bits: int
 
     @property
+    @abc.abstractmethod
     def storage(self) -> Any:
         """The dtype of stored values; XLA packs `int4` two and `int2` four to a byte."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def to_values(
         self,
         x: Array,
@@ -60,8 +62,8 @@ class QType:
         Returns:
             Values of the dtype `storage`.
         """
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def to_numbers(self, values: Array, scale: Array, zero: Array | None) -> Array:
         """Give the numbers that stored values stand for.
 
@@ -73,8 +75,8 @@ class QType:
         Returns:
             float32 numbers.
         """
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def inside(self, x: Array, scale: Array, zero: Array | None, *, limits: Limits | None) -> Array:
         """Tell which numbers are rounded rather than clipped: where a gradient passes.
 
@@ -87,7 +89,6 @@ class QType:
         Returns:
             Booleans of x's shape.
         """
-        raise NotImplementedError
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,15 +103,16 @@ class Scaled(QType):
     """
 
     @property
+    @abc.abstractmethod
     def limits(self) -> Limits:
         """The smallest and the largest number that the type holds, at scale 1."""
-        raise NotImplementedError
 
     @property
+    @abc.abstractmethod
     def margins(self) -> Limits:
         """How far past each limit a number may lie and still be rounded rather than clipped."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def encode(self, t: Array, *, noise: Array | None = None) -> Array:
         """Round normalised numbers to codes.
 
@@ -121,7 +123,6 @@ class Scaled(QType):
         Returns:
             Codes, ready to be cast to `storage`.
         """
-        raise NotImplementedError
 
     def decode(self, values: Array) -> Array:
         """Give the normalised numbers that codes stand for.

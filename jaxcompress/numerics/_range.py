@@ -1,5 +1,6 @@
 """Range methods: from a slice's entries to its scale (and zero point)."""
 
+import abc
 import enum
 import math
 from dataclasses import dataclass
@@ -39,9 +40,10 @@ class Convention(enum.Enum):
 
 
 @dataclass(frozen=True)
-class Range:
+class Range(abc.ABC):
     """How a slice's scale is found: the base class of the methods below."""
 
+    @abc.abstractmethod
     def fit(self, x: Array, *, shared: tuple[int, ...], format: "Format") -> Fit:
         """Find the scale and zero point of every slice.
 
@@ -54,7 +56,6 @@ class Range:
             `(scale, zero)`, float32 numbers that `scale_dtype` can hold; x's shape with 1 for
             the shared axes. `zero` is `None` for a symmetric format.
         """
-        raise NotImplementedError
 
 
 @dataclass(frozen=True)

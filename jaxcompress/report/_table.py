@@ -217,7 +217,7 @@ def _as_mapping(row: Row) -> Mapping[str, Any]:
     if dataclasses.is_dataclass(row) and not isinstance(row, type):
         return {f.name: getattr(row, f.name) for f in dataclasses.fields(row)}
     if isinstance(row, tuple) and hasattr(row, "_fields"):
-        return dict(zip(getattr(row, "_fields"), row, strict=True))  # noqa: B009
+        return row._asdict()  # pyright: ignore[reportAttributeAccessIssue]
     raise ArgumentTypeError(
         "rows",
         got=type(row).__name__,

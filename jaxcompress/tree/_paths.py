@@ -1,5 +1,6 @@
 """Params as an addressed set of leaves: paths, and trees read side by side."""
 
+import abc
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeAlias
 
@@ -11,17 +12,32 @@ Params: TypeAlias = Any
 """Any pytree of arrays."""
 
 
-class LeafNode:
+class LeafNode(abc.ABC):
     """Base class of pytree nodes that every function here counts as one leaf.
 
     A `QArray` is one: it stands where an array stood, keeps its path, and is selected, counted
-    and written as a whole. Subclasses have `shape`, `dtype`, `size` and `nbytes`.
+    and written as a whole.
+
+    Attributes:
+        dtype: The dtype of the array that it stands for.
     """
 
-    shape: tuple[int, ...]
     dtype: Any
-    size: int
-    nbytes: int
+
+    @property
+    @abc.abstractmethod
+    def shape(self) -> tuple[int, ...]:
+        """The shape of the array that it stands for."""
+
+    @property
+    @abc.abstractmethod
+    def size(self) -> int:
+        """How many entries that array has."""
+
+    @property
+    @abc.abstractmethod
+    def nbytes(self) -> int:
+        """The bytes that XLA keeps for it."""
 
 
 def is_leaf(x: Any) -> bool:

@@ -37,7 +37,7 @@ def test_differences_and_ratios_to_the_first_row():
     headers, rows, numeric = report.table(ROWS, columns=columns).cells()
     assert headers == ["accuracy [%]", "Δ", "bytes [kB]", "ratio"] and all(numeric)
     assert [row[1] for row in rows] == ["0.0", "\N{MINUS SIGN}1.1", "0.0"]
-    assert [row[3] for row in rows] == ["1.0×", "3.9×", "17.7×"]  # noqa: RUF001
+    assert [row[3] for row in rows] == ["1.0×", "3.9×", "17.7×"]
 
 
 @pytest.mark.parametrize("width", [60, 80, 120])
@@ -64,7 +64,7 @@ def test_numbers_are_never_broken(width):
         ([-0.25, 0.0], None, ["\N{MINUS SIGN}0.2500", "0.0000"]),
         ([np.float32(0.5), jnp.float32(1.5)], None, ["0.500", "1.500"]),
         ([True, "text"], None, ["True", "text"]),
-        ([(3, 4), ()], None, ["3×4", "scalar"]),  # noqa: RUF001
+        ([(3, 4), ()], None, ["3×4", "scalar"]),
     ],
 )
 def test_cells(values, unit, shown):
