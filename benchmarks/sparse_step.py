@@ -11,6 +11,7 @@ import functools
 import json
 import pathlib
 import statistics
+import sys
 import time
 
 import flax.linen as nn
@@ -20,37 +21,10 @@ import optax
 
 from jaxcompress import sparsity
 
+sys.path.insert(0, str(pathlib.Path(__file__).parents[1] / "examples"))
+from models.resnet import CifarResNet
+
 EVERY = 100
-
-
-class Block(nn.Module):
-    """Two 3x3 convolutions and a shortcut that subsamples and pads."""
-
-    width: int
-    stride: int
-
-    @nn.compact
-    def __call__(self, x):
-        """Compute the layer."""
-        norm = functools.partial(nn.BatchNorm, use_running_average=False)
-        y = nn.Conv(self.width, (3, 3), self.stride, use_bias=False)(x)
-        y = nn.Conv(self.width, (3, 3), use_bias=False)(nn.relu(norm()(y)))
-        x = x[:, :: self.stride, :: self.stride]
-        x = jnp.pad(x, ((0, 0), (0, 0), (0, 0), (0, self.width - x.shape[-1])))
-        return nn.relu(x + norm()(y))
-
-
-class ResNet20(nn.Module):
-    """Three stages of three blocks, of widths 16, 32 and 64."""
-
-    @nn.compact
-    def __call__(self, x):
-        """Compute logits."""
-        x = nn.relu(nn.BatchNorm(False)(nn.Conv(16, (3, 3), use_bias=False)(x)))
-        for stage, width in enumerate((16, 32, 64)):
-            for block in range(3):
-                x = Block(width, 2 if stage and not block else 1)(x)
-        return nn.Dense(10)(x.mean((1, 2)))
 
 
 class Mlp(nn.Module):
@@ -59,8 +33,9 @@ class Mlp(nn.Module):
     width: int
 
     @nn.compact
-    def __call__(self, x):
+    def __call__(self, x, *, train):
         """Compute logits."""
+        del train
         for _ in range(4):
             x = nn.relu(nn.Dense(self.width)(x))
         return nn.Dense(10)(x)
@@ -69,14 +44,14 @@ class Mlp(nn.Module):
 def problem(name):
     """Build `(model, batch, optimizer)`."""
     if name == "resnet20":
-        return ResNet20(), jnp.ones((64, 32, 32, 3)), optax.sgd(0.1, momentum=0.9)
+        return CifarResNet(), jnp.ones((64, 32, 32, 3)), optax.sgd(0.1, momentum=0.9)
     return Mlp(2048), jax.random.normal(jax.random.key(1), (256, 2048)), optax.adam(1e-3)
 
 
 def stepper(model, tx):
     def loss(params, stats, x, labels):
         # The new batch statistics are dropped: both steps compute them, neither keeps them.
-        logits, _ = model.apply({"params": params, **stats}, x, mutable=["batch_stats"])
+        logits, _ = model.apply({"params": params, **stats}, x, train=True, mutable=["batch_stats"])
         return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
 
     @functools.partial(jax.jit, donate_argnums=(0, 1))
@@ -90,7 +65,7 @@ def stepper(model, tx):
 def measure(name, repeats, steps):
     model, x, tx = problem(name)
     labels = jnp.arange(len(x)) % 10
-    stats = model.init(jax.random.key(0), x)
+    stats = model.init(jax.random.key(0), x, train=True)
     params = stats.pop("params")
     sparse = sparsity.sparsify(tx, schedule=0.8, every=EVERY)
     runs = {}
