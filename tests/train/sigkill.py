@@ -3,7 +3,7 @@
     python tests/train/sigkill.py --trials 10
 
 Each trial trains a small network (pruned by `sparsify`, fake-quantized, with noise from the run's
-key, early-stopping bookkeeping, checkpoints and a log) in a process that is killed up to three
+key, early-stopping bookkeeping, checkpoints and a log) in a process that is killed one to three
 times; what the last process ends with must equal the uninterrupted run bit for bit: params,
 optimizer state, masks, counters, random key and log. Exits with 1 if a trial differs.
 """
@@ -18,7 +18,7 @@ import sys
 import tempfile
 import time
 
-STEPS = 40
+STEPS, STEPS_PER_EPOCH, SECONDS_PER_STEP = 40, 4, 0.02
 
 
 class SlowBatches:
@@ -70,7 +70,7 @@ def train_once(folder: pathlib.Path) -> None:
     state, rows = train.fit(
         train.init(params, tx, key=jax.random.key(1)),
         train.make_step(loss, tx),
-        SlowBatches(batches, 0.02),
+        SlowBatches(batches, SECONDS_PER_STEP),
         steps=STEPS,
         validation=batches,
         evaluate=evaluate,
@@ -92,34 +92,27 @@ def start(folder: pathlib.Path) -> subprocess.Popen:
     return subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
 
 
-def run_to_the_end(folder: pathlib.Path) -> float:
-    """Train without interruption; the seconds from the first report to the end."""
+def run_to_the_end(folder: pathlib.Path) -> None:
+    """Train, or go on training, without interruption."""
     process = start(folder)
-    process.stdout.readline()
-    began = time.monotonic()
     process.communicate()
     assert process.returncode == 0, "training failed"
-    return time.monotonic() - began
 
 
-def run_with_kills(folder: pathlib.Path, kills: int, span: float, rng: random.Random) -> int:
-    """Train in processes that are killed at random moments; how many really were."""
-    killed = 0
-    for _ in range(kills):
+def run_with_kills(folder: pathlib.Path, kills: int, rng: random.Random) -> list[int]:
+    """Train in processes that are killed at random moments; the last steps they reported."""
+    moments = []
+    # Late enough to have trained, early enough not to have finished before the signal arrives.
+    for step in sorted(rng.sample(range(1, STEPS - 2 * STEPS_PER_EPOCH), kills)):
         process = start(folder)
-        # From the first report on: before it, there is nothing but imports and compilation.
-        process.stdout.readline()
-        try:
-            process.wait(rng.uniform(0, 0.8 * span))
-        except subprocess.TimeoutExpired:
-            process.send_signal(signal.SIGKILL)
+        reported = next(int(line) for line in process.stdout if int(line) >= step)
+        time.sleep(rng.uniform(0, STEPS_PER_EPOCH * SECONDS_PER_STEP))
+        process.send_signal(signal.SIGKILL)
         process.communicate()
-        if process.returncode == 0:
-            return killed
         assert process.returncode == -signal.SIGKILL, f"exit status {process.returncode}"
-        killed += 1
+        moments.append(reported)
     run_to_the_end(folder)
-    return killed
+    return moments
 
 
 def differences(a: pathlib.Path, b: pathlib.Path) -> list[str]:
@@ -142,15 +135,15 @@ def main(trials: int, kills: int, seed: int) -> int:
     with tempfile.TemporaryDirectory() as scratch:
         whole = pathlib.Path(scratch) / "whole"
         whole.mkdir()
-        span = run_to_the_end(whole)
+        run_to_the_end(whole)
         for trial in range(trials):
             folder = pathlib.Path(scratch) / f"trial{trial}"
             folder.mkdir()
-            killed = run_with_kills(folder, kills, span, rng)
+            moments = run_with_kills(folder, rng.randint(1, kills), rng)
             different = differences(whole, folder)
             failures += bool(different)
             verdict = f"differs in {', '.join(different)}" if different else "bit for bit equal"
-            print(f"trial {trial}: killed {killed} times, {verdict}", flush=True)
+            print(f"trial {trial}: killed after steps {moments}, {verdict}", flush=True)
     print(f"{trials - failures} of {trials} trials equal the uninterrupted run")
     return int(failures > 0)
 
