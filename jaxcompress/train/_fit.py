@@ -16,6 +16,7 @@ from jaxcompress.train._data import Data, prefetched
 from jaxcompress.train._evaluate import evaluate as evaluate_on
 from jaxcompress.train._ledger import EarlyStopping, Ledger
 from jaxcompress.train._log import Bar, Log, Row
+from jaxcompress.train._sharding import shard
 from jaxcompress.train._state import State
 from jaxcompress.tree import Params
 
@@ -64,7 +65,7 @@ def fit(
             resumed run repeats). They may read the state, not keep it.
 
     Returns:
-        The final state (with the best params, if early stopping restores them) and all rows.
+        The final state (that of the best report, if early stopping restores it) and all rows.
 
     Raises:
         ArgumentError: If the length is not given once, or `validation` and `evaluate` not
@@ -90,20 +91,30 @@ def fit(
     metrics_of = _evaluator(evaluate, validation, place)
     saving = _as_checkpoints(checkpoints)
 
+    state = _on_mesh_of(step, state)
+
     with contextlib.ExitStack() as stack:
-        stack.enter_context(_on_mesh_of(step))
+        stack.enter_context(_using_mesh_of(step))
         store = saving and stack.enter_context(Store(saving.directory, keep=saving.keep))
-        best: Params | None = None
+        best: State | None = None
         ledger = Ledger()
         if store and store.steps():
             state, best, ledger = _resume(store, state, data)
-        start = int(state.step)
+        start, stopped = int(state.step), ledger.stops(early_stopping)
+        if start > last:
+            raise ArgumentError(
+                "steps",
+                got=f"a length of {last} steps for a run that has taken {start}",
+                expected=f"{start} or more",
+                fix="Lengths count from step 0 of the run; ask for more, or use another "
+                "checkpoint directory.",
+            )
         writer = stack.enter_context(Log(log, ledger.rows))
         bar = stack.enter_context(Bar(start=start, total=last, enabled=progress))
 
         # Metrics stay on the device for a few steps, so that the host never waits for the latest.
         pending: collections.deque[Mapping[str, jax.Array]] = collections.deque()
-        ahead = range(start, start if ledger.stopped else last)
+        ahead = range(start, start if stopped else last)
         for i, batch in prefetched(data, place, ahead, depth=prefetch):
             state, metrics = step(state, batch)
             pending.append(metrics)
@@ -117,16 +128,17 @@ def fit(
                 row |= ledger.means() | metrics_of(state.params)
                 ledger, improved = ledger.report(row, early_stopping)
                 if improved and early_stopping and early_stopping.restore_best:
-                    best = jax.tree.map(jnp.copy, state.params)
+                    best = jax.tree.map(jnp.copy, state)
                 writer.write(row)
                 for callback in callbacks:
                     callback(state, row)
-            if store and (saves or ledger.stopped):
+                stopped = ledger.stops(early_stopping)
+            if store and (saves or stopped):
                 _save(store, state, best, ledger, data)
             bar.update(done, loss=ledger.latest)
-            if ledger.stopped:
+            if stopped:
                 break
-    return state if best is None else state._replace(params=best), list(ledger.rows)
+    return state if best is None else best, list(ledger.rows)
 
 
 def _at_least(argument: str, value: int, least: int) -> None:
@@ -135,16 +147,15 @@ def _at_least(argument: str, value: int, least: int) -> None:
 
 
 def _length(data: Data, *, epochs: int | None, steps: int | None) -> int:
-    if epochs is not None and steps is None:
-        return epochs * data.steps_per_epoch
-    if steps is not None and epochs is None:
-        return steps
-    raise ArgumentError(
-        "epochs",
-        got=f"epochs={epochs} and steps={steps}",
-        expected="one of the two",
-        fix="For example epochs=10.",
-    )
+    given = [n for n in (epochs, steps) if n is not None]
+    if len(given) != 1 or not isinstance(given[0], int) or given[0] < 0:
+        raise ArgumentError(
+            "epochs",
+            got=f"epochs={epochs} and steps={steps}",
+            expected="one of the two, an integer, 0 or more",
+            fix="For example epochs=10.",
+        )
+    return given[0] * (1 if epochs is None else data.steps_per_epoch)
 
 
 def _evaluator(
@@ -177,27 +188,39 @@ def _as_checkpoints(
     return Checkpoints(directory=checkpoints)
 
 
-def _on_mesh_of(step: Any) -> contextlib.AbstractContextManager[Any]:
+def _on_mesh_of(step: Any, state: State) -> State:
+    """Place the state where the step wants it, before anything is restored in its likeness."""
+    mesh = getattr(step, "mesh", None)
+    return state if mesh is None else shard(state, mesh=mesh, sharding=step.sharding)
+
+
+def _using_mesh_of(step: Any) -> contextlib.AbstractContextManager[Any]:
     mesh = getattr(step, "mesh", None)
     return contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh)
 
 
-def _save(store: Store, state: State, best: Params | None, ledger: Ledger, data: Data) -> None:
+def _identity(data: Data) -> dict[str, Any]:
+    """What tells one run's data from another's, as far as the data say it."""
+    names = ("steps_per_epoch", "size", "batch_size", "seed", "shuffle", "drop_last")
+    return {name: getattr(data, name) for name in names if hasattr(data, name)}
+
+
+def _save(store: Store, state: State, best: State | None, ledger: Ledger, data: Data) -> None:
     trees = {"state": state} if best is None else {"state": state, "best": best}
-    book = {"ledger": ledger.to_json(), "steps_per_epoch": data.steps_per_epoch}
+    book = {"ledger": ledger.to_json(), "data": _identity(data)}
     store.save(int(state.step), trees, book)
 
 
-def _resume(store: Store, like: State, data: Data) -> tuple[State, Params | None, Ledger]:
+def _resume(store: Store, like: State, data: Data) -> tuple[State, State | None, Ledger]:
     latest = store.steps()[-1]
     book = store.book(latest)
-    if book["steps_per_epoch"] != data.steps_per_epoch:
+    if book["data"] != _identity(data):
         raise ArgumentError(
             "data",
-            got=f"{data.steps_per_epoch} steps per epoch",
-            expected=f"the {book['steps_per_epoch']} of the run in the checkpoint directory",
-            fix="Give the same data and batch size, or another directory.",
+            got=f"data with {_identity(data)}",
+            expected=f"those of the run in the checkpoint directory, {book['data']}",
+            fix="Give the same data, batch size and seed, or another directory.",
         )
     state = store.read(latest, "state", like)
-    best = store.read(latest, "best", like.params) if "best" in book["manifest"] else None
+    best = store.read(latest, "best", like) if "best" in book["manifest"] else None
     return state, best, Ledger.from_json(book["ledger"])

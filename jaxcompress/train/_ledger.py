@@ -19,8 +19,11 @@ class EarlyStopping:
         mode: Whether lower or higher is better.
         patience: Reports without improvement before stopping.
         min_delta: How much better than the best counts as an improvement.
-        restore_best: Return the params of the best report rather than the last ones. A copy of
-            them is kept on the device and in the checkpoints.
+        restore_best: Return the state of the best report rather than the last one: params, and
+            the masks and optimizer state that go with them. A copy of it is kept on the device
+            and in the checkpoints.
+        after: Only reports after this step count, neither as the best nor as waiting. With a
+            growing sparsity, the step at which it is reached: earlier models are not pruned yet.
     """
 
     metric: str = "validation/loss"
@@ -28,6 +31,7 @@ class EarlyStopping:
     patience: int = 5
     min_delta: float = 0.0
     restore_best: bool = True
+    after: int = 0
 
     def __post_init__(self):
         for name, ok, expected in (
@@ -67,7 +71,6 @@ class Ledger:
         latest: The loss of the latest step that was not skipped.
         best: The best value of the early-stopping metric.
         waited: Reports since then.
-        stopped: Whether early stopping has ended the run.
     """
 
     rows: tuple[Row, ...] = ()
@@ -77,7 +80,6 @@ class Ledger:
     latest: float | None = None
     best: float | None = None
     waited: int = 0
-    stopped: bool = False
 
     @classmethod
     def from_json(cls, record: Mapping[str, Any]) -> "Ledger":
@@ -110,7 +112,8 @@ class Ledger:
         """
         values = {name: float(value) for name, value in metrics.items()}
         if values.pop("skipped", 0.0):
-            return dataclasses.replace(self, skipped=self.skipped + 1)
+            sums = dict.fromkeys(values, 0.0) | dict(self.sums)  # so that the names are known
+            return dataclasses.replace(self, sums=sums, skipped=self.skipped + 1)
         sums = {name: self.sums.get(name, 0.0) + value for name, value in values.items()}
         latest = values.get("loss", self.latest)
         return dataclasses.replace(self, sums=sums, count=self.count + 1, latest=latest)
@@ -119,9 +122,12 @@ class Ledger:
         """Average the metrics since the last report.
 
         Returns:
-            `{name: mean}`, and the number of skipped steps.
+            `{name: mean}`, NaN if every step was skipped, and the number of skipped steps.
         """
-        means = {name: total / self.count for name, total in self.sums.items()}
+        means = {
+            name: total / self.count if self.count else math.nan
+            for name, total in self.sums.items()
+        }
         return {**means, "skipped": self.skipped}
 
     def report(self, row: Row, stopping: EarlyStopping | None) -> tuple["Ledger", bool]:
@@ -138,7 +144,7 @@ class Ledger:
             ArgumentError: If the row lacks the early-stopping metric.
         """
         fresh = dataclasses.replace(self, rows=(*self.rows, row), sums={}, count=0, skipped=0)
-        if stopping is None:
+        if stopping is None or row["step"] <= stopping.after:
             return fresh, False
         if stopping.metric not in row:
             raise ArgumentError(
@@ -149,6 +155,15 @@ class Ledger:
             )
         if stopping.improves(row[stopping.metric], self.best):
             return dataclasses.replace(fresh, best=row[stopping.metric], waited=0), True
-        waited = self.waited + 1
-        stopped = waited >= stopping.patience
-        return dataclasses.replace(fresh, waited=waited, stopped=stopped), False
+        return dataclasses.replace(fresh, waited=self.waited + 1), False
+
+    def stops(self, stopping: EarlyStopping | None) -> bool:
+        """Tell whether early stopping ends the run here.
+
+        Args:
+            stopping: The early-stopping rule, if any.
+
+        Returns:
+            Whether its patience is at an end.
+        """
+        return stopping is not None and self.waited >= stopping.patience

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import math
 import os
 import pathlib
 from collections.abc import Sequence
@@ -72,7 +73,9 @@ class Log:
         if self._path is None:
             return
         if self._path.suffix == ".jsonl":
-            self._file.write(json.dumps(row) + "\n")
+            # JSON has no NaN or infinity.
+            finite = {name: x if math.isfinite(x) else None for name, x in row.items()}
+            self._file.write(json.dumps(finite) + "\n")
         else:
             self._write_csv(row)
         self._file.flush()

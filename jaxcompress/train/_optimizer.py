@@ -168,8 +168,13 @@ class OptimizerConfig:
         for name in ("learning_rate", "clip_value", "clip_norm"):
             value = getattr(self, name)
             if value is not None and not value > 0:
+                fix = "Try 1e-3." if name == "learning_rate" else "Use None not to clip."
+                raise ArgumentError(name, got=value, expected="a positive number", fix=fix)
+        for name in {"momentum", "decay", "b1", "b2", "beta"} & vars(self.method).keys():
+            value = getattr(self.method, name)
+            if not 0 <= value < 1:
                 raise ArgumentError(
-                    name, got=value, expected="a positive number", fix="Use None not to clip."
+                    f"method.{name}", got=value, expected="a decay in [0, 1)", fix="0.9 is usual."
                 )
         if not self.weight_decay >= 0:
             raise ArgumentError(
@@ -217,7 +222,7 @@ def optimizer(
         links.append(optax.add_decayed_weights(config.weight_decay, decayed))
     links.append(_method(config.method, rate, config.weight_decay, decayed))
     if isinstance(config.schedule, schedules.Plateau):
-        links.append(config.schedule.transformation())
+        links.append(config.schedule.transformation(warmup=config.warmup))
     return optax.with_extra_args_support(optax.chain(*links))
 
 

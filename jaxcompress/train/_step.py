@@ -11,7 +11,7 @@ from jax.sharding import Mesh
 from jax.typing import ArrayLike
 
 from jaxcompress import tree
-from jaxcompress.errors import ArgumentError, StructureError
+from jaxcompress.errors import ArgumentError, ArgumentTypeError, StructureError
 from jaxcompress.train._precision import Precision
 from jaxcompress.train._sharding import (
     Rules,
@@ -131,9 +131,10 @@ def make_step(
             memory. Losses and gradients are those of the whole batch; BatchNorm sees the
             microbatches, and mutable state is updated once for each.
         precision: A dtype policy.
-        remat: Recompute activations in the backward pass: all of them, or those that a policy of
-            `jax.checkpoint_policies` does not save. To recompute layer by layer, which saves
-            more, put `jax.checkpoint` in the model.
+        remat: Recompute in the backward pass those activations of the loss that a policy of
+            `jax.checkpoint_policies` does not save, such as `save_only_these_names(...)`. `True`
+            saves none; as it recomputes all at once, it seldom lowers the peak. To recompute
+            layer by layer, which does, put `jax.checkpoint` in the model.
         skip_nonfinite: If the loss or a gradient is not finite, leave params, mutable state and
             optimizer state as they are, bit for bit, and count it in `State.skipped`.
         donate: Reuse the old state's buffers for the new one.
@@ -171,6 +172,7 @@ def make_step(
     def update(state: State, batch: Batch) -> tuple[State, dict[str, jax.Array]]:
         where = default_trainable(state.params) if trainable is None else trainable
         learned, rest = split(state.params, where)
+        _check_state(state, learned, tx, policy)
         key = jax.random.fold_in(state.key, state.step)
         objective = _objective(loss, policy)
         grads, rest, metrics = _gradients(objective, learned, rest, batch, key, accumulate)
@@ -195,6 +197,53 @@ def make_step(
     return Step(update=jitted, mesh=mesh, sharding=sharding, data_axis=data_axis)
 
 
+def _check_state(
+    state: State, learned: Params, tx: optax.GradientTransformation, policy: Precision
+) -> None:
+    """Refuse a state that `init` made with other options than this step has."""
+    wanted = jax.eval_shape(policy.store, learned)
+    for (path, leaf), want in zip(tree.items(learned), tree.leaves(wanted), strict=True):
+        if leaf.dtype != want.dtype:
+            raise StructureError(
+                "state",
+                got=f"{path!r} in {leaf.dtype}",
+                expected=f"params in {want.dtype}, as this step's precision says",
+                fix="Give the same `precision` to init and make_step.",
+            )
+    mirrored = jax.eval_shape(tx.init, learned)
+    if jax.tree.structure(mirrored) != jax.tree.structure(state.opt_state):
+        raise StructureError(
+            "state",
+            got="an optimizer state that does not mirror the leaves that learn",
+            expected="the state that tx.init makes for them",
+            fix="Give the same `tx` and the same `trainable` to init and make_step.",
+        )
+
+
+_RESERVED = ("loss", "grad_norm", "skipped", "step", "epoch")
+
+
+def _read_output(out: Any) -> tuple[Any, Aux]:
+    """Tell a loss from `(loss, Aux)`, and refuse anything else."""
+    values, aux = out if isinstance(out, tuple) and len(out) == 2 else (out, Aux())
+    if not isinstance(aux, Aux) or not tree.is_floating(values):
+        raise ArgumentTypeError(
+            "loss",
+            got=jax.tree.map(lambda x: getattr(x, "dtype", type(x).__name__), out),
+            expected="a floating-point array, or (array, train.Aux(...))",
+            fix="Return (loss, train.Aux(metrics={...})).",
+        )
+    taken = [name for name in aux.metrics or {} if name in _RESERVED]
+    if taken:
+        raise ArgumentError(
+            "Aux.metrics",
+            got=taken,
+            expected=f"names other than {', '.join(_RESERVED)}",
+            fix="Rename the metric.",
+        )
+    return values, aux
+
+
 class _Sums(NamedTuple):
     """Sums over examples, all divided by the number of examples in a microbatch."""
 
@@ -211,15 +260,8 @@ def _objective(loss: Loss, policy: Precision) -> Callable[..., tuple[jax.Array, 
         size = _leading_size(batch)
         params = policy.lower(tree.merge(learned, rest))
         out = loss(params, policy.lower_batch(batch), key)
-        values, aux = out if isinstance(out, tuple) and isinstance(out[-1], Aux) else (out, Aux())
+        values, aux = _read_output(out)
         named = {"loss": values, **(aux.metrics or {})}
-        if named["loss"] is not values or "grad_norm" in named or "skipped" in named:
-            raise ArgumentError(
-                "Aux.metrics",
-                got=sorted(aux.metrics or {}),
-                expected="names other than 'loss', 'grad_norm' and 'skipped'",
-                fix="Rename the metric.",
-            )
         weights = None if aux.weights is None else policy.widen(jnp.asarray(aux.weights))
         weight = jnp.ones(()) if weights is None else jnp.sum(weights) / size
         means = {
@@ -267,17 +309,27 @@ def _gradients(
             rest, total = carry
             i, batch = i_and_batch
             grads, (sums, rest) = grad(learned, rest, batch, jax.random.fold_in(key, i))
-            return (rest, jax.tree.map(jnp.add, total, (grads, sums))), None
+            return (rest, jax.tree.map(_add_wide, total, (grads, sums))), None
 
         first = jax.tree.map(lambda x: x[0], micro)
         shapes = jax.eval_shape(grad, learned, rest, first, key)
-        zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), (shapes[0], shapes[1][0]))
+        # Many narrow terms add up badly, so sums are float32 at least until they are divided.
+        zeros = jax.tree.map(
+            lambda s: jnp.zeros(s.shape, jnp.promote_types(s.dtype, jnp.float32)),
+            (shapes[0], shapes[1][0]),
+        )
         (rest, (grads, sums)), _ = jax.lax.scan(
             body, (rest, zeros), (jnp.arange(accumulate), micro)
         )
-    grads = jax.tree.map(lambda g: g / sums.weight.astype(g.dtype), grads)
+    grads = jax.tree.map(
+        lambda g, p: (g / sums.weight.astype(g.dtype)).astype(p.dtype), grads, learned
+    )
     metrics = {name: x / sums.weight.astype(x.dtype) for name, x in sums.metrics.items()}
     return grads, rest, metrics
+
+
+def _add_wide(total: jax.Array, x: jax.Array) -> jax.Array:
+    return total + x.astype(total.dtype)
 
 
 def _microbatches(batch: Batch, n: int) -> Batch:

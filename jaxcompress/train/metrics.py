@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.core import Tracer
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float, Int
 
@@ -22,7 +23,8 @@ from jaxcompress.train._precision import widened
 def correct(logits: ArrayLike, labels: ArrayLike, *, k: int = 1) -> Float[Array, " batch"]:
     """Tell for each example whether its label is among the k highest logits.
 
-    Of equal logits the lower class ranks first, as in `argmax`; logits with a NaN are wrong.
+    Of equal logits the lower class ranks first, as in `argmax`; logits with a NaN are wrong, and
+    so, under `jit`, are labels outside the classes.
 
     Args:
         logits: `(batch, classes)`.
@@ -33,7 +35,7 @@ def correct(logits: ArrayLike, labels: ArrayLike, *, k: int = 1) -> Float[Array,
         1.0 or 0.0 per example.
 
     Raises:
-        ArgumentError: If the shapes do not fit, or `k` is below 1.
+        ArgumentError: If the shapes do not fit, a concrete label is no class, or `k` is below 1.
 
     Example:
         >>> correct(jnp.array([[0.1, 0.9], [0.8, 0.2]]), jnp.array([1, 1]))
@@ -48,9 +50,11 @@ def correct(logits: ArrayLike, labels: ArrayLike, *, k: int = 1) -> Float[Array,
 @functools.partial(jax.jit, static_argnums=2)
 def _correct(logits: Array, labels: Array, k: int) -> Array:
     own = jnp.take_along_axis(logits, labels[:, None], axis=1)
+    known = (labels >= 0) & (labels < logits.shape[1])
     earlier = jnp.arange(logits.shape[1])[None, :] < labels[:, None]
     above = jnp.sum((logits > own) | ((logits == own) & earlier), axis=1)
-    return jnp.astype((above < k) & ~jnp.any(jnp.isnan(logits), axis=1), jnp.float32)
+    numbers = ~jnp.any(jnp.isnan(logits), axis=1)
+    return jnp.astype((above < k) & known & numbers, jnp.float32)
 
 
 def cross_entropy(logits: ArrayLike, labels: ArrayLike) -> Float[Array, " batch"]:
@@ -76,6 +80,8 @@ def cross_entropy(logits: ArrayLike, labels: ArrayLike) -> Float[Array, " batch"
 
 @jax.jit
 def _cross_entropy(logits: Array, labels: Array) -> Array:
+    # A negative label would wrap around; NaN is what optax gives for one that is too large.
+    labels = jnp.where(labels < 0, logits.shape[1], labels)
     return optax.softmax_cross_entropy_with_integer_labels(widened(logits), labels)
 
 
@@ -293,7 +299,7 @@ def compare(
     if resamples < 1:
         raise ArgumentError("resamples", got=resamples, expected="1 or more", fix="Raise it.")
     a, labels = _checked(a_logits, labels)
-    b, labels = _checked(b_logits, labels)
+    b = jnp.asarray(b_logits)
     if a.shape != b.shape:
         raise ArgumentError(
             "b_logits",
@@ -355,6 +361,15 @@ def _checked(logits: ArrayLike, labels: ArrayLike) -> tuple[Array, Array]:
         raise ArgumentError(
             "labels", got=labels.dtype, expected="integer classes", fix="Use argmax of one-hot."
         )
+    if not isinstance(labels, Tracer) and labels.size:
+        least, most = int(labels.min()), int(labels.max())
+        if least < 0 or most >= logits.shape[1]:
+            raise ArgumentError(
+                "labels",
+                got=f"labels from {least} to {most}",
+                expected=f"classes from 0 to {logits.shape[1] - 1}",
+                fix="Count classes from 0, and leave out examples that have none.",
+            )
     return logits, labels
 
 

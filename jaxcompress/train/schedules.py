@@ -7,6 +7,7 @@ A schedule gives the learning rate as a fraction of its peak, so that the peak s
 from dataclasses import dataclass
 from typing import TypeAlias
 
+import jax.numpy as jnp
 import optax
 import optax.contrib
 
@@ -181,13 +182,17 @@ class Plateau:
         """
         return optax.constant_schedule(1.0)
 
-    def transformation(self) -> optax.GradientTransformationExtraArgs:
+    def transformation(self, *, warmup: int = 0) -> optax.GradientTransformationExtraArgs:
         """Make the optax transformation that goes last in the chain.
+
+        Args:
+            warmup: Updates during which it only waits: while the rate rises, the loss may well
+                stand still.
 
         Returns:
             A transformation whose update takes the loss as `value`.
         """
-        return optax.contrib.reduce_on_plateau(
+        plateau = optax.contrib.reduce_on_plateau(
             factor=self.factor,
             patience=self.patience,
             rtol=self.tolerance,
@@ -195,6 +200,9 @@ class Plateau:
             accumulation_size=self.steps,
             min_scale=self.final,
         )
+        if not warmup:
+            return plateau
+        return optax.conditionally_transform(plateau, lambda step, **_: jnp.asarray(step) >= warmup)
 
 
 Schedule: TypeAlias = Constant | Staircase | Exponential | Linear | Cosine | Plateau

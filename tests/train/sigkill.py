@@ -74,7 +74,7 @@ def train_once(folder: pathlib.Path) -> None:
         steps=STEPS,
         validation=batches,
         evaluate=evaluate,
-        early_stopping=train.EarlyStopping(patience=STEPS),
+        early_stopping=train.EarlyStopping(patience=STEPS, restore_best=False),
         checkpoints=train.Checkpoints(directory=folder / "checkpoints", every=3, keep=2),
         log=folder / "log.csv",
         callbacks=[lambda state, row: print(row["step"], flush=True)],

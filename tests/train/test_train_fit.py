@@ -10,7 +10,7 @@ import optax
 import pytest
 from rich.console import Console
 
-from jaxcompress import train
+from jaxcompress import sparsity, train
 from jaxcompress.errors import ArgumentError, StructureError
 from jaxcompress.train import _log
 from jaxcompress.train._ledger import Ledger
@@ -172,7 +172,7 @@ def test_early_stopping_returns_the_best_params(problem, step, data, validation,
     state, rows = run(step)
     np.testing.assert_allclose([row["validation/score"] for row in rows], [3.0, 2.0, 2.5, 2.4])
     equal(state.params, kept[1])
-    assert int(state.step) == 20
+    assert int(state.step) == 10  # the whole state is that of the best report
     # Resuming a run that has stopped neither trains nor forgets which params were best.
     again, same = run(interrupting(step, 0))
     equal(again.params, kept[1])
@@ -222,7 +222,7 @@ def test_the_log_reads_back(problem, step, data, tmp_path):
 
 def test_the_ledger_survives_json():
     ledger = Ledger().add({"loss": 0.1, "skipped": 0.0}).add({"loss": 0.2, "skipped": 1.0})
-    ledger, best = ledger.report({"validation/loss": 1 / 3}, train.EarlyStopping())
+    ledger, best = ledger.report({"step": 4, "validation/loss": 1 / 3}, train.EarlyStopping())
     assert best
     assert Ledger.from_json(json.loads(json.dumps(ledger.to_json()))) == ledger
 
@@ -282,7 +282,7 @@ def test_a_checkpoint_of_another_model_is_refused(problem, step, data, tmp_path)
     with pytest.raises(StructureError, match="'params/w' is missing"):
         train.fit(other, step, data, steps=2, checkpoints=tmp_path)
     fewer = train.Batches(data.arrays, batch_size=10)
-    with pytest.raises(ArgumentError, match="4 steps per epoch"):
+    with pytest.raises(ArgumentError, match="'steps_per_epoch': 4"):
         train.fit(start(problem), step, fewer, steps=2, checkpoints=tmp_path)
 
 
@@ -319,3 +319,80 @@ def test_evaluation_compiles_once(problem, validation):
         means = train.evaluate(metrics, problem.params, validation)
         np.testing.assert_allclose(means["x"], problem.arrays["x"][:, 0].mean(), rtol=1e-5)
     assert traces == [(16, 4)]
+
+
+@pytest.mark.parametrize("placed", [1, 8])
+def test_a_plain_state_resumes_on_a_mesh(tmp_path, placed):
+    """What a plain `init` made, or one device saved, goes on under a step with a mesh."""
+    mesh = jax.make_mesh((8,), ("data",))
+    data = train.Batches(np.ones((16, 3), np.float32), batch_size=8)
+    loss = lambda params, x, key: ((x @ params["w"]) ** 2).sum(1)
+    tx = optax.adam(0.1)
+    begin = lambda: train.init({"w": jnp.ones((3, 2))}, tx, key=jax.random.key(0))
+    options = {
+        "checkpoints": tmp_path,
+        "validation": data,
+        "evaluate": lambda params, x: {"loss": loss(params, x, None)},
+        "early_stopping": train.EarlyStopping(patience=5),
+    }
+    step = train.make_step(loss, tx, mesh=mesh)
+    train.fit(
+        begin(), step if placed == 8 else train.make_step(loss, tx), data, epochs=1, **options
+    )
+    state, rows = train.fit(begin(), step, data, epochs=2, **options)
+    assert [row["step"] for row in rows] == [2, 4]
+    assert state.params["w"].sharding.device_set == set(mesh.devices.flat)
+    whole, _ = train.fit(begin(), train.make_step(loss, tx), data, epochs=2)
+    np.testing.assert_allclose(state.params["w"], whole.params["w"], rtol=1e-6)
+
+
+def test_early_stopping_keeps_mask_and_params_together():
+    data = train.Batches(np.eye(8, dtype=np.float32), batch_size=8)
+    loss = lambda params, x, key: ((x @ params["w"] - 1) ** 2).mean(1)
+    schedule = sparsity.schedules.linear(0.75, end=4)
+    tx = sparsity.sparsify(optax.sgd(1e-3), schedule=schedule)
+    params = {"w": jnp.ones((8, 4)) + jnp.arange(32.0).reshape(8, 4) / 100}
+    for after in (0, 5):
+        state, rows = train.fit(
+            train.init(params, tx, key=jax.random.key(0)),
+            train.make_step(loss, tx),
+            data,
+            steps=8,
+            early_stopping=train.EarlyStopping(metric="loss", patience=9, after=after),
+        )
+        assert len(rows) == 8
+        sparsity.check(state.params, state.opt_state)
+        pruned = sparsity.sparsity_of(state.params).total
+        assert pruned == sparsity.sparsity_of(sparsity.get_mask(state.opt_state)).total
+        assert pruned == 0.75 if after else pruned < 0.75  # pruning hurts: the best is early
+
+
+def test_reports_of_skipped_steps_keep_their_names(tmp_path):
+    data = train.Batches(np.array([np.nan, np.nan, 1, 1], np.float32), batch_size=1, shuffle=False)
+    tx = optax.sgd(0.1)
+    log = tmp_path / "log.csv"
+    _, rows = train.fit(
+        train.init({"w": jnp.ones(())}, tx, key=jax.random.key(0)),
+        train.make_step(lambda params, x, key: params["w"] * x, tx),
+        data,
+        steps=4,
+        report_every=2,
+        log=log,
+    )
+    assert np.isnan(rows[0]["loss"]) and rows[0]["skipped"] == 2 and rows[1]["loss"] > 0
+    assert log.read_text().splitlines()[0].split(",") == list(rows[0]) == list(rows[1])
+
+
+@pytest.mark.parametrize("length", [{"epochs": -1}, {"steps": 2.5}, {}, {"steps": 1, "epochs": 1}])
+def test_bad_lengths_are_refused(problem, step, data, length):
+    with pytest.raises(ArgumentError, match="one of the two, an integer, 0 or more"):
+        train.fit(start(problem), step, data, **length)
+
+
+def test_a_shorter_length_than_the_checkpoint_is_refused(problem, step, data, tmp_path):
+    train.fit(start(problem), step, data, steps=6, checkpoints=tmp_path)
+    with pytest.raises(ArgumentError, match="a length of 5 steps for a run that has taken 6"):
+        train.fit(start(problem), step, data, steps=5, checkpoints=tmp_path)
+    with pytest.raises(ArgumentError, match="'seed': 7"):
+        other = train.Batches(data.arrays, batch_size=data.batch_size, seed=7)
+        train.fit(start(problem), step, other, steps=8, checkpoints=tmp_path)

@@ -166,3 +166,13 @@ def test_without_scikit_learn_the_extra_is_named(answers, monkeypatch):
 def test_bad_arguments_are_refused(answers, call, match):
     with pytest.raises(ArgumentError, match=match):
         call(*answers)
+
+
+def test_labels_outside_the_classes_are_refused_or_wrong():
+    logits = jnp.asarray([[0.1, 0.9, 0.0], [0.8, 0.1, 0.1]])
+    for labels in ([255, 0], [-1, 0]):
+        with pytest.raises(ArgumentError, match="classes from 0 to 2"):
+            metrics.accuracy(logits, jnp.asarray(labels))
+        traced = jax.jit(lambda y: (metrics.correct(logits, y), metrics.cross_entropy(logits, y)))
+        right, losses = traced(jnp.asarray(labels))
+        assert right.tolist() == [0.0, 1.0] and bool(jnp.isnan(losses[0])) and losses[1] < 1

@@ -134,3 +134,26 @@ def test_the_config_is_a_command_line():
     assert parsed.method == train.Lion(b1=0.7)
     assert parsed.schedule == schedules.Cosine(steps=9)
     assert parsed.learning_rate == 0.5
+
+
+def test_plateau_waits_for_the_warm_up():
+    config = train.OptimizerConfig(
+        method=train.SGD(),
+        learning_rate=1.0,
+        schedule=train.schedules.Plateau(factor=0.5, patience=1, steps=1),
+        warmup=10,
+    )
+    tx = train.optimizer(config)
+    params = {"w": jnp.zeros(())}
+    state, moves = tx.init(params), []
+    for _ in range(16):
+        updates, state = tx.update({"w": -jnp.ones(())}, state, params, value=jnp.ones(()))
+        moves.append(float(updates["w"]))
+    np.testing.assert_allclose(moves[:11], np.arange(11) / 10, rtol=1e-6)
+    assert moves[-1] < 0.3  # the loss stands still, and now that counts
+
+
+@pytest.mark.parametrize("method", [train.Momentum(momentum=1.5), train.Adam(b1=-0.1)])
+def test_decays_outside_their_range_are_refused(method):
+    with pytest.raises(ArgumentError, match=r"`method\.(momentum|b1)`"):
+        train.OptimizerConfig(method=method)

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jaxcompress import adapters, train, tree
-from jaxcompress.errors import ArgumentError, StructureError
+from jaxcompress.errors import ArgumentError, ArgumentTypeError, StructureError
 
 TX = optax.adam(1e-2)
 KEY = jax.random.key(0)
@@ -333,3 +333,44 @@ def test_bad_batches_are_refused(problem, batch):
         run(problem, {**batch, "y": batch["y"][:3]})
     with pytest.raises(ArgumentError, match="one value per example"):
         run(problem, batch, loss=lambda p, b, key: jnp.ones((16, 2)) * p["second"]["bias"])
+
+
+def test_options_that_init_did_not_have_are_refused():
+    params, batch = {"a": jnp.ones(2), "b": jnp.ones(2)}, jnp.ones((4, 2))
+    loss = lambda params, x, key: (x * params["a"] * params["b"]).sum(1)
+    tx = optax.adam(0.1)
+    begin = lambda **options: train.init(params, tx, key=jax.random.key(0), **options)
+    with pytest.raises(StructureError, match="same `trainable`"):
+        train.make_step(loss, tx, trainable="a")(begin(), batch)
+    with pytest.raises(StructureError, match="bfloat16.*got 'a' in float32"):
+        train.make_step(loss, tx, precision=train.Precision(params="bfloat16"))(begin(), batch)
+
+
+@pytest.mark.parametrize(
+    "output",
+    [
+        lambda x: (x, {"m": 1.0}),
+        lambda x: (x, x, train.Aux()),
+        lambda x: jnp.ones(4, jnp.int32),
+    ],
+    ids=["dict", "three", "integer"],
+)
+def test_what_is_no_loss_is_refused(output):
+    tx = optax.sgd(0.1)
+    state = train.init({"w": jnp.ones(())}, tx, key=jax.random.key(0))
+    step = train.make_step(lambda params, x, key: output(params["w"] * x), tx)
+    with pytest.raises(ArgumentTypeError, match=r"train\.Aux\(metrics="):
+        step(state, jnp.ones(4))
+
+
+def test_narrow_gradients_accumulate_in_float32():
+    precision = train.Precision(params="bfloat16", compute="float32")
+    x = jax.random.normal(jax.random.key(0), (512, 4)) + 1
+    loss = lambda params, x, key: x @ params["w"]
+    tx = optax.sgd(1.0)
+    results = []
+    for accumulate in (1, 512):
+        state = train.init({"w": jnp.zeros(4)}, tx, key=jax.random.key(0), precision=precision)
+        step = train.make_step(loss, tx, precision=precision, accumulate=accumulate)
+        results.append(step(state, x)[0].params["w"].astype(jnp.float32))
+    np.testing.assert_allclose(*results, rtol=2**-8)
