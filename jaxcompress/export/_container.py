@@ -122,10 +122,10 @@ def read(
         raise refuse(path, f"a file in the format {metadata['format']!r}, not {_FORMAT!r}")
     try:
         about = {key: json.loads(metadata[key]) for key in ("tree", "formats", "masked", "user")}
+        body = np.frombuffer(content, np.uint8)[size:]
+        pools = {name: body[slice(*entry["data_offsets"])] for name, entry in header.items()}
     except MALFORMED as error:
         raise refuse(path, f"a file with a header that makes no sense: {error}") from error
-    body = np.frombuffer(content, np.uint8)[size:]
-    pools = {name: body[slice(*entry["data_offsets"])] for name, entry in header.items()}
     return about, pools, digest.hexdigest(), size
 
 

@@ -11,7 +11,7 @@ import jax
 import numpy as np
 
 from jaxcompress import tree
-from jaxcompress.errors import ArgumentTypeError, StructureError
+from jaxcompress.errors import ArgumentError, ArgumentTypeError, StructureError
 from jaxcompress.export import _container as container
 from jaxcompress.export import _formats as formats
 from jaxcompress.export import _leaves as leaves
@@ -82,7 +82,7 @@ def save(
         The file's size, digest, and bytes per leaf.
 
     Raises:
-        ArgumentError: If a pruned entry is not exactly 0.
+        ArgumentError: If a pruned entry is not exactly 0, or two leaves have one path.
         ArgumentTypeError: If a leaf is no array, or metadata is not JSON.
         StructureError: If the mask does not mirror params.
 
@@ -105,8 +105,15 @@ def save(
 
     def record(keypath: structure.KeyPath, leaf: Any) -> list[Any]:
         name, before = tree.path_str(keypath), writer.written
+        if name in sizes:
+            raise ArgumentError(
+                "params",
+                got=f"two leaves at {name!r}",
+                expected="one leaf per path",
+                fix="Rename the key that has a slash in it.",
+            )
         entry = leaves.write(name, leaf, next(masks), formats_met, writer)
-        sizes[name] = sizes.get(name, 0) + writer.written - before
+        sizes[name] = writer.written - before
         return entry
 
     about = {
@@ -127,8 +134,9 @@ def load(path: str | os.PathLike[str], *, like: tree.Params | None = None) -> Lo
         path: The file.
         like: A pytree with the structure that params shall have: an `nnx.State`, a `FrozenDict`,
             an Equinox module, a dataclass; shapes are enough (`jax.eval_shape`). Leaves are
-            matched by path. Without it, dictionaries, lists and tuples come back as they were,
-            and other nodes as dictionaries.
+            matched by path and shape; their dtypes and formats are the file's. Without it,
+            dictionaries, lists and tuples come back as they were, and other nodes as
+            dictionaries.
 
     Returns:
         Params, mask and metadata. Arrays are on the default device; 64-bit ones stay NumPy
@@ -152,21 +160,20 @@ def load(path: str | os.PathLike[str], *, like: tree.Params | None = None) -> Lo
 
         found = list(structure.walk(about["tree"], read))
         reader.finish()
-        metadata, masked = about["user"], about["masked"]
+        metadata, masked = dict(about["user"]), about["masked"] is True
+        as_saved = [
+            structure.rebuild(about["tree"], iter([getattr(one, part) for one in found]))
+            for part in ("leaf", "mask")
+        ]
     except container.MALFORMED as error:
         raise container.refuse(path, f"a file that cannot be decoded: {error}") from error
-    params, mask = _arrange(about["tree"], found, like)
+    params, mask = as_saved if like is None else _arrange(found, like)
     info = FileInfo(path=path, bytes=sum(sizes.values()), digest=digest, leaves=sizes)
     return Loaded(params=params, mask=mask if masked else None, metadata=metadata, info=info)
 
 
-def _arrange(description: Any, found: list[structure.Found], like: Any) -> tuple[Any, Any]:
-    """Put leaves and masks into the containers of the file, or into those of `like`."""
-    if like is None:
-        return (
-            structure.rebuild(description, iter([one.leaf for one in found])),
-            structure.rebuild(description, iter([one.mask for one in found])),
-        )
+def _arrange(found: list[structure.Found], like: Any) -> tuple[Any, Any]:
+    """Put leaves and masks into the containers of `like`."""
     by_path = {tree.path_str(one.path): one for one in found}
     wanted = dict(tree.items(like))
     missing, extra = sorted(wanted.keys() - by_path.keys()), sorted(by_path.keys() - wanted.keys())
@@ -195,11 +202,11 @@ def _arrange(description: Any, found: list[structure.Found], like: Any) -> tuple
 
 
 def _checked_metadata(metadata: Mapping[str, Any] | None) -> Mapping[str, Any]:
-    metadata = dict(metadata or {})
     try:
-        same = json.loads(json.dumps(metadata)) == metadata
+        plain = dict(metadata or {})
+        same = json.loads(json.dumps(plain)) == plain
     except (TypeError, ValueError):
-        same = False
+        plain, same = {}, False
     if not same:
         raise ArgumentTypeError(
             "metadata",
@@ -207,4 +214,4 @@ def _checked_metadata(metadata: Mapping[str, Any] | None) -> Mapping[str, Any]:
             expected="a mapping from text to what JSON can hold: text, numbers, lists, mappings",
             fix="Convert arrays with .tolist(), and tuples to lists.",
         )
-    return metadata
+    return plain

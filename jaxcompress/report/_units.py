@@ -101,13 +101,13 @@ def show(unit: Unit, value: Any) -> str:
         value: The cell: a number, text, a bool or `None`.
 
     Returns:
-        Text; a latency as median and spread, `None` as a dash.
+        Text; a latency as median ± half its interquartile range, `None` as a dash.
     """
     if value is None:
         return DASH
     if isinstance(value, Latency):
-        spread = f"{value.spread * unit.scale:,.{unit.digits}f}"
-        return f"{value.median * unit.scale:,.{unit.digits}f} ± {spread}"
+        half = f"{value.spread / 2 * unit.scale:,.{unit.digits}f}"
+        return f"{value.median * unit.scale:,.{unit.digits}f} ± {half}"
     if is_number(value):
         return f"{float(value) * unit.scale:,.{unit.digits}f}".replace("-", MINUS)
     if isinstance(value, tuple):

@@ -5,6 +5,7 @@ from typing import Any, Literal, TypeAlias
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.core import Tracer
 from jaxtyping import ArrayLike
 
@@ -12,7 +13,7 @@ from jaxcompress import linalg, tree
 from jaxcompress.errors import ArgumentError, NonFiniteError, SelectionError
 from jaxcompress.sparsity._apply import check_mask
 from jaxcompress.sparsity._patterns import NM, Pattern, Unstructured, keep_count
-from jaxcompress.sparsity._scores import Accumulated, Score, magnitude
+from jaxcompress.sparsity._scores import Accumulated, Score, magnitude, wide
 from jaxcompress.sparsity.schedules import check_fraction
 
 ContractionAxes: TypeAlias = Any
@@ -86,10 +87,11 @@ def make_mask(
     covered = coverage(params, pattern=pattern, where=where, axes=axes, strict=strict)
     leaves = {path: p for path, p in tree.items(params) if path in covered.touched}
     check_finite(leaves)
+    allowed = _by_path(params, within)
     masks = choose_masks(
         leaves,
         accumulated=_accumulate(params, leaves, score, grads),
-        within=_by_path(params, within),
+        within=allowed,
         contraction=contraction_axes(params, axes),
         sparsity=targets if targets is not None else sparsity,
         threshold=threshold,
@@ -97,7 +99,8 @@ def make_mask(
         pattern=pattern,
         scope=scope,
     )
-    return tree.map_with_path(lambda path, p: masks.get(path), params)
+    # A leaf that is not pruned now stays pruned as `within` says.
+    return tree.map_with_path(lambda path, p: masks.get(path, allowed.get(path)), params)
 
 
 def coverage(
@@ -183,7 +186,7 @@ def choose_masks(
         for path, p in leaves.items()
     }
     if threshold is not None:
-        kept = {path: x >= jnp.asarray(threshold).astype(x.dtype) for path, x in units.items()}
+        kept = {path: wide(x) >= jnp.asarray(threshold, wide(x).dtype) for path, x in units.items()}
     elif scope == "global":
         assert not isinstance(sparsity, Mapping) and sparsity is not None
         costs = [pattern.unit_size(p.shape, contraction[path]) for path, p in leaves.items()]
@@ -200,8 +203,16 @@ def choose_masks(
     for path, mask in kept.items():
         mask = pattern.expand(mask, leaves[path].shape, contraction[path])
         allowed = within.get(path)
-        masks[path] = mask if allowed is None else mask & allowed
+        masks[path] = _sharded_like(leaves[path], mask if allowed is None else mask & allowed)
     return masks
+
+
+def _sharded_like(p: jax.Array, mask: jax.Array) -> jax.Array:
+    """Shard a mask as its leaf is, where shardings are part of types (Explicit mesh axes)."""
+    sharding = jax.typeof(p).sharding
+    if jax.sharding.AxisType.Explicit not in sharding.mesh.axis_types:
+        return mask
+    return jax.sharding.reshard(mask, sharding)
 
 
 def _unit_scores(
@@ -248,6 +259,10 @@ def check_amount(sparsity: Any, threshold: float | None, pattern: Pattern, scope
     if scope not in ("layer", "global"):
         raise ArgumentError(
             "scope", got=repr(scope), expected='"layer" or "global"', fix='Use scope="layer".'
+        )
+    if threshold is not None and not isinstance(threshold, Tracer) and np.isnan(threshold):
+        raise ArgumentError(
+            "threshold", got="NaN", expected="a number", fix="Look at the scores it came from."
         )
     fixed = isinstance(pattern, NM)
     if fixed and (threshold is not None or scope == "global"):

@@ -127,7 +127,9 @@ def magnitude(*, order: int = 1) -> Score:
         raise ArgumentError("order", got=f"{order}", expected="1 or 2", fix="Use order=1 for L1.")
 
     def root_mean_square(_: None, p: jax.Array, mean: Mean) -> jax.Array:
-        return jnp.sqrt(mean(jnp.square(_wide(p))))
+        largest = jnp.max(jnp.abs(wide(p)), initial=0)
+        scale = jnp.where(largest > 0, largest, 1)  # the squares of small weights would vanish
+        return scale * jnp.sqrt(mean(jnp.square(wide(p) / scale)))
 
     return Score(
         evaluate=lambda _, p: jnp.abs(p), evaluate_units=root_mean_square if order == 2 else None
@@ -148,7 +150,7 @@ def saliency(*, decay: float = 1.0) -> Score:
     """
 
     def evaluate(accumulated: Accumulated, p: jax.Array) -> jax.Array:
-        return jnp.abs(_wide(p) * accumulated.mean)
+        return jnp.abs(wide(p) * accumulated.mean)
 
     return _from_grads(lambda p, g: g, evaluate, decay)
 
@@ -193,7 +195,7 @@ def fisher(*, decay: float = 1.0) -> Score:
     """
 
     def evaluate(accumulated: Accumulated, p: jax.Array) -> jax.Array:
-        return jnp.square(_wide(p)) * accumulated.mean / 2
+        return jnp.square(wide(p)) * accumulated.mean / 2
 
     return _from_grads(lambda p, g: jnp.square(g), evaluate, decay)
 
@@ -213,7 +215,7 @@ def movement(*, decay: float = 1.0) -> Score:
     return _from_grads(lambda p, g: -p * g, lambda accumulated, p: accumulated.mean, decay)
 
 
-def _wide(x: jax.Array) -> jax.Array:
+def wide(x: jax.Array) -> jax.Array:
     return x.astype(linalg.common_float(x.dtype, jnp.float32))
 
 
@@ -234,7 +236,7 @@ def _from_grads(
         return Accumulated(total=total, weight=jnp.zeros((), total.dtype))
 
     def update(accumulated: Accumulated, p: jax.Array, g: jax.Array) -> Accumulated:
-        new = contribution(_wide(p), g.astype(accumulated.total.dtype))
+        new = contribution(wide(p), g.astype(accumulated.total.dtype))
         return Accumulated(decay * accumulated.total + new, decay * accumulated.weight + 1)
 
     return Score(

@@ -71,8 +71,10 @@ def sparsify(
 
     It must be **outermost**: anything chained after it changes the updates, and the zeros with
     them. Wrappers that hand updates on unchanged (`optax.MultiSteps`, `apply_if_finite`,
-    `multi_transform`) may surround it. `check` detects the mistake. Params become masked by the
-    first update; `apply` the mask (see `get_mask`) to evaluate before it.
+    `multi_transform`) may surround it. `check` detects the mistake. An inner
+    optimizer that keeps an iterate of its own (`schedule_free`) keeps it dense: put `sparsify`
+    inside it. Params become masked by the first update; `apply` the mask (see `get_mask`) to
+    evaluate before it. The sparsity reached is the schedule's at the last choice of a mask.
 
     With a score that depends on p alone, pruned entries score lowest and stay pruned while the
     sparsity does not fall.
@@ -127,8 +129,17 @@ def sparsify(
         check_finite(leaves)
         limit = None if within is None else check_mask(params, within, name="within")
         allowed = _by_path(params, limit, name="within")
+        unused = [path for path, m in allowed.items() if m is not None and path not in leaves]
+        if unused:
+            raise ArgumentError(
+                "within",
+                got=f"masks for leaves that are not pruned here: {unused[:5]}",
+                expected="masks for leaves that `where` selects and the pattern fits",
+                fix="Widen `where`, or leave them out of `within`.",
+            )
+        # Copies: the state owns its buffers, so that a step may be donated all of them.
         mask = {
-            path: jnp.ones_like(p, bool) if allowed.get(path) is None else allowed[path]
+            path: jnp.ones_like(p, bool) if allowed.get(path) is None else jnp.copy(allowed[path])
             for path, p in leaves.items()
         }
         return SparsifyState(
@@ -136,7 +147,7 @@ def sparsify(
             mask=_as_tree(params, mask),
             inner=inner.init(params),
             scores=_as_tree(params, {path: score.init(path, p) for path, p in leaves.items()}),
-            within=limit,
+            within=jax.tree.map(jnp.copy, limit),
             leaked=jnp.zeros((), jnp.int32),
         )
 
@@ -164,7 +175,8 @@ def sparsify(
                 contraction=contraction_axes(params, axes),
                 sparsity=schedule(state.step) if callable(schedule) else schedule,
             )
-            return chosen, _leaks(leaves, old)
+            # Before the first update, nothing has been masked yet.
+            return chosen, jnp.where(state.step > 0, _leaks(leaves, old), 0)
 
         due = _is_due(state.step, every, until)
         masks, leaked = lax.cond(due, choose_anew, lambda: (old, state.leaked))

@@ -87,7 +87,10 @@ def test_errors_come_without_a_trace(demo, tmp_path, capsys):
     assert capsys.readouterr().err.startswith("error: `path`: expected ")
     assert cli.main(["inspect", str(tmp_path / "none.safetensors")]) == 1
     assert cli.main(["demo", "--sparsity", "1.5", "--out", str(tmp_path)]) == 1
-    assert "`sparsity`: expected" in capsys.readouterr().err
+    assert "`--sparsity`: expected a fraction" in capsys.readouterr().err
+    for argument in ("--steps", "--seed"):
+        assert cli.main(["demo", argument, "-1", "--out", str(tmp_path)]) == 1
+        assert f"`{argument}`: expected" in capsys.readouterr().err
 
 
 def test_verify_sees_one_bit(tmp_path):

@@ -480,3 +480,9 @@ def test_codes_beyond_the_type_are_refused(path):
     q = qarray("ternary")
     with pytest.raises(ArgumentError, match="a ternary with the code 3"):
         export.save(path, {"w": dataclasses.replace(q, values=jnp.full_like(q.values, 3))})
+
+
+def test_two_leaves_of_one_path_are_refused(path):
+    with pytest.raises(ArgumentError, match="two leaves at 'a/b'"):
+        export.save(path, {"a/b": np.ones(2), "a": {"b": np.zeros(2)}})
+    assert not path.exists()

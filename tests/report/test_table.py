@@ -76,7 +76,7 @@ def test_cells(values, unit, shown):
 def test_latencies_show_their_spread():
     taken = report.Latency(median=1.5e-3, low=1.4e-3, high=1.65e-3, repeats=10)
     _, cells, _ = report.table([{"latency": taken}]).cells()
-    assert cells == [["1.500 ± 0.250"]]
+    assert cells == [["1.500 ± 0.125"]]
 
 
 class Named(NamedTuple):

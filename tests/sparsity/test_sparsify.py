@@ -239,11 +239,21 @@ def test_state_is_arrays_that_survive_a_round_trip(score):
     jax.tree.map(np.testing.assert_array_equal, (a, state), (b, restored))
 
 
+SHARDED = {
+    "taylor, global": {"score": sparsity.taylor(), "scope": "global"},
+    "random": {"score": sparsity.random(jax.random.key(0))},
+    "channel": {"pattern": Channel()},
+    "block": {"pattern": Block((2, 2))},
+    "n:m": {"pattern": NM(1, 2)},
+}
+
+
 @pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit])
-def test_sharded_equals_single_device(axis_type):
+@pytest.mark.parametrize("options", SHARDED.values(), ids=SHARDED)
+def test_sharded_equals_single_device(axis_type, options):
     mesh = jax.make_mesh((4, 2), ("data", "model"), axis_types=(axis_type,) * 2)
     sharding = NamedSharding(mesh, PartitionSpec("data", "model"))
-    tx = sparsify(optax.adam(1e-2), schedule=0.5, score=sparsity.taylor(), scope="global")
+    tx = sparsify(optax.adam(1e-2), schedule=0.5, **options)
     params = {"kernel": new_params()["kernel"]}
     grads = {"kernel": jnp.asarray(np.random.default_rng(2).normal(size=(8, 6)), jnp.float32)}
 
@@ -256,7 +266,36 @@ def test_sharded_equals_single_device(axis_type):
     expected, reference = jax.jit(one)(params, grads)
     np.testing.assert_array_equal(state.mask["kernel"], reference.mask["kernel"])
     np.testing.assert_allclose(got["kernel"], expected["kernel"], rtol=1e-6)
-    assert state.mask["kernel"].sharding.is_equivalent_to(sharding, 2)
+    if axis_type is AxisType.Explicit:
+        assert state.mask["kernel"].sharding.is_equivalent_to(sharding, 2)
+
+
+def test_within_in_a_donated_step():
+    """The state owns its buffers, and what the user pruned is no leak."""
+    params = new_params()
+    within = {**jax.tree.map(lambda x: None, params), "kernel": params["kernel"] > 0}
+    tx = sparsify(optax.sgd(0.1), schedule=0.7, every=100, within=within)
+    grads = jax.tree.map(jnp.ones_like, params)
+
+    def step(params, state):
+        updates, state = tx.update(grads, state, params)
+        return optax.apply_updates(params, updates), state
+
+    state = tx.init(params)
+    step = jax.jit(step, donate_argnums=(0, 1))
+    for _ in range(2):
+        params, state = step(params, state)
+    sparsity.check(params, state)
+    assert not np.any(np.asarray(params["kernel"])[~np.asarray(within["kernel"])])
+
+
+def test_within_for_a_leaf_that_is_not_pruned_is_refused():
+    params = {"a": jnp.ones((2, 2)), "c": jnp.ones((2, 2))}
+    within = {"a": None, "c": jnp.eye(2, dtype=bool)}
+    with pytest.raises(errors.ArgumentError, match=r"not pruned here: \['c'\]"):
+        sparsify(optax.sgd(0.1), schedule=0.5, where="a", within=within).init(params)
+    again = sparsity.make_mask(params, sparsity=0.5, where="a", within=within)
+    np.testing.assert_array_equal(again["c"], np.eye(2, dtype=bool))
 
 
 def test_vmap_over_an_ensemble():

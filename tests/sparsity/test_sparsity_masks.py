@@ -369,3 +369,18 @@ def test_impossible_patterns(make):
 
 def test_patterns_are_hashable_values():
     assert NM(2, 4) == NM(2, 4) and len(set(itertools.chain(PATTERNS, PATTERNS))) == 4
+
+
+def test_small_weights_keep_their_order():
+    params = {"w": (jnp.ones((4, 4)) * jnp.arange(1.0, 5.0) * 1e-25).astype(jnp.bfloat16)}
+    score = sparsity.magnitude(order=2)
+    mask = sparsity.make_mask(params, sparsity=0.5, score=score, pattern=sparsity.Channel())
+    assert mask["w"][0].tolist() == [False, False, True, True]
+
+
+def test_thresholds_are_not_rounded_to_the_weights():
+    params = {"w": jnp.ones((2, 2), jnp.bfloat16)}
+    assert not sparsity.make_mask(params, threshold=1.003)["w"].any()
+    assert sparsity.make_mask(params, threshold=1.0)["w"].all()
+    with pytest.raises(errors.ArgumentError, match="`threshold`"):
+        sparsity.make_mask(params, threshold=float("nan"))
