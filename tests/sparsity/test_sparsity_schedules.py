@@ -39,8 +39,12 @@ def test_cubic_is_zhu_and_gupta_equation_1():
 
 def test_constant_and_one_shot():
     steps = jnp.array([0, 2, 3, 9])
-    np.testing.assert_array_equal(schedules.constant(0.25)(steps), [0.25] * 4)
-    np.testing.assert_array_equal(schedules.one_shot(0.5, step=3)(steps), [0, 0, 0.5, 0.5])
+    for schedule, expected in (
+        (schedules.constant(0.25), [0.25] * 4),
+        (schedules.one_shot(0.5, step=3), [0, 0, 0.5, 0.5]),
+    ):
+        np.testing.assert_array_equal(schedule(steps), expected)
+        np.testing.assert_array_equal(jax.jit(jax.vmap(schedule))(steps), expected)
 
 
 @pytest.mark.parametrize(
