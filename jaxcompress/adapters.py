@@ -4,6 +4,7 @@ Everything in jaxcompress works on a pure `fn(params, *inputs)`. These adapters 
 Linen, NNX or Equinox model, and fill Flax params from a PyTorch checkpoint.
 """
 
+import math
 import os
 import re
 from collections.abc import Callable, Mapping
@@ -178,9 +179,9 @@ def from_torch_state(
 
     A leaf `params/layer1_0/conv1/kernel` takes the tensor `layer1_0.conv1.weight`: kernels and
     scales are `weight`, batch statistics `running_mean` and `running_var`. Kernels are
-    transposed from `(out, in, *spatial)` to `(*spatial, in, out)`, and a 2-D one is then
-    reshaped to a `DenseGeneral` kernel of the same size. Transposed convolutions store
-    `(in, out, ...)` and are not covered.
+    transposed from `(out, in, *spatial)` to `(*spatial, in, out)`; a `DenseGeneral` kernel and
+    bias then split their axes into heads. Counters and random keys are left as they are.
+    Transposed convolutions store `(in, out, ...)` and are not covered.
 
     Args:
         state: Tensor by name (NumPy, JAX or PyTorch CPU tensors), or a safetensors file.
@@ -206,7 +207,11 @@ def from_torch_state(
         (3, 2)
     """
     tensors = load_file(state) if isinstance(state, str | os.PathLike) else state
-    names = {path: _torch_name(path, rename) for path in tree.paths(variables)}
+    names = {
+        path: _torch_name(path, rename)
+        for path, leaf in tree.items(variables)
+        if tree.is_floating(leaf)
+    }
     missing = {path: name for path, name in names.items() if name not in tensors}
     unused = [
         name
@@ -224,7 +229,11 @@ def from_torch_state(
             fix="Give `rename` (Flax module path to PyTorch's), or list what to `ignore`.",
         )
     return tree.map_with_path(
-        lambda path, leaf: _convert(path, leaf, names[path], np.asarray(tensors[names[path]])),
+        lambda path, leaf: (
+            _convert(path, leaf, names[path], np.asarray(tensors[names[path]]))
+            if path in names
+            else leaf
+        ),
         variables,
     )
 
@@ -246,8 +255,11 @@ def _convert(path: str, leaf: Any, name: str, tensor: np.ndarray) -> jax.Array:
     original = tensor.shape
     if path.split("/")[-1] == "kernel" and tensor.ndim >= 2:
         tensor = np.transpose(tensor, (*range(2, tensor.ndim), 1, 0))  # OI... -> ...IO
-        if tensor.ndim == 2 and tensor.size == np.prod(leaf.shape):
+        splits = [(math.prod(leaf.shape[:k]), math.prod(leaf.shape[k:])) for k in range(leaf.ndim)]
+        if leaf.ndim > 2 and tensor.shape in splits:
             tensor = tensor.reshape(leaf.shape)  # (in, out) -> (in, heads, head_dim)
+    elif path.split("/")[-1] == "bias" and tensor.shape == (math.prod(leaf.shape),):
+        tensor = tensor.reshape(leaf.shape)  # (out,) -> (heads, head_dim)
     if tensor.shape != tuple(leaf.shape):
         raise ArgumentError(
             "state",

@@ -103,7 +103,7 @@ def torch_state():
         "norm.running_mean": (6,),
         "norm.running_var": (6,),
         "heads.weight": (6, 6),
-        "heads.bias": (2, 3),
+        "heads.bias": (6,),
     }
     state = {k: rng.random(s, dtype=np.float32) for k, s in shapes.items()}
     return {**state, "norm.num_batches_tracked": np.array(3)}
@@ -145,3 +145,18 @@ def test_torch_errors(torch_state):
     wrong = {**torch_state, "conv.bias": np.ones(7)}
     with pytest.raises(errors.ArgumentError, match=r"\(6,\), got .conv.bias. of shape \(7,\)"):
         adapters.from_torch_state(wrong, VARIABLES, rename=RENAME)
+
+
+def test_a_transposed_kernel_is_not_scrambled():
+    variables = {"c": {"kernel": jax.ShapeDtypeStruct((2, 3), "float32")}}
+    with pytest.raises(errors.ArgumentError, match=r"of shape \(2, 3\), which becomes \(3, 2\)"):
+        adapters.from_torch_state({"c.weight": np.arange(6.0).reshape(2, 3)}, variables)
+
+
+def test_torch_weights_into_nnx_leave_random_state_alone():
+    module = nnx.Sequential(nnx.Linear(3, 2, rngs=nnx.Rngs(0)), nnx.Dropout(0.5, rngs=nnx.Rngs(1)))
+    _, params = adapters.from_nnx(module)
+    state = {"layers.0.weight": np.ones((2, 3)), "layers.0.bias": np.zeros(2)}
+    filled = dict(tree.items(adapters.from_torch_state(state, params)))
+    np.testing.assert_array_equal(filled["layers/0/kernel"], np.ones((3, 2)))
+    assert jax.dtypes.issubdtype(filled["layers/1/rngs/key"].dtype, jax.dtypes.prng_key)

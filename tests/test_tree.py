@@ -117,6 +117,7 @@ def test_weights_takes_matrices_of_floats_only():
     params = {
         "kernel": jnp.ones((2, 2), jnp.bfloat16),
         "bias": jnp.ones(2),
+        "query": {"bias": jnp.ones((2, 2))},
         "ids": jnp.ones((2, 2), jnp.int32),
         "key": jax.random.split(jax.random.key(0), (2, 2)),
     }

@@ -15,6 +15,7 @@ from jaxcompress.errors import ArgumentError
 from jaxcompress.numerics._format import Format
 from jaxcompress.numerics._qtypes import Int, Limits
 from jaxcompress.numerics._quantize import checked, scale_shape
+from jaxcompress.numerics._range import rounded
 
 
 def lsq(x: ArrayLike, step: ArrayLike, format: Format) -> Array:
@@ -47,7 +48,7 @@ def lsq(x: ArrayLike, step: ArrayLike, format: Format) -> Array:
     With `Convention.NARROW`, the default, $Q_N = Q_P$; `Convention.TIGHT` has the paper's $Q_N$.
     """
     x, limits = _prepared(x, format, symmetric=True)
-    step = _sized(step, x, format, "step")
+    step = rounded(_sized(step, x, format, "step"), format)
     blocked = format.granularity.block(x.astype(jnp.float32))
     quantized = _rounded_steps(blocked, _graded(step, x, limits), limits)
     return format.granularity.unblock(quantized).astype(x.dtype)

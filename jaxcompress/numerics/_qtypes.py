@@ -338,9 +338,7 @@ def packed_width(bits: int) -> int:
 
 
 def _count_below(t: Array, thresholds: np.ndarray) -> Array:
-    """Count the thresholds below each number: fused comparisons, or bisection if many."""
-    if len(thresholds) > 16:
-        return jnp.searchsorted(jnp.asarray(thresholds), t, side="left").astype(jnp.int32)
+    """Count the thresholds below each number, by comparisons, which fuse and shard as t does."""
     counts = jnp.zeros(t.shape, jnp.int32)
     for threshold in thresholds:
         counts += (t > threshold).astype(jnp.int32)
@@ -348,9 +346,7 @@ def _count_below(t: Array, thresholds: np.ndarray) -> Array:
 
 
 def _look_up(indices: Array, table: np.ndarray) -> Array:
-    """Index a small table by selects, which fuse into what follows; a large one by a gather."""
-    if len(table) > 16:
-        return jnp.asarray(table)[indices]
+    """Index a table by selects, which fuse into what follows and shard as the indices do."""
     found = jnp.full(indices.shape, table[0], jnp.float32)
     for i, entry in enumerate(table[1:], start=1):
         found = jnp.where(indices == i, jnp.float32(entry), found)

@@ -14,6 +14,7 @@ from jaxcompress.errors import ArgumentError, ArgumentTypeError, NonFiniteError
 from jaxcompress.numerics._format import Format
 from jaxcompress.numerics._qarray import QArray
 from jaxcompress.numerics._qtypes import Scaled
+from jaxcompress.numerics._range import rounded
 
 
 def quantize(
@@ -296,4 +297,6 @@ def _given_fit(
                 expected=f"an array of shape {expected}" if needed else "nothing",
                 fix="Give both for an asymmetric format, and the scale alone for a symmetric one.",
             )
-    return jax.tree.map(lambda part: jnp.asarray(part).astype(jnp.float32), (scale, zero))
+    assert scale is not None
+    wide_zero = None if zero is None else jnp.asarray(zero).astype(jnp.float32)
+    return rounded(jnp.asarray(scale).astype(jnp.float32), format), wide_zero

@@ -4,6 +4,7 @@ import abc
 import enum
 import math
 from dataclasses import dataclass
+from fractions import Fraction
 from typing import TYPE_CHECKING
 
 import jax
@@ -99,7 +100,10 @@ class Percentile(Range):
 
     def _cut(self, sizes: Array, shared: tuple[int, ...]) -> Array:
         """Bisect the bit pattern, which orders like the number: no sort, nothing gathered."""
-        needed = math.ceil(self.percent / 100 * math.prod(sizes.shape[axis] for axis in shared))
+        needed = math.ceil(
+            # As a fraction: 99.9 / 100 * 1000 is above 999.
+            Fraction(str(self.percent)) * math.prod(sizes.shape[axis] for axis in shared) / 100
+        )
         bits = jax.lax.bitcast_convert_type(sizes, jnp.int32)
 
         def halve(_: int, ends: tuple[Array, Array]) -> tuple[Array, Array]:
@@ -188,7 +192,7 @@ class LeastSquares(Range):
         if isinstance(format.qtype, Basis):
             unit = format.qtype.fit(x / peak, shared=shared, iterations=self.iterations)
             largest = float(jnp.finfo(format.scale_dtype).max)
-            return _rounded(jnp.clip(unit * peak[..., None], -largest, largest), format), None
+            return rounded(jnp.clip(unit * peak[..., None], -largest, largest), format), None
         scale, zero = MSE().fit(x, shared=shared, format=format)
         unit = x / peak
 
@@ -247,10 +251,10 @@ def _settle(scale: Array, format: "Format") -> Array:
     # The selects also keep XLA on CPU from fusing the slice's reduction with the rounding that
     # follows, which would write a float32 temporary and take four times as long.
     size = jnp.clip(jnp.abs(scale), float(info.smallest_normal), min(float(info.max), 2.0**126))
-    return _rounded(jnp.where(scale == 0, 1, jnp.where(scale < 0, -size, size)), format)
+    return rounded(jnp.where(scale == 0, 1, jnp.where(scale < 0, -size, size)), format)
 
 
-def _rounded(scale: Array, format: "Format") -> Array:
+def rounded(scale: Array, format: "Format") -> Array:
     if format.scale_dtype == jnp.float32:
         return scale
     info = jnp.finfo(format.scale_dtype)

@@ -77,20 +77,21 @@ def matches(where: Where, path: str, leaf: Any = None) -> bool:
 
 
 def weights(path: str, leaf: Any) -> bool:
-    """Select the leaves worth compressing: floating point, with at least two axes.
+    """Select the leaves worth compressing: floating point, at least two axes, and not a `bias`.
 
     This predicate is the default `where` throughout: it takes kernels and embeddings and leaves
-    biases, norm scales, counters and random keys alone.
+    biases (which have several axes in attention layers), norm scales, counters and random keys
+    alone.
 
     Args:
-        path: The leaf's path (not looked at).
+        path: The leaf's path.
         leaf: An array, a `ShapeDtypeStruct` or a `LeafNode`.
 
     Returns:
         Whether it is a weight.
     """
-    del path
-    return is_floating(leaf) and len(leaf.shape) >= 2
+    is_bias = path.rsplit("/", 1)[-1] == "bias"
+    return is_floating(leaf) and len(leaf.shape) >= 2 and not is_bias
 
 
 def without(where: Where, excluded: Where) -> Where:

@@ -148,3 +148,11 @@ def test_narrow_inputs_stay_narrow(dtype):
 def test_misuse_of_learned_quantizers_is_refused(call):
     with pytest.raises(ArgumentError):
         call()
+
+
+def test_lsq_equals_the_stored_form_with_a_narrow_scale():
+    x = jax.random.normal(jax.random.key(0), (64, 16))
+    format = Format(int4, PerChannel(), scale_dtype=jnp.bfloat16)
+    step = numerics.lsq_init(x, format)
+    stored = numerics.dequantize(numerics.quantize(x, format, scale=step))
+    np.testing.assert_array_equal(numerics.lsq(x, step, format), stored)

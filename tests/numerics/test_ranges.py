@@ -161,3 +161,9 @@ def test_impossible_formats_are_refused(make):
 def test_formats_compare_and_hash_by_value():
     assert Format(int8) == Format(int8, PerTensor(), range=AbsMax(), convention=Convention.NARROW)
     assert len({Format(int8), Format(int8), Format(int8, PerChannel())}) == 2
+
+
+def test_a_percentile_counts_exactly():
+    x = jnp.arange(1.0, 1001.0)
+    q = numerics.quantize(x, numerics.Format(numerics.int8, range=numerics.Percentile(99.9)))
+    assert float(q.scale.squeeze()) == pytest.approx(999 / 127)
