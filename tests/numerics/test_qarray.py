@@ -116,6 +116,24 @@ def test_sharded_equals_single_device(axis_type, spec, format):
     assert gradient.sharding.is_equivalent_to(sharded.sharding, 2) or axis_type is AxisType.Auto
 
 
+EXACT = [
+    *(numerics.int2, numerics.int3, numerics.int4, numerics.int5, numerics.int6, numerics.int7),
+    *(numerics.int8, numerics.float8_e4m3fn, numerics.float8_e5m2, nf4, numerics.ternary),
+    *(numerics.binary, numerics.power_of_two(4), numerics.power_of_two(5, terms=2)),
+]
+
+
+@pytest.mark.parametrize("qtype", EXACT, ids=lambda qtype: qtype.name)
+def test_every_type_shards_explicitly(qtype):
+    x = jax.random.normal(jax.random.key(1), (8, 8))
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Explicit,))
+    sharded = jax.device_put(x, NamedSharding(mesh, P("data", None)))
+    format = Format(qtype, PerChannel())
+    with jax.set_mesh(mesh):
+        y = numerics.dequantize(numerics.quantize(sharded, format))
+    np.testing.assert_array_equal(y, numerics.fake_quant(x, format))
+
+
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
 @pytest.mark.parametrize(
     "format", [Format(int8), GROUPED, Format(numerics.binary_basis(1))], ids=str
