@@ -4,6 +4,7 @@ from jaxcompress import adapters as adapters
 from jaxcompress import distill as distill
 from jaxcompress import errors as errors
 from jaxcompress import export as export
+from jaxcompress import graph as graph
 from jaxcompress import numerics as numerics
 from jaxcompress import quantize as quantize
 from jaxcompress import report as report

@@ -18,6 +18,7 @@ from jaxcompress.tree._paths import leaves as leaves
 from jaxcompress.tree._paths import map_with_path as map_with_path
 from jaxcompress.tree._paths import path_str as path_str
 from jaxcompress.tree._paths import paths as paths
+from jaxcompress.tree._paths import shorten as shorten
 from jaxcompress.tree._sizes import bits_of as bits_of
 from jaxcompress.tree._sizes import count as count
 from jaxcompress.tree._sizes import is_floating as is_floating

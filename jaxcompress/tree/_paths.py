@@ -202,5 +202,18 @@ def describe_difference(params: Params, other: Params) -> str:
 
 
 def shorten(names: Sequence[str], most: int = 5) -> str:
+    """Write a list of names for a message.
+
+    Args:
+        names: The names.
+        most: How many to write; of the others only the number is given.
+
+    Returns:
+        The quoted names, separated by commas.
+
+    Example:
+        >>> shorten(["a", "b", "c"], most=2)
+        "'a', 'b' and 1 more"
+    """
     more = f" and {len(names) - most} more" if len(names) > most else ""
     return ", ".join(repr(name) for name in names[:most]) + more

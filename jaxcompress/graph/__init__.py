@@ -1,0 +1,35 @@
+"""Any JAX function as a graph: sites, replay, taps and cost, from its jaxpr.
+
+`trace` finds where a function contracts its parameters, through whatever constructs it uses and
+whichever library wrote it; `replay` runs it with chosen equations handled by you.
+"""
+
+from jaxcompress.graph._constructs import Body as Body
+from jaxcompress.graph._constructs import Construct as Construct
+from jaxcompress.graph._constructs import Enter as Enter
+from jaxcompress.graph._constructs import register_construct as register_construct
+from jaxcompress.graph._cost import Compiled as Compiled
+from jaxcompress.graph._cost import Cost as Cost
+from jaxcompress.graph._cost import SiteCost as SiteCost
+from jaxcompress.graph._cost import cost as cost
+from jaxcompress.graph._cost_figures import Figure as Figure
+from jaxcompress.graph._cost_figures import Memory as Memory
+from jaxcompress.graph._graph import Contraction as Contraction
+from jaxcompress.graph._graph import Graph as Graph
+from jaxcompress.graph._graph import Use as Use
+from jaxcompress.graph._observe import observe as observe
+from jaxcompress.graph._observe import perturb as perturb
+from jaxcompress.graph._observe import tap as tap
+from jaxcompress.graph._replay import Equation as Equation
+from jaxcompress.graph._replay import replay as replay
+from jaxcompress.graph._sites import Axes as Axes
+from jaxcompress.graph._sites import Layout as Layout
+from jaxcompress.graph._sites import Site as Site
+from jaxcompress.graph._sites import register_site as register_site
+from jaxcompress.graph._targets import Target as Target
+from jaxcompress.graph._targets import cuda_options as cuda_options
+from jaxcompress.graph._trace import contraction_axes as contraction_axes
+from jaxcompress.graph._trace import trace as trace
+from jaxcompress.graph._views import Factor as Factor
+from jaxcompress.graph._views import View as View
+from jaxcompress.graph._views import register_view as register_view

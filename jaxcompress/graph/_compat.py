@@ -1,0 +1,195 @@
+"""The normal form of a jaxpr over JAX versions: the only file that looks at JAX's internals.
+
+JAX 0.10 has `ClosedJaxpr` and `Jaxpr`, JAX 0.12 one `Jaxpr` that may carry its constants; the
+parameters of `scan` changed their names in between. Everything else here reads a `Program`.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import jax
+from jax._src import linear_util as lu
+from jax._src import source_info_util
+from jax._src.interpreters import partial_eval
+from jax._src.named_sharding import UNSPECIFIED
+from jax.experimental.layout import Format
+from jax.extend.core import Literal as Literal
+from jax.extend.core import Primitive as Primitive
+from jax.extend.core import Var as Var
+
+
+class Program(NamedTuple):
+    """A jaxpr with its constants: results = equations applied to arguments.
+
+    Attributes:
+        invars: The arguments' variables.
+        constvars: The variables of the constants.
+        consts: Their values; empty for a jaxpr whose constants are operands of the construct.
+        eqns: The equations, in order.
+        outvars: The results: variables or literals.
+    """
+
+    invars: tuple[Any, ...]
+    constvars: tuple[Any, ...]
+    consts: tuple[Any, ...]
+    eqns: tuple[Any, ...]
+    outvars: tuple[Any, ...]
+
+
+def program(jaxpr: Any) -> Program:
+    """Bring an open or closed jaxpr of any supported JAX into the normal form."""
+    inner = jaxpr.jaxpr if hasattr(jaxpr, "jaxpr") else jaxpr
+    return Program(
+        invars=tuple(inner.invars),
+        constvars=tuple(inner.constvars),
+        consts=tuple(getattr(jaxpr, "consts", ())),
+        eqns=tuple(inner.eqns),
+        outvars=tuple(inner.outvars),
+    )
+
+
+def capture(fn: Callable[..., Any], args: Sequence[Any]) -> tuple[Program, Any]:
+    """Trace `fn(*args)`; arguments may be abstract.
+
+    Returns:
+        The program over the flattened arguments, and the tree of the results' shapes.
+    """
+    jaxpr, shapes = jax.make_jaxpr(fn, return_shape=True)(*args)
+    return program(jaxpr), shapes
+
+
+def is_jaxpr(value: Any) -> bool:
+    return hasattr(value, "eqns") and hasattr(value, "outvars")
+
+
+def has_subprograms(eqn: Any) -> bool:
+    """Tell whether a parameter of the equation holds a jaxpr, whatever its name."""
+    return any(
+        is_jaxpr(one)
+        for value in eqn.params.values()
+        for one in (value if isinstance(value, tuple | list) else (value,))
+    )
+
+
+@contextmanager
+def context(eqn: Any) -> Iterator[None]:
+    """Enter the mesh, precision and compute contexts, and the name scope, of an equation."""
+    name_stack = source_info_util.current_name_stack() + eqn.source_info.name_stack
+    traceback = eqn.source_info.traceback
+    with source_info_util.user_context(traceback, name_stack=name_stack), eqn.ctx.manager:
+        yield
+
+
+def bind(eqn: Any, operands: Sequence[Any], params: Any = None) -> list[Any]:
+    """Bind an equation's primitive, whole, on other operands."""
+    params = dict(eqn.primitive.get_bind_params(eqn.params if params is None else params))
+    with context(eqn):
+        results = eqn.primitive.bind(*operands, **params)
+    return list(results) if eqn.primitive.multiple_results else [results]
+
+
+def scan_counts(eqn: Any) -> tuple[int, int]:
+    """Count the constants and the carries among the operands of a scan."""
+    if "num_consts" in eqn.params:
+        return eqn.params["num_consts"], eqn.params["num_carry"]
+    consts, carry, _ = eqn.params["ft_in"].unpack()
+    return len(list(consts)), len(list(carry))
+
+
+def bind_custom_jvp(eqn: Any, operands: Sequence[Any], primal: Callable[..., Any]) -> list[Any]:
+    """Bind a `custom_jvp` whose values come from `primal`, and tangents from its own rule."""
+    params = eqn.primitive.get_bind_params(eqn.params)
+    _, rule = params["subfuns"]
+
+    def jvp(*primals_and_tangents: Any) -> list[Any]:
+        results = rule.call_wrapped(*primals_and_tangents)
+        tangents = results[len(results) // 2 :]
+        return [*primal(*primals_and_tangents[: len(operands)]), *tangents]
+
+    wrap = _wrap(eqn)
+    with context(eqn):
+        return list(
+            eqn.primitive.bind(*operands, **{**params, "subfuns": (wrap(primal), wrap(jvp))})
+        )
+
+
+def bind_custom_vjp(
+    eqn: Any,
+    operands: Sequence[Any],
+    primal: Callable[..., Any],
+    forward: Callable[..., Any],
+) -> list[Any]:
+    """Bind a `custom_vjp` with another primal and forward function, and its own backward rule.
+
+    Args:
+        eqn: The equation.
+        operands: Its operands.
+        primal: `(*operands) -> results`.
+        forward: `(program, *operands) -> results of program`, given the rule's own forward
+            program when (and if) the function is differentiated.
+    """
+    params = eqn.primitive.get_bind_params(eqn.params)
+    thunk, skipped = eqn.params["fwd_jaxpr_thunk"], eqn.params["num_consts"]
+    backward = params["subfuns"][2]
+
+    def fwd(*values_and_flags: Any) -> list[Any]:
+        values, flags = values_and_flags[::2], values_and_flags[1::2]
+        jaxpr, consts = thunk.call_wrapped(*flags[skipped:])
+        closed = program(jaxpr)._replace(consts=tuple(consts))
+        if len(closed.constvars) != len(consts):  # JAX 0.12: constants are leading arguments
+            cut = len(consts)
+            closed = closed._replace(constvars=closed.invars[:cut], invars=closed.invars[cut:])
+        return forward(closed, *values[skipped:])
+
+    wrap = _wrap(eqn)
+    subfuns = (wrap(primal), wrap(fwd), backward)
+    with context(eqn):
+        return list(eqn.primitive.bind(*operands, **{**params, "subfuns": subfuns}))
+
+
+def _wrap(eqn: Any) -> Callable[[Callable[..., Any]], Any]:
+    call = eqn.params["call_jaxpr"]
+    info = getattr(call, "debug_info", None) or call.jaxpr.debug_info
+    return lambda function: lu.wrap_init(function, debug_info=info)
+
+
+def bind_remat(eqn: Any, operands: Sequence[Any], body: Callable[..., Any]) -> Any:
+    """Bind a `checkpoint` around another body, with the same policy and barriers."""
+    jaxpr, consts, tree = _open(body, operands)
+    with context(eqn):
+        results = eqn.primitive.bind(*consts, *operands, **{**eqn.params, "jaxpr": jaxpr})
+    return jax.tree.unflatten(tree, results)
+
+
+def _open(body: Callable[..., Any], operands: Sequence[Any]) -> tuple[Any, list[Any], Any]:
+    """Trace body to an open jaxpr whose constants are its leading arguments."""
+    closed: Any
+    closed, shapes = jax.make_jaxpr(body, return_shape=True)(*operands)
+    inner = partial_eval.convert_constvars_jaxpr(getattr(closed, "jaxpr", closed))
+    return inner, list(closed.consts), jax.tree.structure(shapes)
+
+
+def jit_like(eqn: Any, body: Callable[..., Any]) -> Callable[..., Any]:
+    """Jit `body(cells, *operands) -> (results, cells)` as the equation jits its own."""
+    params = eqn.params
+    body.__name__ = body.__qualname__ = params["name"]
+    options: dict[str, Any] = {
+        "keep_unused": params["keep_unused"],
+        "inline": params["inline"],
+        "compiler_options": dict(params["compiler_options_kvs"]) or None,
+        "donate_argnums": tuple(k + 1 for k, d in enumerate(params["donated_invars"]) if d),
+    }
+    unset = [UNSPECIFIED] * len(params["in_shardings"])
+    if list(params["in_shardings"]) != unset or any(params["in_layouts"]):
+        placed = zip(params["in_shardings"], params["in_layouts"], strict=True)
+        options["in_shardings"] = (UNSPECIFIED, *(_placement(*p) for p in placed))
+    unset = [UNSPECIFIED] * len(params["out_shardings"])
+    if list(params["out_shardings"]) != unset or any(params["out_layouts"]):
+        placed = zip(params["out_shardings"], params["out_layouts"], strict=True)
+        options["out_shardings"] = ([_placement(*p) for p in placed], UNSPECIFIED)
+    return jax.jit(body, **options)
+
+
+def _placement(sharding: Any, layout: Any) -> Any:
+    return sharding if layout is None else Format(layout, sharding)

@@ -1,0 +1,150 @@
+"""A cost as tables for the terminal."""
+
+import io
+from typing import TYPE_CHECKING, Any
+
+import rich.box
+import rich.console
+import rich.table
+import rich.text
+
+if TYPE_CHECKING:
+    from jaxcompress.graph._cost import Compiled, Cost
+    from jaxcompress.graph._cost_figures import Figure
+
+SHOWN = 16
+"""The table lists so many sites, the costliest; the others are summed in one row."""
+
+
+def scaled(value: float, unit: str) -> str:
+    """Write a number with a prefix (powers of 1000) and three significant digits.
+
+    Args:
+        value: The number, not negative.
+        unit: Its unit.
+
+    Returns:
+        Text such as `16.1 GB`.
+
+    Example:
+        >>> scaled(16_060_522_496, "B"), scaled(1.83e-4, "s"), scaled(0, "FLOP")
+        ('16.1 GB', '183 µs', '0 FLOP')
+    """
+    if value == 0:
+        return f"0 {unit}".strip()
+    prefixes = ["n", "µ", "m", "", "k", "M", "G", "T", "P"]
+    power = 3
+    while abs(value) >= 999.5 and power < len(prefixes) - 1:
+        value, power = value / 1000, power + 1
+    while abs(value) < 0.9995 and power > 0 and unit == "s":
+        value, power = value * 1000, power - 1
+    digits = 0 if abs(value) >= 99.95 or (power == 3 and unit != "s") else 1
+    digits = 2 if digits and abs(value) < 9.995 else digits
+    return f"{value:,.{digits}f} {prefixes[power]}{unit}".strip()
+
+
+def _table(*columns: str) -> rich.table.Table:
+    table = rich.table.Table(box=rich.box.SIMPLE_HEAD, pad_edge=False, show_edge=False)
+    for index, column in enumerate(columns):
+        table.add_column(
+            column,
+            justify="right" if column not in ("site", "origin", "figure", "stored") else "left",
+            overflow="fold",
+            no_wrap=index > 0 and column != "origin",
+        )
+    return table
+
+
+def draw(cost: "Cost") -> rich.console.Group:
+    """Draw a cost: its sites, its totals, and what the compiler says."""
+    parts: list[Any] = [_sites(cost), rich.text.Text()]
+    parts.append(_totals(cost))
+    if not cost.bounded:
+        parts.append(rich.text.Text("A while loop of unknown length was counted once."))
+    if cost.compiled is not None:
+        parts += [rich.text.Text(line) for line in _remarks(cost.compiled)]
+    return rich.console.Group(*parts)
+
+
+def _sites(cost: "Cost") -> rich.table.Table:
+    table = _table("site", "shape", "stored", "times", "params", "size", "FLOPs", "share")
+    order = sorted(cost.sites, key=lambda site: -site.flops)
+    shown = set(order[:SHOWN]) if len(order) > SHOWN + 1 else set(order)
+    share = lambda flops: f"{100 * flops / cost.flops:.1f} %" if cost.flops else "–"
+    for site in cost.sites:
+        if site in shown:
+            table.add_row(
+                rich.text.Text(site.name),
+                "×".join(map(str, site.shape)),
+                site.stored,
+                str(site.repeats),
+                scaled(site.params, ""),
+                scaled(site.param_bytes, "B"),
+                scaled(site.flops, ""),
+                share(site.flops),
+            )
+    rest = [site for site in cost.sites if site not in shown]
+    if rest:
+        flops = sum(site.flops for site in rest)
+        table.add_row(
+            f"… {len(rest)} more sites", "", "", "", "", "", scaled(flops, ""), share(flops)
+        )
+    if cost.elsewhere_flops:
+        flops = cost.elsewhere_flops
+        table.add_row("without a leaf", "", "", "", "", "", scaled(flops, ""), share(flops))
+    table.add_section()
+    params, size = scaled(cost.params, ""), scaled(cost.param_bytes, "B")
+    table.add_row("all leaves", "", "", "", params, size, scaled(cost.flops, ""), "")
+    return table
+
+
+def _totals(cost: "Cost") -> rich.table.Table:
+    table = _table("figure", "value", "origin")
+    table.add_row("FLOPs", scaled(cost.flops, "FLOP"), "jaxpr count")
+    table.add_row("bytes of all contractions", scaled(cost.bytes, "B"), "jaxpr count")
+    compiled = cost.compiled
+    if compiled is None:
+        return table
+    table.add_section()
+    memory, each = compiled.memory, " per device" if compiled.devices > 1 else ""
+    rows: list[tuple[str, Figure | None]] = [
+        (f"time{each}", compiled.seconds),
+        (f"FLOPs{each}", compiled.flops),
+        (f"bytes moved{each}", compiled.bytes),
+        (f"arguments{each}", memory.arguments),
+        (f"outputs{each}", memory.outputs),
+        (f"temporaries{each}", memory.temporaries),
+        (f"aliased{each}", memory.aliased),
+        (f"code{each}", memory.code),
+        (f"peak{each}", memory.peak),
+    ]
+    for name, figure in rows:
+        if figure is not None:
+            table.add_row(name, scaled(figure.value, figure.unit), figure.origin)
+    return table
+
+
+def _remarks(compiled: "Compiled") -> list[str]:
+    target = compiled.target
+    devices = f", {compiled.devices} devices" if compiled.devices > 1 else ""
+    lines = [f"Target {target.name}{devices}. {target.source}".strip()]
+    if compiled.fits is not None and target.memory is not None:
+        verb = "fits" if compiled.fits else "DOES NOT FIT"
+        lines.append(f"It {verb} the {scaled(target.memory, 'B')} of one device.")
+    if compiled.refusal:
+        lines.append(compiled.refusal)
+    for path, size in compiled.expanded.items():
+        lines.append(
+            f"{path} is dequantized to a whole array in memory: {scaled(size.value, 'B')}."
+        )
+    return lines
+
+
+def text(cost: "Cost", width: int = 110) -> str:
+    """Draw a cost as plain text."""
+    console = rich.console.Console(
+        file=io.StringIO(), width=width, color_system=None, force_terminal=False
+    )
+    with console.capture() as capture:
+        console.print(draw(cost))
+    return "\n".join(line.rstrip() for line in capture.get().rstrip().splitlines())

@@ -1,0 +1,326 @@
+"""`replay`: run a function's jaxpr with chosen equations handled by the caller."""
+
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, TypeAlias
+
+import jax
+
+from jaxcompress import tree
+from jaxcompress.errors import ArgumentTypeError, SelectionError
+from jaxcompress.graph import _compat
+from jaxcompress.graph._compat import Primitive, Program
+from jaxcompress.graph._constructs import Cells, construct
+from jaxcompress.graph._sites import Site
+from jaxcompress.graph._trace import Traced, capture
+from jaxcompress.graph._walk import Place, Position, Record, Walker
+
+
+@dataclass(frozen=True)
+class Equation:
+    """One equation of fn, as a handler sees it.
+
+    Attributes:
+        primitive: The JAX primitive; `primitive.name` is its name.
+        params: Its parameters, such as `dimension_numbers`.
+        sites: The sites at this equation, one per weight operand; empty elsewhere.
+    """
+
+    primitive: Primitive
+    params: Mapping[str, Any]
+    sites: tuple[Site, ...]
+    _eqn: Any = field(repr=False)
+
+    def bind(self, *operands: Any, **changes: Any) -> Any:
+        """Do what the equation does, on the given operands.
+
+        Args:
+            *operands: As many as the equation has.
+            **changes: Parameters to change, such as `precision`.
+
+        Returns:
+            The result; a list of results for a primitive that has several.
+        """
+        results = _compat.bind(self._eqn, operands, {**self._eqn.params, **changes})
+        return results if self.primitive.multiple_results else results[0]
+
+
+Handler: TypeAlias = Callable[..., Any]
+"""`(equation, *operands) -> result`, or a list of results for a primitive that has several."""
+Key: TypeAlias = Any
+"""A `where` over leaf paths (glob or regex), a JAX primitive, or `(Equation) -> bool`."""
+Visit: TypeAlias = Callable[[Equation, Sequence[Any], Cells], tuple[list, Cells]]
+"""What the interpreter calls: `(equation, operands, cells) -> (results, filled cells)`."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Which equations of a program are visited, by position.
+
+    Attributes:
+        visits: What to call.
+        sites: The sites of the equations that have any.
+        forward: `(position, program) -> plan` of the forward program of a `custom_vjp`, which
+            is only known under differentiation.
+        fills: Whether visits fill cells, named as the sites they visit.
+    """
+
+    visits: Mapping[Position, Visit]
+    sites: Mapping[Position, tuple[Site, ...]]
+    forward: Callable[[Position, Program], "Plan"]
+    fills: bool = False
+
+    @functools.cached_property
+    def cells(self) -> Mapping[Position, frozenset[str]]:
+        """The names of the sites visited below each prefix of a visited position."""
+        below: dict[Position, set[str]] = {}
+        for position in self.visits:
+            names = {site.name for site in self.sites.get(position, ())}
+            for k in range(len(position) + 1):
+                below.setdefault(position[:k], set()).update(names)
+        return {position: frozenset(names) for position, names in below.items()}
+
+
+class _Enter:
+    """Runs the bodies of one construct under a plan; see `_constructs.Enter`."""
+
+    def __init__(self, bodies: Callable[[], Sequence[Any]], plan: Plan, position: Position):
+        self._programs = [body.program for body in bodies()]
+        self._plan, self._position = plan, position
+        self.fills = plan.fills and bool(plan.cells[position])
+
+    def __call__(self, body: int, operands: Sequence[Any], cells: Cells) -> tuple[list, Cells]:
+        position = (*self._position, body)
+        return run(self._programs[body], operands, self._plan, cells, position)
+
+    def forward(self, program: Program, operands: Sequence[Any]) -> list:
+        """Run the forward program of a `custom_vjp` under the same handlers."""
+        return run(program, operands, self._plan.forward(self._position, program), {})[0]
+
+
+def run(
+    program: Program, args: Sequence[Any], plan: Plan, cells: Cells, position: Position = ()
+) -> tuple[list, Cells]:
+    """Interpret a program, visiting the planned equations and binding all others whole."""
+    env: dict[Any, Any] = dict(zip(program.constvars, program.consts, strict=True))
+    env.update(zip(program.invars, args, strict=True))
+    dying = _last_uses(program)
+    filled: Cells = {}
+
+    def read(atom: Any) -> Any:
+        return atom.val if isinstance(atom, _compat.Literal) else env[atom]
+
+    for number, eqn in enumerate(program.eqns):
+        here = (*position, number)
+        operands = [read(atom) for atom in eqn.invars]
+        if here in plan.visits:
+            equation = Equation(eqn.primitive, eqn.params, plan.sites.get(here, ()), eqn)
+            results, new = plan.visits[here](equation, operands, cells)
+            filled |= new
+        elif here in plan.cells:
+            rule = construct(eqn.primitive.name)
+            assert rule is not None, "only constructs have positions below them"
+            inside = {name: cells[name] for name in sorted(plan.cells[here]) if name in cells}
+            enter = _Enter(functools.partial(rule.bodies, eqn), plan, here)
+            results, new = rule.rebuild(eqn, operands, inside, enter)
+            filled |= new
+        else:
+            results = _compat.bind(eqn, operands)
+        env.update(zip(eqn.outvars, results, strict=True))
+        for var in dying[number]:
+            env.pop(var, None)
+    return [read(atom) for atom in program.outvars], filled
+
+
+def _last_uses(program: Program) -> list[list[Any]]:
+    """List, for each equation, the variables that nothing reads after it."""
+    dying: list[list[Any]] = []
+    needed = {atom for atom in program.outvars if not isinstance(atom, _compat.Literal)}
+    for eqn in reversed(program.eqns):
+        atoms = [a for a in eqn.invars if not isinstance(a, _compat.Literal)]
+        mine = list(dict.fromkeys(a for a in (*atoms, *eqn.outvars) if a not in needed))
+        needed.update(mine)
+        dying.append(mine)
+    return dying[::-1]
+
+
+def execute(traced: Traced, plan: Plan, args: Any, cells: Cells) -> tuple[Any, Cells]:
+    """Run a captured call under a plan; returns fn's outputs and the filled cells."""
+    results, filled = run(traced.program, jax.tree.leaves(args), plan, cells)
+    return jax.tree.unflatten(jax.tree.structure(traced.outputs), results), filled
+
+
+SitesAt: TypeAlias = Mapping[Position, tuple[Site, ...]]
+Match: TypeAlias = Callable[[Program, SitesAt], Mapping[Position, Visit]]
+"""Chooses what to visit in a program, given the sites in it."""
+
+
+def make_plan(
+    program: Program, record: Record, walker: Walker, match: Match, *, fills: bool = False
+) -> Plan:
+    """Choose the equations to visit, here and in forward programs that come to light later."""
+    sites: dict[Position, tuple[Site, ...]] = {}
+    for position, site in record.sites:
+        sites[position] = (*sites.get(position, ()), site)
+
+    def forward(position: Position, later: Program) -> Plan:
+        operands = record.operands[position]
+        values = operands[len(operands) - len(later.invars) :]
+        found, _ = walker.walk(later, values, Place())
+        known = [site for p, site in record.sites if p[: len(position)] == position]
+        found.sites = _same_sites(found.sites, known)
+        return make_plan(later, found, walker, match, fills=fills)
+
+    return Plan(match(program, sites), sites, forward, fills)
+
+
+def _same_sites(
+    found: list[tuple[Position, Site]], known: list[Site]
+) -> list[tuple[Position, Site]]:
+    """Give the sites of a forward program the names and places they have in the primal one."""
+    left = {path: [s for s in known if s.path == path] for path in {s.path for s in known}}
+    named = []
+    for position, site in found:
+        twins = left.get(site.path)
+        if twins:
+            twin = twins.pop(0)
+            site = replace(
+                site, name=twin.name, stack=twin.stack, scope=twin.scope, repeats=twin.repeats
+            )
+        named.append((position, site))
+    return named
+
+
+class _Matcher:
+    """Finds the first pair that takes each equation, and notes which pairs took any."""
+
+    def __init__(
+        self, pairs: Sequence[tuple[Key, Handler]], leaves: Mapping[str, Any], taken: set[int]
+    ):
+        self._pairs, self._leaves, self._taken = pairs, leaves, taken
+        self._looks_everywhere = any(_is_general(key) for key, _ in pairs)
+
+    def __call__(self, program: Program, sites: SitesAt) -> dict[Position, Visit]:
+        visits: dict[Position, Visit] = {}
+        self._walk(program, (), sites, visits)
+        return visits
+
+    def _walk(
+        self, program: Program, position: Position, sites: SitesAt, visits: dict[Position, Visit]
+    ) -> None:
+        for number, eqn in enumerate(program.eqns):
+            here = (*position, number)
+            if here in sites or self._looks_everywhere:
+                equation = Equation(eqn.primitive, eqn.params, sites.get(here, ()), eqn)
+                for k, (key, handler) in enumerate(self._pairs):
+                    if self._takes(key, equation):
+                        visits[here] = functools.partial(_call, handler)
+                        self._taken.add(k)
+                        break
+            rule = construct(eqn.primitive.name)
+            if rule is not None and here not in visits:
+                for k, body in enumerate(rule.bodies(eqn)):
+                    self._walk(body.program, (*here, k), sites, visits)
+
+    def _takes(self, key: Key, equation: Equation) -> bool:
+        if isinstance(key, Primitive):
+            return equation.primitive is key
+        if _is_general(key):
+            return bool(key(equation))
+        return any(tree.matches(key, s.path, self._leaves[s.path]) for s in equation.sites)
+
+
+def _is_general(key: Key) -> bool:
+    """Tell whether a key can take equations that are no sites."""
+    return isinstance(key, Primitive) or (callable(key) and not hasattr(key, "search"))
+
+
+def _call(
+    handler: Handler, equation: Equation, operands: Sequence[Any], cells: Cells
+) -> tuple[list, Cells]:
+    result = handler(equation, *operands)
+    return (list(result) if equation.primitive.multiple_results else [result]), {}
+
+
+def _nothing_taken(key: Key, traced: Traced) -> Exception:
+    known = {site.path: traced.leaves[site.path] for _, site in traced.record.sites}
+    return SelectionError(
+        "handlers",
+        got=f"the key {key!r}, which takes no equation of fn (or only such as an earlier key has)",
+        expected="keys that each take at least one equation",
+        fix=f"The leaves with sites are: {tree.shorten(sorted(known))}."
+        if known
+        else "fn has no sites: it contracts none of its params.",
+    )
+
+
+def replay(
+    fn: Callable[..., Any], handlers: Mapping[Key, Handler] | Sequence[tuple[Key, Handler]]
+) -> Callable[..., Any]:
+    """Make a function that runs like `fn`, with chosen equations handled by you.
+
+    `fn` is traced when the new function is called, so it works wherever fn does: under `jit`,
+    `grad`, `vmap`, `scan`, `remat` and shardings. Constructs that hold a handled equation are
+    rebuilt around it with all their parameters; the others are bound whole. With handlers that
+    do what the equation does, values and gradients are fn's own, bit for bit under jit.
+
+    Args:
+        fn: `fn(params, *inputs, **kwargs) -> outputs`, pure.
+        handlers: `{key: handler}`, or pairs where a key cannot be hashed. A key is a `where`
+            over the paths of leaves (glob or compiled regex), which takes equations that
+            contract such a leaf or look it up; a JAX primitive (`jax.lax.dot_general_p`), which
+            takes all its equations; or a predicate `(Equation) -> bool`. The first key that
+            takes an equation counts. A handler gets the `Equation` and its operands and returns
+            the result, or a list of results if the primitive has several;
+            `equation.bind(*operands)` does what the equation does.
+
+    Returns:
+        A function of the same arguments. Calling it raises `SelectionError` if some key takes
+        no equation.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> def double(equation, x, w):
+        ...     return equation.bind(x, 2 * w)
+        >>> fn = lambda params, x: jnp.tanh(x @ params["kernel"])
+        >>> doubled = replay(fn, {"kernel": double})
+        >>> params, x = {"kernel": jnp.ones((3, 2))}, jnp.ones((1, 3))
+        >>> bool((doubled(params, x) == jnp.tanh(2 * x @ params["kernel"])).all())
+        True
+    """
+    pairs = list(handlers.items()) if isinstance(handlers, Mapping) else list(handlers)
+    for key, handler in pairs:
+        _check_pair(key, handler)
+
+    @functools.wraps(fn)
+    def replayed(params: tree.Params, *inputs: Any, **kwargs: Any) -> Any:
+        traced = capture(fn, params, inputs, kwargs)
+        taken: set[int] = set()
+        plan = make_plan(
+            traced.program, traced.record, traced.walker, _Matcher(pairs, traced.leaves, taken)
+        )
+        for k, (key, _) in enumerate(pairs):
+            if k not in taken:
+                raise _nothing_taken(key, traced)
+        results, _ = execute(traced, plan, (params, inputs, kwargs), {})
+        return results
+
+    return replayed
+
+
+def _check_pair(key: Key, handler: Handler) -> None:
+    if not isinstance(key, str | Primitive) and not hasattr(key, "search") and not callable(key):
+        raise ArgumentTypeError(
+            "handlers",
+            got=f"the key {key!r}",
+            expected="a path glob, a compiled regex, a JAX primitive or a predicate",
+            fix='For example {"**/kernel": handler} or {jax.lax.dot_general_p: handler}.',
+        )
+    if not callable(handler):
+        raise ArgumentTypeError(
+            "handlers",
+            got=f"{handler!r} for {key!r}",
+            expected="a function (equation, *operands) -> result",
+            fix="Pass a function.",
+        )

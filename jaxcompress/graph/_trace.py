@@ -1,0 +1,191 @@
+"""`trace`: fn as a graph, with every leaf accounted for."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+import jax
+
+from jaxcompress import tree
+from jaxcompress.errors import ArgumentError, ArgumentTypeError
+from jaxcompress.graph import _compat
+from jaxcompress.graph._compat import Program
+from jaxcompress.graph._graph import Graph, Use
+from jaxcompress.graph._sites import Site
+from jaxcompress.graph._views import whole
+from jaxcompress.graph._walk import Place, Position, Record, Value, Walker
+
+
+class Traced(NamedTuple):
+    """A captured call with what was found in it; what `replay` runs.
+
+    Attributes:
+        program: The program over the flat arguments.
+        record: What the walk found; sites have their final names.
+        values: The values of the program's results.
+        leaves: `{path: leaf}` of params.
+        outputs: The tree of results as shapes.
+        walker: The walker, to go on with rules that are only known under differentiation.
+    """
+
+    program: Program
+    record: Record
+    values: list[Value]
+    leaves: dict[str, Any]
+    outputs: Any
+    walker: Walker
+
+
+def capture(fn: Callable[..., Any], params: Any, inputs: Any, kwargs: Any) -> Traced:
+    leaves = _checked_leaves(params)
+    try:
+        program, outputs = _compat.capture(
+            lambda params, inputs, kwargs: fn(params, *inputs, **kwargs), (params, inputs, kwargs)
+        )
+    except jax.errors.JAXTypeError as error:
+        raise ArgumentTypeError(
+            "fn",
+            got=f"one that looks at values: {str(error).splitlines()[0]}",
+            expected="a function that `jax.make_jaxpr` can trace",
+            fix="Use jnp.where, lax.cond or lax.while_loop, or bind the argument with "
+            "functools.partial.",
+        ) from error
+    walker = Walker(leaves)
+    args = [
+        Value((whole(path, part.shape),), False, walker.fresh())
+        for path, leaf in leaves.items()
+        for part in jax.tree.leaves(leaf)
+    ]
+    args += [Value((), True, walker.fresh()) for _ in program.invars[len(args) :]]
+    record, values = walker.walk(program, args, Place())
+    record.sites = _named(record.sites)
+    return Traced(program, record, values, leaves, outputs, walker)
+
+
+def _checked_leaves(params: Any) -> dict[str, Any]:
+    leaves: dict[str, Any] = {}
+    for path, leaf in tree.items(params):
+        for part in jax.tree.leaves(leaf):
+            if not (hasattr(part, "shape") and hasattr(part, "dtype")):
+                raise ArgumentTypeError(
+                    "params",
+                    got=f"{path!r} is {type(part).__name__} {part!r}",
+                    expected="a pytree of arrays (or ShapeDtypeStructs)",
+                    fix="Use jnp.asarray, or close over what is no parameter.",
+                )
+        if path in leaves:
+            raise ArgumentError(
+                "params",
+                got=f"two leaves with the path {path!r}",
+                expected="distinct paths",
+                fix="Rename a key.",
+            )
+        leaves[path] = leaf
+    return leaves
+
+
+def _named(sites: list[tuple[Position, Site]]) -> list[tuple[Position, Site]]:
+    """Give sites unique names: the leaf's path, then `path#1`, `path#2`, ..."""
+    count: dict[str, int] = {}
+    named = []
+    for position, site in sites:
+        k = count.get(site.path, 0)
+        count[site.path] = k + 1
+        named.append((position, replace(site, name=f"{site.path}#{k}") if k else site))
+        named[-1] = (position, named[-1][1])
+    return named
+
+
+def trace(fn: Callable[..., Any], params: tree.Params, *inputs: Any, **kwargs: Any) -> Graph:
+    """Find where fn contracts its leaves, and account for every other use of them.
+
+    Nothing is computed: arrays may be `jax.ShapeDtypeStruct`s, so that a model of any size can
+    be traced. Leaves are followed through casts, transpositions, reshapes, slices, stacks and
+    elementwise functions of params (masks, dequantization, weight norm), and through `jit`,
+    `checkpoint`, `custom_jvp`, `custom_vjp`, `scan`, `while`, `cond`, `shard_map` and code that
+    `vmap` has batched.
+
+    Args:
+        fn: `fn(params, *inputs, **kwargs) -> outputs`, pure.
+        params: Any pytree of arrays; a `LeafNode` such as a `QArray` counts as one leaf.
+        *inputs: fn's other arguments.
+        **kwargs: fn's keyword arguments, traced too.
+
+    Returns:
+        The graph.
+
+    Raises:
+        ArgumentTypeError: If params holds something that is no array, or fn cannot be traced.
+        ArgumentError: If two leaves have one path.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> params = {"kernel": jnp.ones((3, 5)), "bias": jnp.ones(5), "spare": jnp.ones(2)}
+        >>> graph = trace(lambda p, x: x @ p["kernel"] + p["bias"], params, jnp.ones((7, 3)))
+        >>> (site,) = graph.sites
+        >>> site.path, site.axes.contract, site.axes.output, site.flops
+        ('kernel', (0,), (1,), 210)
+        >>> dict(graph.uses), graph.unreached
+        ({'bias': (Use(primitive='add', scope=(), repeats=1),)}, ('spare',))
+    """
+    traced = capture(fn, params, inputs, kwargs)
+    record = traced.record
+    uses: dict[str, list[Use]] = {}
+    for path, use in record.uses:
+        if use not in uses.setdefault(path, []):
+            uses[path].append(use)
+    returned = []
+    for value in traced.values:
+        for view in value.views:
+            if not view.through:
+                returned.append(view.path)
+            elif Use(primitive="output") not in uses.setdefault(view.path, []):
+                uses[view.path].append(Use(primitive="output"))
+    seen = {site.path for _, site in record.sites} | set(uses) | set(returned)
+    return Graph(
+        leaves=traced.leaves,
+        sites=tuple(site for _, site in record.sites),
+        uses={path: tuple(uses[path]) for path in traced.leaves if path in uses},
+        returned=tuple(dict.fromkeys(returned)),
+        unreached=tuple(path for path in traced.leaves if path not in seen),
+        elsewhere=tuple(record.elsewhere),
+        flops=record.flops,
+        outputs=traced.outputs,
+    )
+
+
+def contraction_axes(
+    fn: Callable[..., Any], params: tree.Params, *inputs: Any, **kwargs: Any
+) -> dict[str, tuple[int, ...]]:
+    """Find which axes of each leaf are summed over, whatever the library's layout.
+
+    It is what `sparsity.make_mask(..., axes=...)` takes: N:M groups and channels then follow the
+    contraction in Equinox's `(out, in)` kernels, stacked `(layers, in, out)` ones, and fused
+    attention kernels, as they do in Flax's.
+
+    Args:
+        fn: `fn(params, *inputs, **kwargs) -> outputs`, pure.
+        params: Any pytree of arrays; shapes are enough.
+        *inputs: fn's other arguments.
+        **kwargs: fn's keyword arguments.
+
+    Returns:
+        `{path: axes of the leaf}`, the window of a convolution included, for the leaves that fn
+        contracts. Where sites of one leaf differ, the one of most FLOPs counts.
+
+    Raises:
+        ArgumentTypeError: As `trace`.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> params = {"weight": jnp.ones((5, 3))}
+        >>> contraction_axes(lambda p, x: p["weight"] @ x, params, jnp.ones(3))
+        {'weight': (1,)}
+    """
+    graph = trace(fn, params, *inputs, **kwargs)
+    axes: dict[str, tuple[int, ...]] = {}
+    for site in sorted(graph.sites, key=lambda site: site.flops):
+        contracted = tuple(sorted((*site.axes.contract, *site.axes.spatial)))
+        if contracted:
+            axes[site.path] = contracted
+    return {path: axes[path] for path in graph.leaves if path in axes}

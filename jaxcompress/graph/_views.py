@@ -1,0 +1,309 @@
+"""Following a leaf through reshapes, casts and slices: which of its axes a variable's axes hold.
+
+A rule says, for one primitive, what its result shows of the leaves that its operands show. Rules
+are registered by primitive name; the built-in ones below use the same door as yours.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple, TypeAlias
+
+import numpy as np
+
+
+class Factor(NamedTuple):
+    """A run of one axis.
+
+    Attributes:
+        axes: The leaf axes that it enumerates; none for a broadcast.
+        size: Its length.
+    """
+
+    axes: tuple[int, ...]
+    size: int
+
+
+AxisFactors: TypeAlias = tuple[Factor, ...]
+"""One axis of a variable, major factor first; empty for an axis of size one."""
+
+
+@dataclass(frozen=True)
+class View:
+    """What a variable shows of one leaf.
+
+    Attributes:
+        path: The leaf's path.
+        axes: For each axis of the variable, the factors that it is made of.
+        stacked: Leaf axes that enclosing scans have taken apart.
+        through: The primitives passed since the leaf.
+    """
+
+    path: str
+    axes: tuple[AxisFactors, ...]
+    stacked: tuple[int, ...] = ()
+    through: tuple[str, ...] = ()
+
+    def leaf_axes(self, axes: Sequence[int]) -> tuple[int, ...]:
+        """List the leaf axes that these axes of the variable hold, in the leaf's order.
+
+        Args:
+            axes: Axes of the variable.
+
+        Returns:
+            Sorted axes of the leaf.
+        """
+        return tuple(sorted({k for i in axes for f in self.axes[i] for k in f.axes}))
+
+    def passed(self, primitive: str, axes: Sequence[AxisFactors]) -> "View":
+        """Describe the result of a primitive that shows the same leaf.
+
+        Args:
+            primitive: Its name.
+            axes: The factors of each axis of the result.
+
+        Returns:
+            The result's view.
+        """
+        return replace(self, axes=tuple(axes), through=(*self.through, primitive))
+
+
+def whole(path: str, shape: Sequence[int]) -> View:
+    """View a leaf as it is.
+
+    Args:
+        path: Its path.
+        shape: Its shape.
+
+    Returns:
+        A view whose every axis is the leaf's own.
+    """
+    return View(path, tuple(() if n == 1 else (Factor((k,), n),) for k, n in enumerate(shape)))
+
+
+ViewRule: TypeAlias = Callable[[Any, Sequence[View | None], int], Sequence[View | None]]
+"""`(eqn, views of the operands, k) -> for each operand, what the k-th result shows of it`."""
+
+_RULES: dict[str, ViewRule] = {}
+
+
+def register_view(*primitives: str) -> Callable[[ViewRule], ViewRule]:
+    """Say how a leaf is followed through a primitive.
+
+    The rule gets the equation, one view per operand (`None` where an operand shows no leaf) and
+    the number of the result, and returns one view of that result per operand, `None` where the
+    leaf can be followed no further: it is then reported as used there.
+
+    Args:
+        *primitives: Names of primitives.
+
+    Returns:
+        A decorator that registers the rule and returns it.
+    """
+
+    def register(rule: ViewRule) -> ViewRule:
+        for name in primitives:
+            _RULES[name] = rule
+        return rule
+
+    return register
+
+
+def view_rule(primitive: str) -> ViewRule | None:
+    return _RULES.get(primitive)
+
+
+def _shape(atom: Any) -> tuple[int, ...]:
+    return tuple(atom.aval.shape)
+
+
+_ELEMENTWISE = """
+    abs add and atan2 bitcast_convert_type cbrt ceil clamp convert_element_type copy copy_p cos
+    custom_lin device_put div eq erf erf_inv erfc exp exp2 expm1 floor ge gt imag integer_pow
+    is_finite layout_constraint le log log1p log2 logistic lt max mesh_cast min mul name ne neg
+    nextafter not one_minus_square or pbroadcast pow pvary real reduce_precision rem reshard rev
+    round rsqrt select_n sharding_constraint shift_left shift_right_arithmetic
+    shift_right_logical sign sin sqrt square stop_gradient sub tan tanh xor
+"""
+
+
+@register_view(*_ELEMENTWISE.split())
+def _elementwise(eqn: Any, views: Sequence[View | None], k: int) -> list[View | None]:
+    """Follow operands of full shape; what only scales or shifts them is used here, and ends."""
+    shape = _shape(eqn.outvars[k])
+    full = [
+        view is not None
+        and _shape(atom) == shape
+        and all(f.axes for axis in view.axes for f in axis)
+        for atom, view in zip(eqn.invars, views, strict=True)
+    ]
+    if not any(full):  # nothing outranks a broadcast operand
+        full = [
+            view is not None and _shape(atom) == shape
+            for atom, view in zip(eqn.invars, views, strict=True)
+        ]
+    return [
+        view.passed(eqn.primitive.name, view.axes) if view is not None and ok else None
+        for view, ok in zip(views, full, strict=True)
+    ]
+
+
+def _single(
+    rule: Callable[[Any, View], Sequence[AxisFactors] | None],
+) -> ViewRule:
+    """Make a rule from one for the first operand; a leaf among the others (an index) ends."""
+
+    def apply(eqn: Any, views: Sequence[View | None], k: int) -> list[View | None]:
+        first, *rest = views
+        axes = None if first is None else rule(eqn, first)
+        shown = None if first is None or axes is None else first.passed(eqn.primitive.name, axes)
+        return [shown, *([None] * len(rest))]
+
+    return apply
+
+
+def _resized(axis: AxisFactors, size: int) -> AxisFactors:
+    """Describe part of an axis, or a longer axis of which it is part."""
+    if size == math.prod(f.size for f in axis):
+        return axis
+    held = tuple(sorted({k for f in axis for k in f.axes}))
+    return (Factor(held, size),) if size != 1 else ()
+
+
+def _transpose(eqn: Any, view: View) -> list[AxisFactors]:
+    return [view.axes[k] for k in eqn.params["permutation"]]
+
+
+def _squeeze(eqn: Any, view: View) -> list[AxisFactors]:
+    gone = {k % len(view.axes) for k in eqn.params["dimensions"]}
+    return [axis for k, axis in enumerate(view.axes) if k not in gone]
+
+
+def _broadcast(eqn: Any, view: View) -> list[AxisFactors]:
+    shape, source = _shape(eqn.outvars[0]), _shape(eqn.invars[0])
+    axes: list[AxisFactors] = [() if n == 1 else (Factor((), n),) for n in shape]
+    for k, target in enumerate(eqn.params["broadcast_dimensions"]):
+        if source[k] == shape[target]:
+            axes[target] = view.axes[k]
+    return axes
+
+
+def _reshape(eqn: Any, view: View) -> list[AxisFactors] | None:
+    if eqn.params.get("dimensions") is not None:
+        return None
+    return split_factors([f for axis in view.axes for f in axis], _shape(eqn.outvars[0]))
+
+
+def split_factors(factors: Sequence[Factor], shape: Sequence[int]) -> list[AxisFactors] | None:
+    """Cut a row-major run of factors into axes of the given sizes, splitting where needed."""
+    left, axes = list(reversed(factors)), []
+    for size in shape:
+        axis: list[Factor] = []
+        while size > 1:
+            if not left:
+                return None
+            factor = left.pop()
+            if size % factor.size == 0:
+                axis.append(factor)
+                size //= factor.size
+            elif factor.size % size == 0:  # the major part stays here, the minor goes on
+                axis.append(Factor(factor.axes, size))
+                left.append(Factor(factor.axes, factor.size // size))
+                size = 1
+            else:
+                common = math.gcd(size, factor.size)
+                if common == 1:
+                    return None
+                axis.append(Factor(factor.axes, common))
+                left.append(Factor(factor.axes, factor.size // common))
+                size //= common
+        axes.append(tuple(axis))
+    return axes
+
+
+def _same_rank(eqn: Any, view: View) -> list[AxisFactors]:
+    shape = _shape(eqn.outvars[0])
+    return [_resized(axis, n) for axis, n in zip(view.axes, shape, strict=True)]
+
+
+def _reduce(eqn: Any, view: View) -> list[AxisFactors]:
+    return [axis for k, axis in enumerate(view.axes) if k not in eqn.params["axes"]]
+
+
+register_view("transpose")(_single(_transpose))
+register_view("squeeze")(_single(_squeeze))
+register_view("broadcast_in_dim")(_single(_broadcast))
+register_view("reshape")(_single(_reshape))
+register_view(
+    "slice", "dynamic_slice", "pad", "cumsum", "cummax", "cummin", "cumprod", "all_gather"
+)(_single(_same_rank))
+register_view("reduce_sum", "reduce_max", "reduce_min", "reduce_prod", "reduce_and", "reduce_or")(
+    _single(_reduce)
+)
+
+
+@register_view("expand_dims")
+def _expand_dims(eqn: Any, views: Sequence[View | None], k: int) -> list[View | None]:
+    (view,) = views
+    if view is None:
+        return [None]
+    axes = list(view.axes)
+    for k in sorted(eqn.params["dimensions"]):
+        axes.insert(k, ())
+    return [view.passed("expand_dims", axes)]
+
+
+@register_view("concatenate", "dynamic_update_slice")
+def _joined(eqn: Any, views: Sequence[View | None], k: int) -> list[View | None]:
+    """Follow every part of what is put together; indices end."""
+    shape = _shape(eqn.outvars[k])
+    return [
+        view.passed(
+            eqn.primitive.name,
+            [_resized(axis, n) for axis, n in zip(view.axes, shape, strict=True)],
+        )
+        if view is not None and len(view.axes) == len(shape)
+        else None
+        for view in views
+    ]
+
+
+@register_view("gather")
+def _gather(eqn: Any, views: Sequence[View | None], k: int) -> list[View | None]:
+    """Follow a leaf picked from by constant indices; picked axes merge into the index axes."""
+    view, shape = views[0], _shape(eqn.outvars[k])
+    if view is None:
+        return [None, None]
+    numbers = eqn.params["dimension_numbers"]
+    gone = {*numbers.collapsed_slice_dims, *numbers.operand_batching_dims}
+    kept = [i for i in range(len(view.axes)) if i not in gone]
+    axes: list[AxisFactors] = [()] * len(shape)
+    for target, i in zip(numbers.offset_dims, kept, strict=True):
+        axes[target] = _resized(view.axes[i], shape[target])
+    picked = view.leaf_axes(sorted(gone))
+    for target in sorted(set(range(len(shape))) - set(numbers.offset_dims)):
+        axes[target] = (Factor(picked, shape[target]),) if shape[target] != 1 else ()
+    return [view.passed("gather", axes), None]
+
+
+@register_view("split")
+def _split(eqn: Any, views: Sequence[View | None], k: int) -> list[View | None]:
+    """Follow a leaf into its parts."""
+    (view,) = views
+    if view is None:
+        return [None]
+    sizes = zip(view.axes, _shape(eqn.outvars[k]), strict=True)
+    return [view.passed("split", [_resized(axis, n) for axis, n in sizes])]
+
+
+@register_view("optimization_barrier")
+def _barrier(eqn: Any, views: Sequence[View | None], k: int) -> list[View | None]:
+    """Follow each operand to its own result."""
+    return [
+        view.passed("optimization_barrier", view.axes) if view is not None and i == k else None
+        for i, view in enumerate(views)
+    ]
+
+
+def elements(shape: Sequence[int]) -> int:
+    return int(np.prod(shape, dtype=np.int64))

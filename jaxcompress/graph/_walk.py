@@ -1,0 +1,368 @@
+"""The walk over a jaxpr that follows leaves to their sites and records every use of them."""
+
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, NamedTuple, TypeAlias
+
+import jax
+
+from jaxcompress import tree
+from jaxcompress.graph import _compat
+from jaxcompress.graph._compat import Program
+from jaxcompress.graph._constructs import Body, construct
+from jaxcompress.graph._graph import Contraction, Use
+from jaxcompress.graph._sites import Layout, Site, contraction_flops, site_rule, struct
+from jaxcompress.graph._views import View, elements, view_rule
+
+Position: TypeAlias = tuple[int, ...]
+"""An equation's address: equation and body numbers in turn, from the outermost jaxpr in."""
+
+_PICKS = frozenset({"dynamic_slice", "gather"})
+_REPEATABLE = frozenset(
+    {
+        "broadcast_in_dim",
+        "convert_element_type",
+        "copy",
+        "reshape",
+        "squeeze",
+        "stop_gradient",
+        "transpose",
+    }
+)
+"""Cheap functions of one array, written anew by each layer that reads it."""
+
+
+class Value(NamedTuple):
+    """What the walk knows of a variable.
+
+    Attributes:
+        views: What it shows of leaves.
+        varies: Whether it depends on fn's inputs.
+        ident: Equal for variables that are known to hold the same array.
+    """
+
+    views: tuple[View, ...] = ()
+    varies: bool = False
+    ident: int = -1
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where in the nest of constructs the walk is; the attributes are those of `Site`."""
+
+    position: Position = ()
+    scope: tuple[str, ...] = ()
+    stack: tuple[int, ...] = ()
+    repeats: int = 1
+    bounded: bool = True
+
+    def inside(self, eqn_number: int, body_number: int, body: Body) -> "Place":
+        return Place(
+            position=(*self.position, eqn_number, body_number),
+            scope=(*self.scope, body.label),
+            stack=(*self.stack, *body.stack),
+            repeats=self.repeats * body.repeats,
+            bounded=self.bounded and body.bounded,
+        )
+
+
+@dataclass
+class Record:
+    """What a walk found, in order.
+
+    Attributes:
+        sites: Sites with the position of their equation; names are not unique yet.
+        uses: `(path, use)` pairs.
+        elsewhere: Contractions without a leaf.
+        operands: The operands of each construct with a rule of its own for differentiation.
+        flops: Of all contractions.
+    """
+
+    sites: list[tuple[Position, Site]] = field(default_factory=list)
+    uses: list[tuple[str, Use]] = field(default_factory=list)
+    elsewhere: list[Contraction] = field(default_factory=list)
+    operands: dict[Position, list[Value]] = field(default_factory=dict)
+    flops: int = 0
+
+    def take(self, other: "Record", *, flops: bool = True) -> None:
+        self.sites += other.sites
+        self.uses += other.uses
+        self.elsewhere += other.elsewhere
+        self.operands |= other.operands
+        self.flops += other.flops if flops else 0
+
+
+class Walker:
+    """Walks programs and records what it finds; `leaves` give the bytes of weights."""
+
+    def __init__(self, leaves: dict[str, Any]):
+        self._leaves = leaves
+        self._bytes = {path: tree.nbytes({"": leaf}) for path, leaf in leaves.items()}
+        self._idents = itertools.count()
+        self._known: dict[Any, int] = {}  # one ident per pure equation on the same operands
+
+    def fresh(self) -> int:
+        return next(self._idents)
+
+    def walk(self, program: Program, args: Sequence[Value], place: Place) -> tuple[Record, list]:
+        """Walk one program; returns what it found and the values of its results."""
+        record, env = Record(), {}
+        for var in program.constvars:
+            env[var] = Value(ident=self.fresh())
+        env.update(zip(program.invars, args, strict=True))
+
+        def read(atom: Any) -> Value:
+            return Value() if isinstance(atom, _compat.Literal) else env[atom]
+
+        for number, eqn in enumerate(program.eqns):
+            operands = [read(atom) for atom in eqn.invars]
+            env.update(
+                zip(eqn.outvars, self._equation(eqn, number, operands, place, record), strict=True)
+            )
+        return record, [read(atom) for atom in program.outvars]
+
+    def _equation(
+        self, eqn: Any, number: int, operands: list[Value], place: Place, record: Record
+    ) -> list[Value]:
+        entered = construct(eqn.primitive.name)
+        if entered is not None:
+            return self._construct(eqn, number, entered.bodies(eqn), operands, place, record)
+        if not any(value.views for value in operands):
+            self._count_elsewhere(eqn, place, record)
+            return self._results(eqn, operands)
+        at_site = self._sites(eqn, number, operands, place, record)
+        if any(at_site):
+            for value, done in zip(operands, at_site, strict=True):
+                self._use(eqn, () if done else value.views, place, record)
+            return self._results(eqn, operands)
+        if contraction_flops(eqn):
+            self._count_elsewhere(eqn, place, record)
+        return [
+            value._replace(views=views)
+            for value, views in zip(
+                self._results(eqn, operands),
+                self._follow(eqn, operands, place, record),
+                strict=True,
+            )
+        ]
+
+    def _results(self, eqn: Any, operands: list[Value]) -> list[Value]:
+        name = eqn.primitive.name
+        # Which slice of a leaf it is may vary; what is in it does not.
+        read = operands[:1] if name in _PICKS and operands[0].views else operands
+        varies = any(value.varies for value in read)
+        if name not in _REPEATABLE:
+            return [Value(varies=varies, ident=self.fresh()) for _ in eqn.outvars]
+        key = (name, operands[0].ident, tuple(eqn.params.values()))
+        return [Value(varies=varies, ident=self._known.setdefault(key, self.fresh()))]
+
+    # --- leaves at an equation -----------------------------------------------------------------
+
+    def _sites(
+        self, eqn: Any, number: int, operands: list[Value], place: Place, record: Record
+    ) -> list[bool]:
+        """Record the sites of an equation; returns which operands are weights at one."""
+        rule = site_rule(eqn.primitive.name)
+        found = [False] * len(operands)
+        if rule is None:
+            return found
+        varies = [value.varies for value in operands]
+        for k, value in enumerate(operands):
+            for view in value.views:
+                layout = rule(eqn, k, view, varies)
+                if layout is not None:
+                    found[k] = True
+                    site = self._site(eqn, k, operands, view, layout, place)
+                    record.sites.append(((*place.position, number), site))
+        if any(found):
+            record.flops += contraction_flops(eqn) * place.repeats
+        return found
+
+    def _site(
+        self, eqn: Any, k: int, operands: list[Value], view: View, layout: Layout, place: Place
+    ) -> Site:
+        other = 0 if k else 1
+        weight, output = struct(eqn.invars[k]), struct(eqn.outvars[0])
+        activation = struct(eqn.invars[other])
+        size = elements(self._leaves[view.path].shape)
+        moved = _nbytes(activation) + _nbytes(output)
+        if layout.axes.lookup:  # only the rows that are picked are read
+            moved += _nbytes(output)
+        else:
+            moved += self._bytes[view.path] * min(elements(weight.shape), size) // max(size, 1)
+        return Site(
+            name=view.path,
+            path=view.path,
+            primitive=eqn.primitive.name,
+            operand=k,
+            axes=layout.axes,
+            activation=activation,
+            weight=weight,
+            output=output,
+            source=operands[other].ident,
+            stack=place.stack,
+            repeats=place.repeats,
+            bounded=place.bounded,
+            scope=place.scope,
+            through=view.through,
+            flops=layout.flops * place.repeats,
+            bytes=moved * place.repeats,
+            feature_groups=layout.feature_groups,
+            layout=layout,
+        )
+
+    def _follow(
+        self, eqn: Any, operands: list[Value], place: Place, record: Record
+    ) -> list[tuple[View, ...]]:
+        """Follow leaves into an equation's results; where that ends, record the use."""
+        rule = view_rule(eqn.primitive.name)
+        read = operands[:1] if eqn.primitive.name in _PICKS else operands
+        if rule is None or any(value.varies for value in read):
+            for value in operands:
+                self._use(eqn, value.views, place, record)
+            return [()] * len(eqn.outvars)
+        kept: list[dict[tuple[str, str], View]] = [{} for _ in eqn.outvars]
+        for views in itertools.product(*[value.views or (None,) for value in operands]):
+            lost = [view is not None for view in views]
+            for k, results in enumerate(kept):
+                for i, view in enumerate(rule(eqn, views, k)):
+                    if view is not None:
+                        lost[i] = False
+                        results[view.path, str(view.axes)] = view
+            for view, gone in zip(views, lost, strict=True):
+                self._use(eqn, (view,) if view is not None and gone else (), place, record)
+        return [_widest(results.values()) for results in kept]
+
+    def _use(self, eqn: Any, views: Sequence[View], place: Place, record: Record) -> None:
+        use = Use(primitive=eqn.primitive.name, scope=place.scope, repeats=place.repeats)
+        for view in views:
+            if (view.path, use) not in record.uses[-4:]:
+                record.uses.append((view.path, use))
+
+    def _count_elsewhere(self, eqn: Any, place: Place, record: Record) -> None:
+        flops = contraction_flops(eqn)
+        if not flops:
+            return
+        operands, output = tuple(map(struct, eqn.invars)), struct(eqn.outvars[0])
+        record.flops += flops * place.repeats
+        record.elsewhere.append(
+            Contraction(
+                primitive=eqn.primitive.name,
+                operands=operands,
+                output=output,
+                repeats=place.repeats,
+                bounded=place.bounded,
+                scope=place.scope,
+                flops=flops * place.repeats,
+                bytes=sum(map(_nbytes, (*operands, output))) * place.repeats,
+            )
+        )
+
+    # --- constructs ----------------------------------------------------------------------------
+
+    def _construct(
+        self,
+        eqn: Any,
+        number: int,
+        bodies: list[Body],
+        operands: list[Value],
+        place: Place,
+        record: Record,
+    ) -> list[Value]:
+        record.operands[(*place.position, number)] = operands
+        results: list[Value | None] = [None] * len(eqn.outvars)
+        branches = 0
+        for k, body in enumerate(bodies):
+            inside = place.inside(number, k, body)
+            found, outs = self._body(eqn, body, operands, inside)
+            branches = max(branches, found.flops) if body.branch else branches
+            record.take(found, flops=not body.branch)
+            for (target, role), value in zip(body.results, outs, strict=True):
+                if target is not None:
+                    self._join(eqn, results, target, role, value, inside, record)
+        record.flops += branches
+        chosen = bodies[0].branch and operands[0].varies
+        joined = [value or Value(ident=self.fresh()) for value in results]
+        return [v._replace(varies=v.varies or (chosen and not v.views)) for v in joined]
+
+    def _body(
+        self, eqn: Any, body: Body, operands: list[Value], inside: Place
+    ) -> tuple[Record, list[Value]]:
+        """Walk a body until what it carries round is what it was given."""
+        args = [self._fed(operands[k], role) for k, role in body.inputs]
+        carried = [i for i, (_, role) in enumerate(body.inputs) if role == "carry"]
+        returns = [i for i, (_, role) in enumerate(body.results) if role == "carry"]
+        while True:
+            record, outs = self.walk(body.program, args, inside)
+            settled = True
+            for i, j in zip(carried, returns, strict=False):
+                before, after = args[i], outs[j]
+                views = before.views if before.views == after.views else ()
+                varies = before.varies or after.varies
+                if (views, varies) != (before.views, before.varies):
+                    settled = False
+                    args[i] = Value(views, varies, before.ident)
+            if settled:
+                break
+        for i in carried:
+            dropped = () if args[i].views else operands[body.inputs[i][0]].views
+            self._use(eqn, dropped, inside, record)
+        return record, outs
+
+    def _fed(self, value: Value, role: str) -> Value:
+        if role == "same":
+            return value
+        if role == "carry":
+            return value._replace(ident=self.fresh())
+        views = tuple(
+            replace(
+                view,
+                axes=view.axes[1:],
+                stacked=tuple(sorted({*view.stacked, *view.leaf_axes([0])})),
+            )
+            for view in value.views
+        )
+        return Value(views, value.varies, self.fresh())
+
+    def _join(
+        self,
+        eqn: Any,
+        results: list[Value | None],
+        target: int,
+        role: str,
+        value: Value,
+        inside: Place,
+        record: Record,
+    ) -> None:
+        """Merge a body's result into the construct's: branches must agree on what they show."""
+        if role == "slice":  # stacked anew: not followed
+            self._use(eqn, value.views, inside, record)
+            value = Value((), value.varies, self.fresh())
+        elif role == "carry":
+            value = value._replace(ident=self.fresh())
+        before = results[target]
+        if before is not None:
+            agree = before.views == value.views
+            if not agree:
+                self._use(eqn, (*before.views, *value.views), inside, record)
+            same = before.ident if before.ident == value.ident else self.fresh()
+            value = Value(before.views if agree else (), before.varies or value.varies, same)
+        results[target] = value
+
+
+def _widest(views: Any) -> tuple[View, ...]:
+    """Keep, of several views of one leaf, those that show the most of its axes."""
+    views = list(views)
+
+    def shown(view: View) -> int:
+        return len(view.leaf_axes(range(len(view.axes))))
+
+    best = {view.path: max(shown(v) for v in views if v.path == view.path) for view in views}
+    return tuple(view for view in views if shown(view) == best[view.path])
+
+
+def _nbytes(like: jax.ShapeDtypeStruct) -> int:
+    if not hasattr(like.dtype, "itemsize"):
+        return 0
+    return -(-elements(like.shape) * tree.bits_of(like.dtype) // 8)
