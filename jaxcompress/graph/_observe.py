@@ -207,7 +207,7 @@ def _plan(traced: Traced, names: Sequence[str], visit: Visit, *, fills: bool) ->
 
 def _chosen(traced: Traced, where: tree.Where) -> list[str]:
     """List the names of the sites of the leaves that `where` selects."""
-    sites = [site for _, site in traced.record.sites]
+    sites = [site for _, site, _ in traced.record.sites]
     names = [s.name for s in sites if tree.matches(where, s.path, traced.leaves[s.path])]
     if not names:
         known = list(dict.fromkeys(site.path for site in sites))
@@ -223,7 +223,7 @@ def _chosen(traced: Traced, where: tree.Where) -> list[str]:
 
 
 def _named(traced: Traced, names: Mapping[str, Any], argument: str) -> list[str]:
-    known = [site.name for _, site in traced.record.sites]
+    known = [site.name for _, site, _ in traced.record.sites]
     unknown = [name for name in names if name not in known]
     if unknown or not names:
         raise SelectionError(
@@ -236,7 +236,7 @@ def _named(traced: Traced, names: Mapping[str, Any], argument: str) -> list[str]
 
 
 def _refuse(traced: Traced, names: Sequence[str], labels: Sequence[str], why: str) -> None:
-    for _, site in traced.record.sites:
+    for _, site, _ in traced.record.sites:
         inside = [label for label in site.scope if label in labels]
         if site.name in names and inside:
             raise ArgumentError(

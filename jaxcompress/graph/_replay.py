@@ -14,7 +14,7 @@ from jaxcompress.graph._compat import Primitive, Program
 from jaxcompress.graph._constructs import Cells, construct
 from jaxcompress.graph._sites import Site
 from jaxcompress.graph._trace import Traced, capture
-from jaxcompress.graph._walk import Place, Position, Record, Walker
+from jaxcompress.graph._walk import Found, Place, Position, Record, Walker
 
 
 @dataclass(frozen=True)
@@ -161,34 +161,32 @@ def make_plan(
 ) -> Plan:
     """Choose the equations to visit, here and in forward programs that come to light later."""
     sites: dict[Position, tuple[Site, ...]] = {}
-    for position, site in record.sites:
+    for position, site, _ in record.sites:
         sites[position] = (*sites.get(position, ()), site)
 
     def forward(position: Position, later: Program) -> Plan:
         operands = record.operands[position]
         values = operands[len(operands) - len(later.invars) :]
         found, _ = walker.walk(later, values, Place())
-        known = [site for p, site in record.sites if p[: len(position)] == position]
+        known = [f.site for f in record.sites if f.position[: len(position)] == position]
         found.sites = _same_sites(found.sites, known)
         return make_plan(later, found, walker, match, fills=fills)
 
     return Plan(match(program, sites), sites, forward, fills)
 
 
-def _same_sites(
-    found: list[tuple[Position, Site]], known: list[Site]
-) -> list[tuple[Position, Site]]:
+def _same_sites(found: list[Found], known: list[Site]) -> list[Found]:
     """Give the sites of a forward program the names and places they have in the primal one."""
     left = {path: [s for s in known if s.path == path] for path in {s.path for s in known}}
     named = []
-    for position, site in found:
-        twins = left.get(site.path)
+    for one in found:
+        twins = left.get(one.site.path)
         if twins:
             twin = twins.pop(0)
-            site = replace(
-                site, name=twin.name, stack=twin.stack, scope=twin.scope, repeats=twin.repeats
-            )
-        named.append((position, site))
+            places = ("name", "stack", "scope", "repeats", "upstream")
+            site = replace(one.site, **{name: getattr(twin, name) for name in places})
+            one = one._replace(site=site)
+        named.append(one)
     return named
 
 
@@ -244,7 +242,7 @@ def _call(
 
 
 def _nothing_taken(key: Key, traced: Traced) -> Exception:
-    known = {site.path: traced.leaves[site.path] for _, site in traced.record.sites}
+    known = {site.path: traced.leaves[site.path] for _, site, _ in traced.record.sites}
     return SelectionError(
         "handlers",
         got=f"the key {key!r}, which takes no equation of fn (or only such as an earlier key has)",

@@ -11,9 +11,8 @@ from jaxcompress.errors import ArgumentError, ArgumentTypeError
 from jaxcompress.graph import _compat
 from jaxcompress.graph._compat import Program
 from jaxcompress.graph._graph import Graph, Use
-from jaxcompress.graph._sites import Site
 from jaxcompress.graph._views import whole
-from jaxcompress.graph._walk import Place, Position, Record, Value, Walker
+from jaxcompress.graph._walk import Found, Place, Record, Value, Walker
 
 
 class Traced(NamedTuple):
@@ -58,7 +57,7 @@ def capture(fn: Callable[..., Any], params: Any, inputs: Any, kwargs: Any) -> Tr
     ]
     args += [Value((), True, walker.fresh()) for _ in program.invars[len(args) :]]
     record, values = walker.walk(program, args, Place())
-    record.sites = _named(record.sites)
+    record.sites = _named(record, walker)
     return Traced(program, record, values, leaves, outputs, walker)
 
 
@@ -84,16 +83,24 @@ def _checked_leaves(params: Any) -> dict[str, Any]:
     return leaves
 
 
-def _named(sites: list[tuple[Position, Site]]) -> list[tuple[Position, Site]]:
+def _named(record: Record, walker: Walker) -> list[Found]:
     """Give sites unique names: the leaf's path, then `path#1`, `path#2`, ..."""
     count: dict[str, int] = {}
-    named = []
-    for position, site in sites:
+    names: dict[int, str] = {}
+    for _, site, number in record.sites:
         k = count.get(site.path, 0)
         count[site.path] = k + 1
-        named.append((position, replace(site, name=f"{site.path}#{k}") if k else site))
-        named[-1] = (position, named[-1][1])
-    return named
+        names[number] = f"{site.path}#{k}" if k else site.path
+    return [
+        found._replace(
+            site=replace(
+                found.site,
+                name=names[found.number],
+                upstream=tuple(names[n] for n in walker.upstream(found.number) if n in names),
+            )
+        )
+        for found in record.sites
+    ]
 
 
 def trace(fn: Callable[..., Any], params: tree.Params, *inputs: Any, **kwargs: Any) -> Graph:
@@ -141,10 +148,10 @@ def trace(fn: Callable[..., Any], params: tree.Params, *inputs: Any, **kwargs: A
                 returned.append(view.path)
             elif Use(primitive="output") not in uses.setdefault(view.path, []):
                 uses[view.path].append(Use(primitive="output"))
-    seen = {site.path for _, site in record.sites} | set(uses) | set(returned)
+    seen = {found.site.path for found in record.sites} | set(uses) | set(returned)
     return Graph(
         leaves=traced.leaves,
-        sites=tuple(site for _, site in record.sites),
+        sites=tuple(found.site for found in record.sites),
         uses={path: tuple(uses[path]) for path in traced.leaves if path in uses},
         returned=tuple(dict.fromkeys(returned)),
         unreached=tuple(path for path in traced.leaves if path not in seen),

@@ -1,6 +1,8 @@
 """The walk over a jaxpr that follows leaves to their sites and records every use of them."""
 
+import functools
 import itertools
+import operator
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple, TypeAlias
@@ -40,11 +42,21 @@ class Value(NamedTuple):
         views: What it shows of leaves.
         varies: Whether it depends on fn's inputs.
         ident: Equal for variables that are known to hold the same array.
+        after: The sites that it was computed from, as a set of bits: site n is bit n.
     """
 
     views: tuple[View, ...] = ()
     varies: bool = False
     ident: int = -1
+    after: int = 0
+
+
+class Found(NamedTuple):
+    """A site, the position of its equation, and its number in the walk."""
+
+    position: Position
+    site: Site
+    number: int
 
 
 @dataclass(frozen=True)
@@ -72,14 +84,14 @@ class Record:
     """What a walk found, in order.
 
     Attributes:
-        sites: Sites with the position of their equation; names are not unique yet.
+        sites: The sites; `named` gives them their final names.
         uses: `(path, use)` pairs.
         elsewhere: Contractions without a leaf.
         operands: The operands of each construct with a rule of its own for differentiation.
         flops: Of all contractions.
     """
 
-    sites: list[tuple[Position, Site]] = field(default_factory=list)
+    sites: list[Found] = field(default_factory=list)
     uses: list[tuple[str, Use]] = field(default_factory=list)
     elsewhere: list[Contraction] = field(default_factory=list)
     operands: dict[Position, list[Value]] = field(default_factory=dict)
@@ -99,7 +111,8 @@ class Walker:
     def __init__(self, leaves: dict[str, Any]):
         self._leaves = leaves
         self._bytes = {path: tree.nbytes({"": leaf}) for path, leaf in leaves.items()}
-        self._idents = itertools.count()
+        self._idents, self._numbers = itertools.count(), itertools.count()
+        self._reached: dict[int, int] = {}  # all sites before each site, as bits
         self._known: dict[Any, int] = {}  # one ident per pure equation on the same operands
 
     def fresh(self) -> int:
@@ -131,11 +144,11 @@ class Walker:
         if not any(value.views for value in operands):
             self._count_elsewhere(eqn, place, record)
             return self._results(eqn, operands)
-        at_site = self._sites(eqn, number, operands, place, record)
+        at_site, after = self._sites(eqn, number, operands, place, record)
         if any(at_site):
             for value, done in zip(operands, at_site, strict=True):
                 self._use(eqn, () if done else value.views, place, record)
-            return self._results(eqn, operands)
+            return [value._replace(after=after) for value in self._results(eqn, operands)]
         if contraction_flops(eqn):
             self._count_elsewhere(eqn, place, record)
         return [
@@ -151,22 +164,27 @@ class Walker:
         name = eqn.primitive.name
         # Which slice of a leaf it is may vary; what is in it does not.
         read = operands[:1] if name in _PICKS and operands[0].views else operands
-        varies = any(value.varies for value in read)
+        varies, after = any(value.varies for value in read), _union(operands)
         if name not in _REPEATABLE:
-            return [Value(varies=varies, ident=self.fresh()) for _ in eqn.outvars]
+            return [Value((), varies, self.fresh(), after) for _ in eqn.outvars]
         key = (name, operands[0].ident, tuple(eqn.params.values()))
-        return [Value(varies=varies, ident=self._known.setdefault(key, self.fresh()))]
+        return [Value((), varies, self._known.setdefault(key, self.fresh()), after)]
 
     # --- leaves at an equation -----------------------------------------------------------------
 
     def _sites(
         self, eqn: Any, number: int, operands: list[Value], place: Place, record: Record
-    ) -> list[bool]:
-        """Record the sites of an equation; returns which operands are weights at one."""
+    ) -> tuple[list[bool], int]:
+        """Record the sites of an equation.
+
+        Returns:
+            Which operands are weights at one, and the sites that the result comes after.
+        """
         rule = site_rule(eqn.primitive.name)
-        found = [False] * len(operands)
+        found, before = [False] * len(operands), _union(operands)
+        after = before
         if rule is None:
-            return found
+            return found, after
         varies = [value.varies for value in operands]
         for k, value in enumerate(operands):
             for view in value.views:
@@ -174,10 +192,22 @@ class Walker:
                 if layout is not None:
                     found[k] = True
                     site = self._site(eqn, k, operands, view, layout, place)
-                    record.sites.append(((*place.position, number), site))
+                    mine = next(self._numbers)
+                    self._reached[mine] = before
+                    after |= 1 << mine
+                    record.sites.append(Found((*place.position, number), site, mine))
         if any(found):
             record.flops += contraction_flops(eqn) * place.repeats
-        return found
+        return found, after
+
+    def upstream(self, number: int) -> list[int]:
+        """List the sites before a site with no other site between, in order."""
+        left, parents = self._reached[number], []
+        while left:
+            last = left.bit_length() - 1
+            parents.append(last)
+            left &= ~(self._reached[last] | 1 << last)
+        return parents[::-1]
 
     def _site(
         self, eqn: Any, k: int, operands: list[Value], view: View, layout: Layout, place: Place
@@ -201,6 +231,7 @@ class Walker:
             weight=weight,
             output=output,
             source=operands[other].ident,
+            upstream=(),
             stack=place.stack,
             repeats=place.repeats,
             bounded=place.bounded,
@@ -302,7 +333,7 @@ class Walker:
                 varies = before.varies or after.varies
                 if (views, varies) != (before.views, before.varies):
                     settled = False
-                    args[i] = Value(views, varies, before.ident)
+                    args[i] = before._replace(views=views, varies=varies)
             if settled:
                 break
         for i in carried:
@@ -323,7 +354,7 @@ class Walker:
             )
             for view in value.views
         )
-        return Value(views, value.varies, self.fresh())
+        return value._replace(views=views, ident=self.fresh())
 
     def _join(
         self,
@@ -338,7 +369,7 @@ class Walker:
         """Merge a body's result into the construct's: branches must agree on what they show."""
         if role == "slice":  # stacked anew: not followed
             self._use(eqn, value.views, inside, record)
-            value = Value((), value.varies, self.fresh())
+            value = value._replace(views=(), ident=self.fresh())
         elif role == "carry":
             value = value._replace(ident=self.fresh())
         before = results[target]
@@ -347,8 +378,17 @@ class Walker:
             if not agree:
                 self._use(eqn, (*before.views, *value.views), inside, record)
             same = before.ident if before.ident == value.ident else self.fresh()
-            value = Value(before.views if agree else (), before.varies or value.varies, same)
+            value = Value(
+                before.views if agree else (),
+                before.varies or value.varies,
+                same,
+                before.after | value.after,
+            )
         results[target] = value
+
+
+def _union(values: Sequence[Value]) -> int:
+    return functools.reduce(operator.or_, (value.after for value in values), 0)
 
 
 def _widest(views: Any) -> tuple[View, ...]:
