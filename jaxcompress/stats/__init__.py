@@ -1,9 +1,19 @@
-"""Streaming statistics of activations and gradients.
+"""Streaming statistics of activations and gradients, at the sites of any function.
 
 A `Statistic` is three pure functions in the manner of optax, `(init, update, finalize)`, over 2-D
-arrays `(tokens, features)`.
+arrays `(tokens, features)`; `collect` streams batches through a function and gathers statistics
+wherever it contracts its params. What holds for all of them:
+
+- Accumulation is in float32, whatever the dtype of the activations; tokens and entries are
+  counted exactly, to 2**64.
+- Results do not depend on how the rows were cut into batches, up to rounding (moving averages,
+  which weigh batches by age, excepted).
+- NaN and infinity are not hidden: they show in the result (a histogram leaves them out), and
+  `collect` refuses them by the name of the site.
 """
 
+from jaxcompress.stats._collect import Statistics as Statistics
+from jaxcompress.stats._collect import collect as collect
 from jaxcompress.stats._gradients import Fisher as Fisher
 from jaxcompress.stats._gradients import GradientActivation as GradientActivation
 from jaxcompress.stats._gradients import Kronecker as Kronecker

@@ -1,0 +1,268 @@
+"""`collect`: statistics of a function's sites over batches, in one streamed pass."""
+
+import collections
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import jax
+import numpy as np
+import rich.console
+import rich.progress
+
+from jaxcompress import tree
+from jaxcompress.errors import ArgumentError, ArgumentTypeError, NonFiniteError, StructureError
+from jaxcompress.stats._plan import Plan, make_plan
+from jaxcompress.stats._statistic import Statistic
+from jaxcompress.stats._step import finalize, init_states, make_step
+
+_IN_FLIGHT = 2
+"""Batches that may be on their way while the next is read: what bounds memory."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Statistics(Mapping[str, Any]):
+    """Results by site: `statistics["decoder/layer_0/mlp/kernel"]`.
+
+    Invariants: every site that `where` selected is in `results` or in `skipped`; with a mapping
+    of statistics it can be in both.
+
+    Attributes:
+        results: `{Site.name: result}`, or `{Site.name: {key: result}}` where a mapping of
+            statistics was collected. Arrays lead with the site's scan iterations and experts,
+            `(*Site.stack, *batch, ...)`. Sites that read one activation hold the same arrays.
+        skipped: `{Site.name: why}`, or `{Site.name: {key: why}}`: statistics that do not apply
+            there, such as those of activations at a lookup.
+        non_finite: `{Site.name: entries}`: how many NaN and infinite entries were read, for the
+            sites that had any.
+        batches: How many batches were read.
+    """
+
+    results: Mapping[str, Any]
+    skipped: Mapping[str, Any] = field(default_factory=dict)
+    non_finite: Mapping[str, int] = field(default_factory=dict)
+    batches: int
+
+    def __getitem__(self, name: str) -> Any:
+        if name in self.results:
+            return self.results[name]
+        why = f" ({self.skipped[name]})" if name in self.skipped else ""
+        raise KeyError(f"{name}{why}; there are: {tree.shorten(list(self.results))}")
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.results)
+
+    def __len__(self) -> int:
+        return len(self.results)
+
+
+def collect(
+    fn: Callable[..., Any],
+    params: tree.Params,
+    batches: Iterable[Any],
+    statistics: Statistic | Mapping[str, Statistic],
+    *,
+    where: tree.Where = "**",
+    allow_non_finite: bool = False,
+    progress: bool = False,
+) -> Statistics:
+    """Stream batches through fn and collect statistics at its sites.
+
+    One compiled pass: batches of one shape compile once, memory does not grow with their number
+    (two are in flight at most), and states stay on the device. Scan iterations and experts are
+    kept apart, as leading axes of the results. Sites that read the same activation (query, key
+    and value) share one state and one computation. A branch of a `cond` that is not taken
+    counts nothing.
+
+    Batches and params may be sharded over a mesh, whose axes may be Auto or Explicit; results
+    are then replicated over it. Inside a `shard_map`, each device's rows are kept apart.
+
+    Statistics that read gradients add a backward pass, whose memory is that of a training step
+    (`jax.checkpoint` helps as there). What is differentiated is the sum of all floating-point
+    outputs of fn: to use a loss, collect from `lambda params, x, y: loss(fn(params, x), y)`.
+
+    Args:
+        fn: `fn(params, *inputs) -> outputs`, pure.
+        params: Any pytree of arrays.
+        batches: An iterable of input tuples; a lone array (or other pytree that is no tuple)
+            counts as a one-tuple. Read once. A smaller last batch compiles once more.
+        statistics: One `Statistic`, or `{key: Statistic}`.
+        where: Leaves whose sites are observed; see `tree.matches`. At lookups (embeddings),
+            statistics of activations do not apply, and `lookups` applies nowhere else: both are
+            left out, and listed in `Statistics.skipped`.
+        allow_non_finite: Go on when NaN or infinity is read, and only report it.
+        progress: Show a progress bar, if the output is a terminal.
+
+    Returns:
+        The results by site.
+
+    Raises:
+        SelectionError: If `where` selects no site, or no statistic applies to any.
+        NonFiniteError: If activations (or gradients) that were read are not finite; it names
+            the sites.
+        StructureError: If a batch is structured unlike the first.
+        ArgumentError: If there are no batches, a batch is empty, or a gradient is asked for
+            where there is none (inside a function with its own differentiation rule, or a
+            `while` loop).
+        ArgumentTypeError: If `statistics` or `batches` are of another type.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from jaxcompress import stats
+        >>> fn = lambda params, x: jnp.tanh(x @ params["up"]) @ params["down"]
+        >>> params = {"up": jnp.ones((2, 3)), "down": jnp.ones((3, 2))}
+        >>> batches = [jnp.array([[1.0, -2.0]]), jnp.array([[0.5, 1.0]])]
+        >>> collected = stats.collect(fn, params, batches, stats.absmax())
+        >>> collected["up"]
+        Array([1., 2.], dtype=float32)
+        >>> sorted(collected), collected.batches
+        (['down', 'up'], 2)
+    """
+    several = _checked(statistics)
+    stream = map(_as_inputs, _iterated(batches))
+    first = next(stream, None)
+    if first is None:
+        raise ArgumentError(
+            "batches",
+            got="no batches",
+            expected="at least one",
+            fix="An iterator that was read before is empty: make it anew.",
+        )
+    plan = make_plan(fn, params, first, several, where)
+    sharding = _replicated((params, first))
+    # donated: the states are updated in place
+    step = jax.jit(make_step(fn, plan), donate_argnums=0, out_shardings=sharding)
+    states = jax.jit(lambda: init_states(plan), out_shardings=sharding)()
+    flags = _Flags(allow=allow_non_finite)
+    pending: collections.deque[dict[str, jax.Array]] = collections.deque()
+    stream = itertools.chain([first], _matching(stream, first))
+    total = len(batches) if hasattr(batches, "__len__") else None  # pyright: ignore
+    for batch in _shown(stream, total, progress):
+        states, bad = step(states, params, batch)
+        pending.append(bad)
+        if len(pending) > _IN_FLIGHT:
+            flags.read(pending.popleft())
+    while pending:
+        flags.read(pending.popleft())
+    results = jax.jit(lambda states: finalize(plan, states))(states)
+    return _gathered(plan, results, flags, single=isinstance(statistics, Statistic))
+
+
+def _checked(statistics: Any) -> dict[str, Statistic]:
+    found = {"": statistics} if isinstance(statistics, Statistic) else statistics
+    if (
+        not isinstance(found, Mapping)
+        or not found
+        or not all(isinstance(one, Statistic) for one in found.values())
+    ):
+        raise ArgumentTypeError(
+            "statistics",
+            got=f"{statistics!r} ({type(statistics).__name__})",
+            expected="a Statistic, or a mapping of one or more by name",
+            fix='For example stats.absmax(), called, or {"range": stats.min_max()}.',
+        )
+    return dict(found)
+
+
+def _iterated(batches: Any) -> Iterator[Any]:
+    if isinstance(batches, str | Mapping) or not hasattr(batches, "__iter__"):
+        raise ArgumentTypeError(
+            "batches",
+            got=type(batches).__name__,
+            expected="an iterable of input tuples for fn",
+            fix="Pass a list of batches, or a generator.",
+        )
+    return iter(batches)
+
+
+def _as_inputs(batch: Any) -> tuple[Any, ...]:
+    return batch if isinstance(batch, tuple) else (batch,)
+
+
+def _matching(stream: Iterator[tuple], first: tuple) -> Iterator[tuple]:
+    """Pass batches on that are structured like the first; only sizes may differ."""
+
+    def describe(batch: tuple) -> Any:
+        leaves, structure = jax.tree.flatten(batch)
+        return structure, [(np.ndim(x), str(jax.dtypes.result_type(x))) for x in leaves]
+
+    expected = describe(first)
+    for number, batch in enumerate(stream, start=1):
+        if describe(batch) != expected:
+            raise StructureError(
+                "batches",
+                got=f"batch {number} with {_sketch(batch)}",
+                expected=f"the structure, ranks and dtypes of the first: {_sketch(first)}",
+                fix="Give all batches one form; only sizes may differ.",
+            )
+        yield batch
+
+
+def _sketch(batch: tuple) -> str:
+    return str(
+        jax.tree.map(lambda x: jax.ShapeDtypeStruct(np.shape(x), jax.dtypes.result_type(x)), batch)
+    )
+
+
+def _replicated(arrays: Any) -> jax.sharding.Sharding | None:
+    """Find where states live: replicated over the mesh of the arguments, if they have one."""
+    for x in jax.tree.leaves(arrays):
+        if isinstance(x, jax.Array) and isinstance(x.sharding, jax.sharding.NamedSharding):
+            return jax.sharding.NamedSharding(x.sharding.mesh, jax.sharding.PartitionSpec())
+    return None
+
+
+def _shown(stream: Iterator[Any], total: int | None, progress: bool) -> Iterator[Any]:
+    console = rich.console.Console(stderr=True)
+    if not (progress and console.is_terminal):
+        return stream
+    return iter(rich.progress.track(stream, "Collecting statistics", total=total, console=console))
+
+
+class _Flags:
+    """Adds up, on the host, how many non-finite entries each site has read."""
+
+    def __init__(self, *, allow: bool):
+        self._allow, self.batches = allow, 0
+        self.totals: collections.Counter[str] = collections.Counter()
+
+    def read(self, bad: dict[str, jax.Array]) -> None:
+        found = {name: np.asarray(entries) for name, entries in jax.device_get(bad).items()}
+        found = {name: entries for name, entries in found.items() if entries.any()}
+        self.totals.update({name: int(n.sum(dtype=np.uint64)) for name, n in found.items()})
+        if found and not self._allow:
+            raise NonFiniteError(
+                "batches",
+                got=f"NaN or infinity in batch {self.batches} "
+                + "; ".join(f"at {name!r}{_where(n)}: {n.sum()}" for name, n in found.items()),
+                expected="finite activations",
+                fix="Look at the first site named, or pass allow_non_finite=True to go on.",
+            )
+        self.batches += 1
+
+
+def _where(entries: np.ndarray) -> str:
+    """Name the scan iterations that are meant."""
+    if not entries.ndim:
+        return ""
+    indices = [tuple(map(int, index)) for index in np.argwhere(entries)[:4]]
+    return f", iterations {', '.join(str(i[0] if len(i) == 1 else i) for i in indices)}"
+
+
+def _gathered(plan: Plan, results: Any, flags: _Flags, *, single: bool) -> Statistics:
+    by_site = {
+        name: {key: results[owner][key] for key, owner in keys.items()}
+        for name, keys in plan.owners.items()
+    }
+    skipped = plan.skipped
+    non_finite = {
+        name: max(flags.totals[owner] for owner in {*keys.values()})
+        for name, keys in plan.owners.items()
+    }
+    return Statistics(
+        results={name: keys[""] for name, keys in by_site.items()} if single else by_site,
+        skipped={name: keys[""] for name, keys in skipped.items()} if single else skipped,
+        non_finite={name: entries for name, entries in non_finite.items() if entries},
+        batches=flags.batches,
+    )

@@ -1,0 +1,236 @@
+"""Which statistic is computed where: what fits a site, and what sites can share."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+
+from jaxcompress import graph, tree
+from jaxcompress.errors import ArgumentError, SelectionError
+from jaxcompress.graph import Graph, Site
+from jaxcompress.stats._statistic import Statistic
+
+Keyed = dict[str, dict[str, Any]]
+"""`{site name: {key of the statistic: ...}}`."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Seen:
+    """What an observer gets at a site in one run, as shapes."""
+
+    site: Site
+    activation: jax.ShapeDtypeStruct
+    output: jax.ShapeDtypeStruct
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """Which statistics are computed at which sites.
+
+    Attributes:
+        graph: The trace.
+        seen: `{site name: shapes}` of the sites with any statistic.
+        owners: `{site name: {key: name of the site whose state it shares}}`.
+        statistics: `{key: statistic}`.
+        skipped: `{site name: {key: why it does not apply}}`.
+    """
+
+    graph: Graph
+    seen: Mapping[str, Seen]
+    owners: Keyed
+    statistics: Mapping[str, Statistic]
+    skipped: Keyed
+
+    def owned(self, *, gradients: bool) -> dict[str, dict[str, Statistic]]:
+        """List the statistics by the site that computes them: with gradients, or without."""
+        found: dict[str, dict[str, Statistic]] = {}
+        for name, keys in self.owners.items():
+            for key, owner in keys.items():
+                statistic = self.statistics[key]
+                if owner == name and statistic.needs_gradients == gradients:
+                    found.setdefault(name, {})[key] = statistic
+        return found
+
+
+def read(site: Site, kind: str, arrays: Mapping[str, Any]) -> jax.Array:
+    """Bring an array of one run of a site into rows, `(*batch, tokens, features)`.
+
+    Args:
+        site: The site.
+        kind: One of `READS`.
+        arrays: "activation", "output" and, for gradients, "input_grad" and "output_grad".
+    """
+    if kind in ("input", "indices"):
+        return site.rows(arrays["activation"])
+    if kind == "channels":
+        return site.channels(arrays["activation"])
+    if kind == "input_grad":
+        return site.channels(arrays["input_grad"])
+    return site.output_rows(arrays[kind])
+
+
+def row_shapes(seen: Seen, statistic: Statistic) -> list[tuple[int, ...]]:
+    """Give the shape of each array that a statistic reads at a site."""
+    arrays = {
+        "activation": seen.activation,
+        "input_grad": seen.activation,
+        "output": seen.output,
+        "output_grad": seen.output,
+    }
+    return [
+        jax.eval_shape(lambda a, kind=kind: read(seen.site, kind, a), arrays).shape
+        for kind in statistic.reads
+    ]
+
+
+def sizes(plan: Plan, name: str, statistic: Statistic) -> list[int]:
+    """Give what `Statistic.init` is called with at a site."""
+    site = plan.seen[name].site
+    if statistic.reads == ("indices",):
+        return [plan.graph.leaves[site.path].shape[axis] for axis in site.axes.lookup]
+    return [shape[-1] for shape in row_shapes(plan.seen[name], statistic)]
+
+
+def make_plan(
+    fn: Callable[..., Any],
+    params: tree.Params,
+    batch: Sequence[Any],
+    statistics: Mapping[str, Statistic],
+    where: tree.Where,
+) -> Plan:
+    """Trace fn, select sites, and settle what is computed at each."""
+    traced = graph.trace(fn, params, *batch)
+    sites = [s for s in traced.sites if tree.matches(where, s.path, traced.leaves[s.path])]
+    if not sites:
+        raise _nothing_selected(traced, params, where)
+    skipped = {s.name: {k: _misfit(s, one) for k, one in statistics.items()} for s in sites}
+    skipped = {n: {k: why for k, why in keys.items() if why} for n, keys in skipped.items()}
+    wanted = {
+        s.name: {k: one for k, one in statistics.items() if k not in skipped[s.name]} for s in sites
+    }
+    wanted = {name: keys for name, keys in wanted.items() if keys}
+    if not wanted:
+        raise SelectionError(
+            "statistics",
+            got=f"{sorted(statistics)}, none of which applies at any site that `where` selects",
+            expected="statistics that read what the sites have",
+            fix=f"At {sites[0].name!r}: {next(iter(skipped[sites[0].name].values()))}.",
+        )
+    seen = _observe_shapes(fn, params, batch, list(wanted))
+    for name, keys in wanted.items():
+        for key, statistic in keys.items():
+            _check_gradients(seen[name], key, statistic)
+    owners = _share(seen, wanted)
+    skipped = {name: keys for name, keys in skipped.items() if keys}
+    return Plan(graph=traced, seen=seen, owners=owners, statistics=statistics, skipped=skipped)
+
+
+def _misfit(site: Site, statistic: Statistic) -> str:
+    """Say why a statistic does not apply to a kind of site; empty if it does."""
+    lookup, reads = bool(site.axes.lookup), set(statistic.reads)
+    if not lookup and "indices" in reads:
+        return "it reads indices, and the site is no lookup"
+    if lookup and reads & {"input", "channels", "input_grad"}:
+        return "it reads activations, and the site looks rows up by index (see stats.lookups)"
+    if "indices" in reads and (len(site.axes.lookup) > 1 or site.axes.batch):
+        return "it counts rows, and the site looks up along several axes"
+    return ""
+
+
+def _check_gradients(seen: Seen, key: str, statistic: Statistic) -> None:
+    """Refuse gradients that do not exist, and rows that do not align."""
+    site, why = seen.site, ""
+    if statistic.needs_gradients and not site.bounded:
+        why = "lies in a `while` loop, which has no reverse-mode gradient"
+    elif statistic.needs_gradients and seen.activation.shape != site.activation.shape:
+        why = f"is a {site.primitive}, whose gradients do not come apart by expert"
+    elif len({shape[:-1] for shape in row_shapes(seen, statistic)}) > 1:
+        why = "has outputs whose rows do not align with those of its activation"
+    if why:
+        raise ArgumentError(
+            "statistics",
+            got=f"{key!r}, which reads {statistic.reads}, for the site {site.name!r}, which {why}",
+            expected="statistics that every selected site can give",
+            fix="Leave the site out of `where` (see `tree.without`), or the statistic.",
+        )
+
+
+def _observe_shapes(
+    fn: Callable[..., Any], params: tree.Params, batch: Sequence[Any], names: Sequence[str]
+) -> dict[str, Seen]:
+    """Trace once more, abstractly, to see what observers get."""
+    seen: dict[str, Seen] = {}
+
+    def look(site: Site, state: tuple[()], activation: Any, output: Any) -> tuple[()]:
+        shapes = (jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (activation, output))
+        activation, output = shapes
+        seen[site.name] = Seen(site=site, activation=activation, output=output)
+        return state
+
+    observed = graph.observe(fn, dict.fromkeys(names, look))
+    jax.eval_shape(observed, params, dict.fromkeys(names, ()), *batch)
+    return {name: seen[name] for name in names}
+
+
+def _share(seen: Mapping[str, Seen], wanted: Mapping[str, Mapping[str, Statistic]]) -> Keyed:
+    """Let sites that read one activation in one way share what depends on nothing else."""
+    owners: Keyed = {}
+    first: dict[Any, str] = {}
+    for name, keys in wanted.items():
+        identity = _identity(seen[name])
+        for key, statistic in keys.items():
+            shared = identity is not None and set(statistic.reads) <= {"input", "channels"}
+            owner = first.setdefault((key, identity), name) if shared else name
+            owners.setdefault(name, {})[key] = owner
+    return owners
+
+
+def _identity(seen: Seen) -> Any:
+    """Describe what a site reads and how it makes rows of it; `None` if that cannot be said.
+
+    Branches and loops may run a site when another one with the same activation does not run, and
+    the rows of a `ragged_dot` depend on the sizes of its groups too.
+    """
+    site = seen.site
+    conditional = any(label.startswith(("cond", "while")) for label in site.scope)
+    if conditional or seen.activation.shape != site.activation.shape:
+        return None
+    layouts = tuple(
+        str(jax.make_jaxpr(form)(seen.activation)) for form in (site.rows, site.channels)
+    )
+    return site.source, site.scope, site.stack, layouts
+
+
+def _nothing_selected(traced: Graph, params: tree.Params, where: tree.Where) -> SelectionError:
+    known = list(dict.fromkeys(site.path for site in traced.sites))
+    fix = (
+        f"The leaves with sites are: {tree.shorten(known)}."
+        if known
+        else "fn has no sites: it contracts none of its params."
+    )
+    # A `where` that selects no leaf at all: this raises, and names the nearest paths.
+    path = next(iter(tree.select(params, where)))
+    if path in traced.unreached:
+        why = "which fn does not read"
+    elif path in traced.returned:
+        why = "which fn returns as it came"
+    else:
+        uses = sorted({use.primitive for use in traced.uses.get(path, ())})
+        why = f"which fn uses outside any contraction ({', '.join(uses)})"
+    return SelectionError(
+        "where",
+        got=f"{where!r}, which selects no site, but {path!r}, {why}",
+        expected="a `where` that selects leaves that fn contracts or looks up",
+        fix=fix,
+    )
+
+
+def lead(plan: Plan, name: str, statistic: Statistic) -> tuple[int, ...]:
+    """Give the axes that keep states apart at a site: `(*stack, *batch)`."""
+    return (*plan.seen[name].site.stack, *batch_shape(plan.seen[name], statistic))
+
+
+def batch_shape(seen: Seen, statistic: Statistic) -> tuple[int, ...]:
+    """Give the axes that the rows of one run have before tokens and features: experts."""
+    return row_shapes(seen, statistic)[0][:-2]
