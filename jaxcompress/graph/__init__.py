@@ -26,6 +26,9 @@ from jaxcompress.graph._sites import Axes as Axes
 from jaxcompress.graph._sites import Layout as Layout
 from jaxcompress.graph._sites import Site as Site
 from jaxcompress.graph._sites import register_site as register_site
+from jaxcompress.graph._summary import Row as Row
+from jaxcompress.graph._summary import Summary as Summary
+from jaxcompress.graph._summary import summary as summary
 from jaxcompress.graph._targets import Target as Target
 from jaxcompress.graph._targets import cuda_options as cuda_options
 from jaxcompress.graph._trace import contraction_axes as contraction_axes

@@ -314,7 +314,8 @@ class _Cond:
 @register_construct("shard_map")
 class _ShardMap:
     def bodies(self, eqn: Any) -> list[Body]:
-        count = math.prod(eqn.params["mesh"].shape[name] for name in eqn.params["manual_axes"])
+        sizes = eqn.params["mesh"].shape
+        count = math.prod(sizes[name] for name in eqn.params["newly_manual_axes"])
         return [_plain("shard_map", eqn.params["jaxpr"], repeats=count, stack=(count,))]
 
     def rebuild(
@@ -322,7 +323,7 @@ class _ShardMap:
     ) -> tuple[list, Cells]:
         params = eqn.params
         spec = PartitionSpec(
-            tuple(n for n in params["mesh"].axis_names if n in params["manual_axes"])
+            tuple(n for n in params["mesh"].axis_names if n in params["newly_manual_axes"])
         )
 
         def body(operands: list, cells: Cells) -> tuple[list, Cells]:
@@ -336,7 +337,7 @@ class _ShardMap:
                 mesh=params["mesh"],
                 in_specs=(list(params["in_specs"]), spec),
                 out_specs=(list(params["out_specs"]), spec),
-                axis_names=set(params["manual_axes"]),
+                axis_names=set(params["newly_manual_axes"]),
                 check_vma=params["check_vma"],
             )(list(operands), cells)
 

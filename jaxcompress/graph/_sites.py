@@ -28,6 +28,7 @@ class Axes:
         group: The output axis of a convolution with several feature groups.
         lookup: Axes that indices pick from.
         stacked: Axes that an enclosing scan takes apart: layers.
+        sliced: Axes of which the site sees one index, as in `kernel[i]`.
     """
 
     contract: tuple[int, ...] = ()
@@ -37,6 +38,7 @@ class Axes:
     group: tuple[int, ...] = ()
     lookup: tuple[int, ...] = ()
     stacked: tuple[int, ...] = ()
+    sliced: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,5 +1,6 @@
 """`trace`: fn as a graph, with every leaf accounted for."""
 
+import inspect
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any, NamedTuple
@@ -11,7 +12,7 @@ from jaxcompress.errors import ArgumentError, ArgumentTypeError
 from jaxcompress.graph import _compat
 from jaxcompress.graph._compat import Program
 from jaxcompress.graph._graph import Graph, Use
-from jaxcompress.graph._views import whole
+from jaxcompress.graph._views import parts_of
 from jaxcompress.graph._walk import Found, Place, Record, Value, Walker
 
 
@@ -37,6 +38,7 @@ class Traced(NamedTuple):
 
 def capture(fn: Callable[..., Any], params: Any, inputs: Any, kwargs: Any) -> Traced:
     leaves = _checked_leaves(params)
+    _check_call(fn, params, inputs, kwargs)
     try:
         program, outputs = _compat.capture(
             lambda params, inputs, kwargs: fn(params, *inputs, **kwargs), (params, inputs, kwargs)
@@ -44,21 +46,37 @@ def capture(fn: Callable[..., Any], params: Any, inputs: Any, kwargs: Any) -> Tr
     except jax.errors.JAXTypeError as error:
         raise ArgumentTypeError(
             "fn",
-            got=f"one that looks at values: {str(error).splitlines()[0]}",
+            got=f"one that looks at values: {str(error).splitlines()[0].rstrip('.')}",
             expected="a function that `jax.make_jaxpr` can trace",
             fix="Use jnp.where, lax.cond or lax.while_loop, or bind the argument with "
             "functools.partial.",
         ) from error
     walker = Walker(leaves)
     args = [
-        Value((whole(path, part.shape),), False, walker.fresh())
+        Value((view,), False, walker.fresh())
         for path, leaf in leaves.items()
-        for part in jax.tree.leaves(leaf)
+        for view in parts_of(path, leaf)
     ]
     args += [Value((), True, walker.fresh()) for _ in program.invars[len(args) :]]
     record, values = walker.walk(program, args, Place())
     record.sites = _named(record, walker)
     return Traced(program, record, values, leaves, outputs, walker)
+
+
+def _check_call(fn: Callable[..., Any], params: Any, inputs: Any, kwargs: Any) -> None:
+    try:
+        signature = inspect.signature(fn)
+    except (TypeError, ValueError):  # a builtin, which says for itself what it takes
+        return
+    try:
+        signature.bind(params, *inputs, **kwargs)
+    except TypeError as error:
+        raise ArgumentTypeError(
+            "inputs",
+            got=f"{len(inputs)} after params: {error}",
+            expected=f"the arguments of fn{signature}",
+            fix="Pass everything that fn takes after params, in its order.",
+        ) from error
 
 
 def _checked_leaves(params: Any) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple, TypeAlias
 
+import jax
 import numpy as np
 
 
@@ -79,6 +80,31 @@ def whole(path: str, shape: Sequence[int]) -> View:
         A view whose every axis is the leaf's own.
     """
     return View(path, tuple(() if n == 1 else (Factor((k,), n),) for k, n in enumerate(shape)))
+
+
+def parts_of(path: str, leaf: Any) -> list[View]:
+    """View the arrays of a leaf: one for an array, values and scales for a `QArray`.
+
+    Args:
+        path: The leaf's path.
+        leaf: An array or a `LeafNode`.
+
+    Returns:
+        A view per array, in flattening order. Values that are stored in blocks show the axes of
+        the array that the leaf stands for.
+    """
+    shapes = [tuple(part.shape) for part in jax.tree.leaves(leaf)]
+    values = max(shapes, key=elements, default=())
+    shown = split_factors([Factor((k,), n) for k, n in enumerate(leaf.shape)], values)
+    if shown is None:
+        return [whole(path, shape) for shape in shapes]
+    views = []
+    for shape in shapes:
+        axes: list[AxisFactors] = [() if n == 1 else (Factor((), n),) for n in shape]
+        for k, n in enumerate(shape if len(shape) == len(values) else ()):
+            axes[k] = shown[k] if n == values[k] else axes[k]
+        views.append(View(path, tuple(axes)))
+    return views
 
 
 ViewRule: TypeAlias = Callable[[Any, Sequence[View | None], int], Sequence[View | None]]

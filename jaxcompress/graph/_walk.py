@@ -14,7 +14,7 @@ from jaxcompress.graph import _compat
 from jaxcompress.graph._compat import Program
 from jaxcompress.graph._constructs import Body, construct
 from jaxcompress.graph._graph import Contraction, Use
-from jaxcompress.graph._sites import Layout, Site, contraction_flops, site_rule, struct
+from jaxcompress.graph._sites import Axes, Layout, Site, contraction_flops, site_rule, struct
 from jaxcompress.graph._views import View, elements, view_rule
 
 Position: TypeAlias = tuple[int, ...]
@@ -226,7 +226,7 @@ class Walker:
             path=view.path,
             primitive=eqn.primitive.name,
             operand=k,
-            axes=layout.axes,
+            axes=replace(layout.axes, sliced=_unseen(layout.axes, self._leaves[view.path].shape)),
             activation=activation,
             weight=weight,
             output=output,
@@ -385,6 +385,12 @@ class Walker:
                 before.after | value.after,
             )
         results[target] = value
+
+
+def _unseen(axes: Axes, shape: Sequence[int]) -> tuple[int, ...]:
+    """List the axes of a leaf that have no role at a site: it sees one index of them."""
+    named = {k for role in vars(axes).values() for k in role}
+    return tuple(k for k, n in enumerate(shape) if n > 1 and k not in named)
 
 
 def _union(values: Sequence[Value]) -> int:
