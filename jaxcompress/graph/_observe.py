@@ -76,8 +76,8 @@ def observe(
     Args:
         fn: `fn(params, *inputs, **kwargs) -> outputs`, pure.
         observers: `{Site.name: observer}`; `observer(site, state, activation, output)` returns
-            the state after one run of the site. For `jax.lax.ragged_dot` the activation is
-            `(experts, tokens, features)`, zero where a token belongs to another expert.
+            the state after one run of the site. For `jax.lax.ragged_dot` activation and output are
+            `(experts, tokens, ...)`, zero where a token belongs to another expert.
 
     Returns:
         A function `(params, states, *inputs, **kwargs) -> (outputs, states)`, states being
@@ -103,8 +103,9 @@ def observe(
         results, filled = _default(equation, operands), {}
         for site in equation.sites:
             if site.name in observers:
-                seen = site.layout.observed(operands)
-                filled[site.name] = observers[site.name](site, cells[site.name], seen, results[0])
+                activation, output = _observed(site, operands, results[0])
+                state = observers[site.name](site, cells[site.name], activation, output)
+                filled[site.name] = state
         return results, filled
 
     @functools.wraps(fn)
@@ -119,6 +120,7 @@ def observe(
         outputs, filled = execute(traced, plan, (params, inputs, kwargs), dict(states))
         return outputs, {name: filled[name] for name in names}
 
+    del observed.__wrapped__  # its signature is its own
     return observed
 
 
@@ -184,12 +186,19 @@ def perturb(
         plan = _plan(traced, names, visit, fills=False)
         return execute(traced, plan, (params, inputs, kwargs), dict(offsets))[0]
 
+    del perturbed.__wrapped__  # its signature is its own
     return perturbed
 
 
 def _default(equation: Equation, operands: Sequence[Any]) -> list:
     result = equation.bind(*operands)
     return list(result) if equation.primitive.multiple_results else [result]
+
+
+def _observed(site: Site, operands: Sequence[Any], result: Any) -> tuple[Any, Any]:
+    layout = site.layout
+    output = layout.observed_output
+    return layout.observed(operands), result if output is None else output(operands, result)
 
 
 def _other(site: Site) -> int:

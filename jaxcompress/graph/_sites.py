@@ -52,6 +52,8 @@ class Layout:
         channels: The same without the patches of a convolution.
         output_rows: Result to `(*batch, tokens, outputs)`.
         observed: Operands to the activation that observers get.
+        observed_output: Operands and result to the output that observers get; the result if
+            `None`.
         feature_groups: The feature groups of a convolution.
     """
 
@@ -61,6 +63,7 @@ class Layout:
     channels: Callable[[Array], Array]
     output_rows: Callable[[Array], Array]
     observed: Callable[[Sequence[Any]], Any]
+    observed_output: Callable[[Sequence[Any], Any], Any] | None = None
     feature_groups: int = 1
 
 
@@ -358,12 +361,10 @@ def _ragged_dot(eqn: Any, operand: int, view: View, varies: Sequence[bool]) -> L
     count = eqn.invars[1].aval.shape[group]
     token = _arranged((), [ragged], x_contract, batch=0)
 
-    def observed(operands: Sequence[Any]) -> Array:
-        x, _, sizes = operands
-        rows = token(x)  # (tokens, features)
-        last = jnp.cumsum(sizes)
-        owner = jnp.searchsorted(last, jnp.arange(rows.shape[0]), side="right")
-        mine = owner[None, :] == jnp.arange(count)[:, None]  # (experts, tokens)
+    def by_expert(rows: Array, sizes: Array) -> Array:
+        # (tokens, features) -> (experts, tokens, features), zero for tokens of other experts
+        owner = jnp.searchsorted(jnp.cumsum(sizes), jnp.arange(rows.shape[0]), side="right")
+        mine = owner[None, :] == jnp.arange(count)[:, None]
         return jnp.where(mine[:, :, None], rows, jnp.zeros((), rows.dtype))
 
     def rows(x: Array) -> Array:
@@ -380,5 +381,6 @@ def _ragged_dot(eqn: Any, operand: int, view: View, varies: Sequence[bool]) -> L
         rows=rows,
         channels=rows,
         output_rows=lambda y: y,
-        observed=observed,
+        observed=lambda operands: by_expert(token(operands[0]), operands[2]),
+        observed_output=lambda operands, result: by_expert(result, operands[2]),
     )

@@ -306,11 +306,15 @@ class Walker:
         branches = 0
         for k, body in enumerate(bodies):
             inside = place.inside(number, k, body)
-            found, outs = self._body(eqn, body, operands, inside)
+            found, outs, unchanged = self._body(eqn, body, operands, inside)
             branches = max(branches, found.flops) if body.branch else branches
             record.take(found, flops=not body.branch)
             for (target, role), value in zip(body.results, outs, strict=True):
-                if target is not None:
+                if target is None:
+                    continue
+                if role != "same" and value.ident in unchanged:  # handed back as it came
+                    results[target] = unchanged[value.ident]
+                else:
                     self._join(eqn, results, target, role, value, inside, record)
         record.flops += branches
         chosen = bodies[0].branch and operands[0].varies
@@ -319,8 +323,13 @@ class Walker:
 
     def _body(
         self, eqn: Any, body: Body, operands: list[Value], inside: Place
-    ) -> tuple[Record, list[Value]]:
-        """Walk a body until what it carries round is what it was given."""
+    ) -> tuple[Record, list[Value], dict[int, Value]]:
+        """Walk a body until what it carries round is what it was given.
+
+        Returns:
+            What it found, the values of its results, and the operands that it may hand back,
+            by the ident that they have inside.
+        """
         args = [self._fed(operands[k], role) for k, role in body.inputs]
         carried = [i for i, (_, role) in enumerate(body.inputs) if role == "carry"]
         returns = [i for i, (_, role) in enumerate(body.results) if role == "carry"]
@@ -339,7 +348,9 @@ class Walker:
         for i in carried:
             dropped = () if args[i].views else operands[body.inputs[i][0]].views
             self._use(eqn, dropped, inside, record)
-        return record, outs
+        handed = zip(args, body.inputs, strict=True)
+        unchanged = {a.ident: operands[k] for a, (k, role) in handed if role != "same"}
+        return record, outs, unchanged
 
     def _fed(self, value: Value, role: str) -> Value:
         if role == "same":
