@@ -141,7 +141,10 @@ def _misfit(site: Site, statistic: Statistic) -> str:
 def _check_gradients(seen: Seen, key: str, statistic: Statistic) -> None:
     """Refuse gradients that do not exist, and rows that do not align."""
     site, why = seen.site, ""
-    if statistic.needs_gradients and not site.bounded:
+    rules = {"custom_jvp", "custom_vjp"} & set(site.scope)
+    if statistic.needs_gradients and rules:
+        why = f"lies inside a {rules.pop()}, whose own rule gradients follow"
+    elif statistic.needs_gradients and not site.bounded:
         why = "lies in a `while` loop, which has no reverse-mode gradient"
     elif statistic.needs_gradients and seen.activation.shape != site.activation.shape:
         why = f"is a {site.primitive}, whose gradients do not come apart by expert"

@@ -142,17 +142,16 @@ def _differentiate(
     def where(path: str, leaf: Any) -> bool:
         return path in paths
 
-    tapped = graph.tap(graph.tap(observed, where, at="input"), where, at="output")
-    moved = graph.perturb(graph.perturb(tapped, where, at="output"), where, at="input")
-
-    def zeros(kind: str, form: str) -> dict[str, Array]:
-        found = {}
-        for name in backward:
-            if kind in reads[name]:
-                site = plan.seen[name].site
-                shape = getattr(site, form)
-                found[name] = jnp.zeros((*site.stack, *shape.shape), shape.dtype)
-        return found
+    tapped = _bare(graph.tap(_bare(observed), where, at="input"))
+    tapped = _bare(graph.tap(tapped, where, at="output"))
+    moved = _bare(graph.perturb(tapped, where, at="output"))
+    moved = _bare(graph.perturb(moved, where, at="input"))
+    # The shapes of this batch; those of the plan are of the first.
+    (_, activations), results = jax.eval_shape(tapped, params, cells, *batch)
+    offsets = tuple(
+        {n: jnp.zeros(like[n].shape, like[n].dtype) for n in backward if kind in reads[n]}
+        for kind, like in (("input_grad", activations), ("output_grad", results))
+    )
 
     def total(offsets: Any, params: tree.Params, cells: Any, batch: Sequence[Any]) -> Any:
         # perturb at the input is outermost: its offsets come first.
@@ -160,7 +159,6 @@ def _differentiate(
         ((outputs, cells), activations), results = result
         return _summed(outputs), (cells, activations, results)
 
-    offsets = (zeros("input_grad", "activation"), zeros("output_grad", "output"))
     gradients, aux = jax.grad(total, has_aux=True)(offsets, params, cells, batch)
     cells, activations, results = aux
     arrays: dict[str, dict[str, Array]] = {}
@@ -170,6 +168,11 @@ def _differentiate(
             if name in found:
                 arrays[name][kind] = found[name]
     return cells, arrays
+
+
+def _bare(f: Callable[..., Any]) -> Callable[..., Any]:
+    """Hide that f wraps a function of other arguments."""
+    return lambda *args: f(*args)
 
 
 def _summed(outputs: Any) -> Array:
