@@ -26,7 +26,7 @@ class Factor(NamedTuple):
 
 
 AxisFactors: TypeAlias = tuple[Factor, ...]
-"""One axis of a variable, major factor first; empty for an axis of size one."""
+"""One axis of a variable, major factor first; reshapes leave axes of size one empty."""
 
 
 @dataclass(frozen=True)
@@ -79,7 +79,7 @@ def whole(path: str, shape: Sequence[int]) -> View:
     Returns:
         A view whose every axis is the leaf's own.
     """
-    return View(path, tuple(() if n == 1 else (Factor((k,), n),) for k, n in enumerate(shape)))
+    return View(path, tuple((Factor((k,), n),) for k, n in enumerate(shape)))
 
 
 def parts_of(path: str, leaf: Any) -> list[View]:
@@ -95,7 +95,10 @@ def parts_of(path: str, leaf: Any) -> list[View]:
     """
     shapes = [tuple(part.shape) for part in jax.tree.leaves(leaf)]
     values = max(shapes, key=elements, default=())
-    shown = split_factors([Factor((k,), n) for k, n in enumerate(leaf.shape)], values)
+    if values == tuple(leaf.shape):
+        shown = list(whole(path, values).axes)
+    else:
+        shown = split_factors([Factor((k,), n) for k, n in enumerate(leaf.shape)], values)
     if shown is None:
         return [whole(path, shape) for shape in shapes]
     views = []
@@ -193,7 +196,7 @@ def _resized(axis: AxisFactors, size: int) -> AxisFactors:
     if size == math.prod(f.size for f in axis):
         return axis
     held = tuple(sorted({k for f in axis for k in f.axes}))
-    return (Factor(held, size),) if size != 1 else ()
+    return (Factor(held, size),)
 
 
 def _transpose(eqn: Any, view: View) -> list[AxisFactors]:
@@ -222,7 +225,7 @@ def _reshape(eqn: Any, view: View) -> list[AxisFactors] | None:
 
 def split_factors(factors: Sequence[Factor], shape: Sequence[int]) -> list[AxisFactors] | None:
     """Cut a row-major run of factors into axes of the given sizes, splitting where needed."""
-    left, axes = list(reversed(factors)), []
+    left, axes = [f for f in reversed(factors) if f.size > 1], []
     for size in shape:
         axis: list[Factor] = []
         while size > 1:
