@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
 
@@ -86,24 +87,18 @@ def _signature(leaf: Any) -> Any:
 def _place(args: tuple[Any, ...], target: Target) -> tuple[tuple[Any, ...], int]:
     """Make all arguments abstract, on the target's mesh if one names it, else on one device."""
     available = target.devices()
-    meshes = {
-        sharding.mesh: None
-        for leaf in jax.tree.leaves(args)
-        if (sharding := _named(leaf)) is not None
-    }
-    for mesh in meshes:
-        if not set(mesh.devices.flat) <= set(available):
+    default: Any = SingleDeviceSharding(available[0])
+    for sharding in map(_named, jax.tree.leaves(args)):
+        if sharding is None:
+            continue
+        if not sharding.device_set <= set(available):
             raise ArgumentError(
                 "inputs",
-                got=f"shardings over {mesh.devices.flat[0].device_kind} devices",
+                got=f"shardings over {next(iter(sharding.device_set)).device_kind} devices",
                 expected=f"devices of {target.name}",
                 fix="Make the mesh with Target.named(...).mesh(shape, names).",
             )
-    default = (
-        NamedSharding(next(iter(meshes)), PartitionSpec())
-        if meshes
-        else SingleDeviceSharding(available[0])
-    )
+        default = NamedSharding(sharding.mesh, PartitionSpec())
 
     def abstract(leaf: Any) -> Any:
         if not (hasattr(leaf, "shape") and hasattr(leaf, "dtype")):
@@ -115,8 +110,7 @@ def _place(args: tuple[Any, ...], target: Target) -> tuple[tuple[Any, ...], int]
             weak_type=getattr(leaf, "weak_type", False),
         )
 
-    devices = next(iter(meshes)).devices.size if meshes else 1
-    return jax.tree.map(abstract, args), devices
+    return jax.tree.map(abstract, args), len(default.device_set)
 
 
 def _named(leaf: Any) -> NamedSharding | None:
@@ -144,15 +138,20 @@ def _compile(
         return Outcome(None, {}, devices, arguments, _required(words), words)
     figures = _figures(program)
     variants = {
-        loop: _variant(_aot_loops.unrolled(traced.jaxpr, loop), args)
+        loop: _variant(_aot_loops.stepped(traced.jaxpr, loop), args, donate)
         for loop in (_aot_loops.loops(traced.jaxpr) if figures else ())
     }
     return Outcome(program, _aot_loops.multiplied(figures, variants), devices, arguments)
 
 
-def _variant(fn: Callable[..., Any], args: tuple[Any, ...]) -> Mapping[str, float]:
+def _variant(
+    fn: Callable[..., Any], args: tuple[Any, ...], donate: tuple[int, ...]
+) -> Mapping[str, float]:
+    given = [index in donate for index, arg in enumerate(args) for _ in jax.tree.leaves(arg)]
+    donated = [k for k, is_given in enumerate(given) if is_given]
     try:
-        return _figures(jax.jit(fn).lower(*jax.tree.leaves(args)).compile())
+        jitted = jax.jit(fn, donate_argnums=donated)
+        return _figures(jitted.lower(*jax.tree.leaves(args)).compile())
     except jax.errors.JaxRuntimeError as error:
         if not str(error).startswith("RESOURCE_EXHAUSTED"):
             raise
@@ -170,7 +169,7 @@ def _required(words: str) -> int | None:
 def _device_bytes(leaf: Any) -> int:
     if not isinstance(leaf, jax.ShapeDtypeStruct):
         return np.asarray(leaf).nbytes
-    if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+    if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
         leaf = jax.eval_shape(jax.random.key_data, leaf)
     shape = leaf.sharding.shard_shape(leaf.shape) if leaf.sharding else leaf.shape
     return -(-math.prod(shape) * bits_of(leaf.dtype) // 8)

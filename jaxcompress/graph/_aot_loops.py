@@ -1,24 +1,29 @@
 """What XLA counts once that runs many times: the bodies of loops.
 
 `cost_analysis` (and the TPU compiler's `optimal_seconds`) counts the body of a `while` loop once,
-however often it runs, so that a model with scanned layers would seem to have one. The body's own
-cost is found by difference: the same program is compiled again with the scan unrolled once more,
-and the body is then added as often as it runs. With T the figure of the program as it is, in which
-a scan of n steps inside scans that run m times has c copies of its body, and T' with c' copies,
+however often it runs, so that a model with scanned layers would seem to have one. A body's own
+cost is found by difference: the same program is compiled again with one more step of the scan
+ahead of its loop, and that step is then added as often as the loop left it out. With T the figure
+of the program as it is, in which a scan of n steps inside scans that run m times has c copies of
+its body, and T' the figure with the step ahead,
 
-    body = (T' - T) / (c' - c)        figure = T + sum over scans of m (n - c) body
+    figure = T + sum over scans of m (n - c) (T' - T)
 
-Nested scans follow: an outer body's difference holds the inner body once.
+Nested scans follow: an outer body's difference holds the inner body once. Unrolling the scan
+instead would not do: it changes how the compiler slices and fuses stacked weights.
 """
 
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
+import jax
 from jax.extend.core import jaxpr_as_fun
+
+from jaxcompress.graph import _compat
 
 
 class Loop(NamedTuple):
-    """Scans that are unrolled together: they count alike.
+    """Scans that get a step more together: they count alike.
 
     Attributes:
         length: Steps of each.
@@ -50,20 +55,6 @@ def copies(length: int, unroll: int) -> int:
     if length // max(unroll, 1) <= 1:
         return length if unroll != 1 else min(length, 1)
     return unroll + length % unroll
-
-
-def further(length: int, unroll: int) -> int:
-    """Choose the next unrolling that has more copies, without a remainder if there is one.
-
-    Args:
-        length: Steps.
-        unroll: Steps per iteration now.
-
-    Returns:
-        Steps per iteration, more than `unroll`.
-    """
-    even = [u for u in range(unroll + 1, length // 2 + 1) if length % u == 0]
-    return min(even, default=min(2 * unroll, length))
 
 
 def loops(jaxpr: Any) -> tuple[Loop, ...]:
@@ -105,44 +96,68 @@ def _is_jaxpr(value: Any) -> bool:
     return hasattr(value, "eqns") and hasattr(value, "replace")
 
 
-def unrolled(jaxpr: Any, loop: Loop) -> Callable[..., Any]:
-    """Make the function of a closed jaxpr with some of its scans unrolled further.
+def stepped(jaxpr: Any, loop: Loop) -> Callable[..., Any]:
+    """Make the function of a closed jaxpr with one more step ahead of some of its scans.
 
     Args:
         jaxpr: A closed jaxpr.
         loop: Which of them.
 
     Returns:
-        A function of the flattened arguments.
+        A function of the flattened arguments; it costs more, and computes something else.
     """
     return jaxpr_as_fun(_rewrite(jaxpr, loop, 1, 0))
 
 
 def _rewrite(jaxpr: Any, loop: Loop, outer: int, depth: int) -> Any:
-    if hasattr(jaxpr, "jaxpr"):
-        return jaxpr.replace(jaxpr=_rewrite(jaxpr.jaxpr, loop, outer, depth))
+    inner = getattr(jaxpr, "jaxpr", jaxpr)  # in JAX 0.12 a jaxpr is its own
+    if inner is not jaxpr:
+        return jaxpr.replace(jaxpr=_rewrite(inner, loop, outer, depth))
     return jaxpr.replace(eqns=[_rewrite_eqn(eqn, loop, outer, depth) for eqn in jaxpr.eqns])
 
 
 def _rewrite_eqn(eqn: Any, loop: Loop, outer: int, depth: int) -> Any:
-    changed = {}
     inside, deeper = outer, depth
     if eqn.primitive.name == "scan":
         own = _loop(eqn, outer, depth)
-        inside, deeper = outer * own.length, depth + 1
         if own == loop:
-            changed["unroll"] = further(own.length, own.unroll)
+            return _with_step(eqn)
+        inside, deeper = outer * own.length, depth + 1
 
     def enter(value: Any) -> Any:
         if isinstance(value, tuple | list) and any(map(_is_jaxpr, value)):
             return type(value)(map(enter, value))
         return _rewrite(value, loop, inside, deeper) if _is_jaxpr(value) else value
 
-    for key, value in eqn.params.items():
-        entered = enter(value)
-        if entered is not value:
-            changed[key] = entered
-    return eqn.replace(params={**eqn.params, **changed}) if changed else eqn
+    params = {key: enter(value) for key, value in eqn.params.items()}
+    changed = any(params[key] is not value for key, value in eqn.params.items())
+    return eqn.replace(params=params) if changed else eqn
+
+
+def _with_step(eqn: Any) -> Any:
+    """Make an equation that runs one step, then the scan from where that step ended."""
+    num_consts, num_carry = _compat.scan_counts(eqn)
+    step, opaque = jaxpr_as_fun(eqn.params["jaxpr"]), jax.lax.optimization_barrier
+
+    def run(*operands: Any) -> list[Any]:
+        consts, rest = operands[:num_consts], operands[num_consts:]
+        # Opaque, or the compiler would simplify a step from known zeros, at a known index.
+        carry, index = opaque((rest[:num_carry], 0))
+        xs = rest[num_carry:]
+        slices = [jax.lax.dynamic_index_in_dim(x, index, keepdims=False) for x in xs]
+        results = step(*consts, *carry, *slices)
+        carry, ys = opaque(list(results[:num_carry])), results[num_carry:]
+        results = _compat.bind(eqn, [*consts, *carry, *xs])
+        stacked = [
+            jax.lax.dynamic_update_index_in_dim(all_ys, y, index, 0)
+            for all_ys, y in zip(results[num_carry:], ys, strict=True)
+        ]
+        return [*results[:num_carry], *stacked]
+
+    avals = [jax.ShapeDtypeStruct(v.aval.shape, v.aval.dtype) for v in eqn.invars]
+    traced = jax.make_jaxpr(jax.jit(run))(*avals)
+    (call,) = traced.eqns
+    return call.replace(invars=eqn.invars, outvars=eqn.outvars, effects=eqn.effects)
 
 
 def multiplied(
@@ -152,7 +167,7 @@ def multiplied(
 
     Args:
         figures: The compiler's figures for the program as it is.
-        variants: Its figures for each program with one kind of loop unrolled further.
+        variants: Its figures for each program with one kind of loop a step longer.
 
     Returns:
         Figures of the whole; those for which a body came out negative are missing.
@@ -161,11 +176,9 @@ def multiplied(
     for key, value in figures.items():
         total = value
         for loop, others in variants.items():
-            now = copies(loop.length, loop.unroll)
-            more = copies(loop.length, further(loop.length, loop.unroll)) - now
-            body = (others.get(key, float("nan")) - value) / more
-            # A compiler that optimises the copies jointly may come out a trifle lower.
-            total += loop.outer * (loop.length - now) * body if body >= 0 else float("nan")
+            body = others.get(key, float("nan")) - value
+            missing = loop.outer * (loop.length - copies(loop.length, loop.unroll))
+            total += missing * body if body >= 0 else float("nan")
         if total == total:
             totals[key] = total
     return totals
