@@ -239,13 +239,16 @@ def split_factors(factors: Sequence[Factor], shape: Sequence[int]) -> list[AxisF
                 axis.append(Factor(factor.axes, size))
                 left.append(Factor(factor.axes, factor.size // size))
                 size = 1
-            else:
-                common = math.gcd(size, factor.size)
-                if common == 1:
-                    return None
+            elif (common := math.gcd(size, factor.size)) > 1:
                 axis.append(Factor(factor.axes, common))
                 left.append(Factor(factor.axes, factor.size // common))
                 size //= common
+            elif left:  # no boundary in common: the two axes cannot be told apart from here on
+                minor = left.pop()
+                together = tuple(sorted({*factor.axes, *minor.axes}))
+                left.append(Factor(together, factor.size * minor.size))
+            else:
+                return None
         axes.append(tuple(axis))
     return axes
 

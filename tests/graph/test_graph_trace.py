@@ -1,4 +1,4 @@
-"""Sites, roles of axes, and the account of every leaf, on functions small enough to check by eye."""
+"""Sites, roles of axes, the account of every leaf: on functions that can be checked by eye."""
 
 import jax
 import jax.numpy as jnp
