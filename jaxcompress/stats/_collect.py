@@ -73,7 +73,9 @@ def collect(
     (two are in flight at most), and states stay on the device. Scan iterations and experts are
     kept apart, as leading axes of the results. Sites that read the same activation (query, key
     and value) share one state and one computation. A branch of a `cond` that is not taken
-    counts nothing.
+    counts nothing. At a `jax.lax.ragged_dot` each expert's rows are zeros where a token belongs
+    to another: sums are the expert's own, while numbers of tokens (and means and extremes, which
+    then see zeros) are those of all.
 
     Batches and params may be sharded over a mesh, whose axes may be Auto or Explicit; results
     are then replicated over it. Inside a `shard_map`, each device's rows are kept apart.
@@ -185,7 +187,7 @@ def _matching(stream: Iterator[tuple], first: tuple) -> Iterator[tuple]:
 
     def describe(batch: tuple) -> Any:
         leaves, structure = jax.tree.flatten(batch)
-        return structure, [(np.ndim(x), str(jax.dtypes.result_type(x))) for x in leaves]
+        return structure, [(np.ndim(x), _dtype(x)) for x in leaves]
 
     expected = describe(first)
     for number, batch in enumerate(stream, start=1):
@@ -200,9 +202,11 @@ def _matching(stream: Iterator[tuple], first: tuple) -> Iterator[tuple]:
 
 
 def _sketch(batch: tuple) -> str:
-    return str(
-        jax.tree.map(lambda x: jax.ShapeDtypeStruct(np.shape(x), jax.dtypes.result_type(x)), batch)
-    )
+    return str(jax.tree.map(lambda x: jax.ShapeDtypeStruct(np.shape(x), _dtype(x)), batch))
+
+
+def _dtype(x: Any) -> Any:
+    return x.dtype if hasattr(x, "dtype") else jax.dtypes.result_type(x)
 
 
 def _replicated(arrays: Any) -> jax.sharding.Sharding | None:

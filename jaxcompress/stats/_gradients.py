@@ -145,7 +145,7 @@ def fisher() -> Statistic:
 
     Reference:
         Kirkpatrick et al., Overcoming catastrophic forgetting in neural networks,
-        arXiv:1612.00796, section 2.1 (the diagonal); the labels are the given ones.
+        arXiv:1612.00796 (the diagonal); the labels are the given ones.
     """
 
     def init(features: int, outputs: int) -> _Squares:
@@ -184,7 +184,7 @@ def channel_fisher(*, at: Literal["input", "output"] = "output") -> Statistic:
 
     Reference:
         Theis et al., Faster gaze prediction with dense networks and Fisher pruning,
-        arXiv:1801.05787, section 2.2.
+        arXiv:1801.05787.
     """
 
     def init(features: int, _: int) -> _Squares:

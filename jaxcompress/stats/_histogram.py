@@ -144,9 +144,8 @@ class Histogram(NamedTuple):
             ArgumentError: If the bins are too few for `bits`.
 
         Reference:
-            Migacz, 8-bit Inference with TensorRT, GTC 2017, slides 38 to 40 of the published
-            slides, whose hand-written code differs in one point: a Q that is empty where P is
-            not counts as infinitely far, rather than being smoothed.
+            Migacz, 8-bit Inference with TensorRT, GTC 2017. A Q that is empty where P is not
+            counts as infinitely far.
         """
         return _calibration.entropy_range(
             self.counts,

@@ -207,7 +207,7 @@ def mean_covariance(*, diagonal: bool = False, reads: str = "input") -> Statisti
 
     Reference:
         Chan, Golub and LeVeque, Updating Formulae and a Pairwise Algorithm for Computing Sample
-        Variances, 1979, eq. 2.1.
+        Variances, 1979.
     """
 
     def init(features: int) -> _Spread:

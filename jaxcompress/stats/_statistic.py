@@ -33,7 +33,8 @@ class Statistic:
             * "input": the activation as the weight contracts it (`Site.rows`; a convolution's
               as patches), the default;
             * "channels": the same without patches (`Site.channels`);
-            * "output": the result (`Site.output_rows`), row by row that of "input";
+            * "output": the result, before any bias (`Site.output_rows`), row by row that of
+              "input";
             * "output_grad": the gradient of fn's summed outputs with respect to "output";
             * "input_grad": that with respect to "channels", at this one site: an activation
               that several sites read has one gradient for each;

@@ -1,0 +1,340 @@
+"""`sequential`: statistics site by site, each after all that comes before has been replaced."""
+
+import functools
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any, TypeAlias
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array, lax
+
+from jaxcompress import tree
+from jaxcompress.errors import ArgumentError, NonFiniteError, StructureError
+from jaxcompress.graph import Site
+from jaxcompress.graph._stages import Flight, Stages
+from jaxcompress.graph._stages import Stop as Cut
+from jaxcompress.stats import _collect, _step
+from jaxcompress.stats._plan import Plan, make_plan
+from jaxcompress.stats._statistic import Statistic
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stop:
+    """What `sequential` hands over at one stop: what is needed to replace the leaves there.
+
+    Attributes:
+        sites: The sites of this stop: those that read one activation. Their `axes`, `stack`,
+            `repeats`, `flops` and `bytes` are those of the slice that is handed over.
+        leaves: `{path: leaf}`, as it is now. Of a stacked leaf, the slice of this iteration.
+        index: `{path: index}`: `leaf[index]` of the whole leaf is what `leaves` has; `()` for a
+            leaf that is handed over whole.
+        iteration: Which iterations of the enclosing scans over layers, outermost first.
+        results: `{Site.name: result}`, or `{Site.name: {key: result}}` for a mapping of
+            statistics, of shape `(*site.stack, *batch, ...)`. A site where none applies (see
+            `collect`) has no entry.
+        number: The number of the stop.
+        total: How many there are.
+    """
+
+    sites: tuple[Site, ...]
+    leaves: Mapping[str, Any]
+    index: Mapping[str, tuple[Any, ...]]
+    iteration: tuple[int, ...]
+    results: Mapping[str, Any]
+    number: int
+    total: int
+
+
+Visit: TypeAlias = Callable[[Stop], Mapping[str, Any] | None]
+"""`stop -> {path: new leaf}`, like `stop.leaves`; paths may be left out."""
+
+
+def sequential(
+    fn: Callable[..., Any],
+    params: tree.Params,
+    batches: Iterable[Any],
+    statistics: Statistic | Mapping[str, Statistic],
+    visit: Visit,
+    *,
+    where: tree.Where = tree.weights,
+    host: bool = False,
+    allow_non_finite: bool = False,
+    progress: bool = False,
+) -> tree.Params:
+    """Advance all batches through fn together, and replace its leaves on the way.
+
+    True-sequential GPTQ and SparseGPT: all batches go to a site, the statistics of what it reads
+    are computed over all of them, `visit` may replace its leaf, and the batches move on through
+    the new one. Statistics at a site so are those of a function in which everything upstream is
+    replaced already. Each equation that depends on the inputs runs once per batch: altogether it
+    costs one forward pass and the statistics. What comes after the last stop does not run.
+
+    Sites that read one activation (query, key and value; gate and up) make one stop with one
+    computation. A scan that takes selected leaves apart (layers) is left at each iteration: each
+    slice is a leaf of its own, and what `visit` returns is put back into the stacked one. So is
+    `kernel[i]` in a loop of Python. A `while`, a `cond`, a `shard_map` and a scan over anything
+    else (time) cannot be left inside: all sites in one make one stop before it, with the leaves
+    as they are then, after which it runs. A leaf with several sites (tied embeddings, layers
+    that share weights) is visited at each of them. Later visits see the earlier replacements;
+    earlier sites are not run anew.
+
+    What a batch carries between stops stays in memory for all batches at once: a residual
+    stream, mostly. `host=True` keeps it in NumPy arrays, so that the device holds one batch at a
+    time. Stages compile once per structure: layers that are alike, scanned or written out, share
+    them.
+
+    Args:
+        fn: `fn(params, *inputs) -> outputs`, pure.
+        params: Any pytree of arrays.
+        batches: An iterable of input tuples; a lone array (or other pytree that is no tuple)
+            counts as a one-tuple. Read once, and kept. A smaller last batch compiles once more.
+        statistics: One `Statistic`, or `{key: Statistic}`; none that reads gradients.
+        visit: `visit(stop) -> {path: new leaf}`, called once per stop in fn's order; see `Stop`.
+            New leaves have the shape and dtype of `stop.leaves[path]`. `None` leaves all as is.
+        where: Leaves to visit; see `tree.matches`.
+        host: Keep what batches carry in host memory.
+        allow_non_finite: Go on when NaN or infinity is read.
+        progress: Show a progress bar, if the output is a terminal.
+
+    Returns:
+        Params with the replaced leaves.
+
+    Raises:
+        SelectionError: If `where` selects no site, or no statistic applies to any.
+        NonFiniteError: If activations that were read are not finite; it names the sites.
+        StructureError: If a batch is structured unlike the first, or `visit` returns an unknown
+            path or a leaf of another shape or dtype.
+        ArgumentError: If there are no batches, or a statistic reads gradients.
+        ArgumentTypeError: If `statistics` or `batches` are of another type.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from jaxcompress import stats
+        >>> fn = lambda params, x: (x @ params["up"]) @ params["down"]
+        >>> params = {"up": jnp.full((2, 3), 0.4), "down": jnp.ones((3, 2))}
+        >>> def visit(stop):
+        ...     for site in stop.sites:
+        ...         print(site.name, stop.results[site.name])
+        ...     return {path: jnp.round(leaf + 0.2) for path, leaf in stop.leaves.items()}
+        >>> params = stats.sequential(fn, params, [jnp.ones((1, 2))], stats.absmax(), visit)
+        up [1. 1.]
+        down [2. 2. 2.]
+        >>> params["up"].tolist()
+        [[1.0, 1.0, 1.0], [1.0, 1.0, 1.0]]
+    """
+    several = _collect._checked(statistics)
+    _refuse_gradients(several)
+    stream = map(_collect._as_inputs, _collect._iterated(batches))
+    first = next(stream, None)
+    if first is None:
+        raise ArgumentError(
+            "batches",
+            got="no batches",
+            expected="at least one",
+            fix="An iterator that was read before is empty: make it anew.",
+        )
+    stages = Stages(fn, where, host=host, sharding=_collect._replicated((params, first)))
+    flights = [stages.course(params, first).start(first)]
+    plan = make_plan(fn, params, first, several, where)
+    for batch in _collect._matching(stream, first):
+        flights.append(stages.course(params, batch).start(batch))
+    stops = _common_stops(flights)
+    run = _Run(stages, plan, params, flights, single=isinstance(statistics, Statistic))
+    for number, stop in enumerate(_collect._shown(iter(stops), len(stops), progress)):
+        results = run.collect(stop, allow_non_finite=allow_non_finite)
+        leaves, index = run.leaves_at(stop)
+        replaced = visit(
+            Stop(
+                sites=stop.sites,
+                leaves=leaves,
+                index=index,
+                iteration=stop.iteration,
+                results=results,
+                number=number,
+                total=len(stops),
+            )
+        )
+        run.replace(stop, leaves, replaced)
+    return tree.map_with_path(lambda path, _: run.current[path], params)
+
+
+def _refuse_gradients(statistics: Mapping[str, Statistic]) -> None:
+    for key, statistic in statistics.items():
+        if statistic.needs_gradients:
+            raise ArgumentError(
+                "statistics",
+                got=f"{key!r}, which reads {statistic.reads}",
+                expected="statistics of activations: gradients come from what has not run yet",
+                fix="Use stats.collect for it, before or after.",
+            )
+
+
+def _common_stops(flights: list[Flight]) -> tuple[Cut, ...]:
+    """Give the stops of all batches: those of the first, if the others have the same."""
+    stops, *others = {flight.course: flight.course.stops for flight in flights}.values()
+    for other in others:
+        if list(map(_identity, other)) != list(map(_identity, stops)):
+            raise StructureError(
+                "batches",
+                got="sizes for which fn has other sites than for the first batch",
+                expected="batches that take one way through fn",
+                fix="Collect from batches of one size.",
+            )
+    return stops
+
+
+def _identity(stop: Cut) -> Any:
+    return [site.name for site in stop.sites], stop.iteration, stop.slices
+
+
+class _Run:
+    """The state of one call: the leaves of the moment, and the batches on their way."""
+
+    def __init__(
+        self,
+        stages: Stages,
+        plan: Plan,
+        params: tree.Params,
+        flights: list[Flight],
+        *,
+        single: bool,
+    ):
+        self.current = dict(tree.items(params))
+        self._stages, self._plan, self._flights, self._single = stages, plan, flights, single
+        self._plans: dict[Any, tuple[Plan, dict[str, Any]]] = {}
+        self._ours: set[str] = set()  # stacked leaves that are copies, to be updated in place
+
+    def collect(self, stop: Cut, *, allow_non_finite: bool) -> dict[str, Any]:
+        """Take all batches to a stop; returns the results there by site."""
+        plan, observers = self._plan_at(stop)
+        cells = self._stages.call(lambda: _blank(plan, observers))
+        leaves = [part for leaf in self.current.values() for part in jax.tree.leaves(leaf)]
+        for flight in self._flights:
+            cells = flight.advance(leaves, observers, cells)
+        if not allow_non_finite:
+            _check_finite({name: cell[0] for name, cell in cells.items()}, stop)
+        states = {"forward": {name: cell[2] for name, cell in cells.items()}}
+        results = self._stages.call(lambda states: _step.finalize(plan, states), states)
+        by_site = {
+            name: {key: results[owner][key] for key, owner in keys.items()}
+            for name, keys in plan.owners.items()
+        }
+        return {name: keys[""] for name, keys in by_site.items()} if self._single else by_site
+
+    def _plan_at(self, stop: Cut) -> tuple[Plan, dict[str, Any]]:
+        """Narrow the plan to a stop; all iterations of a scan share it."""
+        names = tuple(site.name for site in stop.sites)
+        if names not in self._plans:
+            owners, first = {}, {}
+            for name in names:
+                for key, owner in self._plan.owners.get(name, {}).items():
+                    owner = first.setdefault((key, owner), name)
+                    owners.setdefault(name, {})[key] = owner
+            sites = {site.name: site for site in stop.sites if site.name in owners}
+            seen = {n: replace(self._plan.seen[n], site=site) for n, site in sites.items()}
+            plan = replace(self._plan, seen=seen, owners=owners)
+            owned = plan.owned(gradients=False)
+            observers = {name: _step._observer(plan, keys) for name, keys in owned.items()}
+            self._plans[names] = plan, observers
+        return self._plans[names]
+
+    def leaves_at(self, stop: Cut) -> tuple[dict[str, Any], dict[str, tuple[Any, ...]]]:
+        """Give the leaves of a stop, or their slices, and what indexes these."""
+        leaves, index = {}, {}
+        for path, picks in stop.slices.items():
+            axes = tuple(sorted(picks))
+            leaf = self.current[path]
+            leaves[path] = _take(leaf, [picks[a] for a in axes], axes=axes) if axes else leaf
+            index[path] = tuple(picks.get(a, slice(None)) for a in range(max(axes, default=-1) + 1))
+        return leaves, index
+
+    def replace(self, stop: Cut, before: Mapping[str, Any], replaced: Any) -> None:
+        """Put the visitor's leaves in place."""
+        for path, new in _checked(before, replaced).items():
+            picks = stop.slices[path]
+            if not picks:
+                self.current[path] = _placed_like(new, before[path])
+                continue
+            axes, leaf = tuple(sorted(picks)), self.current[path]
+            sharding = leaf.sharding if isinstance(leaf, jax.Array) else None
+            donated = "leaf" if path in self._ours else None
+            put = jax.jit(
+                _put, static_argnames="axes", out_shardings=sharding, donate_argnames=donated
+            )
+            self.current[path] = put(leaf, new, [picks[a] for a in axes], axes=axes)
+            self._ours.add(path)
+
+
+def _blank(plan: Plan, observers: Mapping[str, Any]) -> dict[str, Any]:
+    """Make the cells of observers; see `_step`."""
+    states, cells = _step.init_states(plan)["forward"], {}
+    for name in observers:
+        stack = plan.seen[name].site.stack
+        cells[name] = (jnp.zeros(stack, jnp.uint32), jnp.zeros(stack, jnp.uint32), states[name])
+    return cells
+
+
+def _check_finite(bad: Mapping[str, Array], stop: Cut) -> None:
+    found = {name: int(np.sum(n, dtype=np.uint64)) for name, n in jax.device_get(bad).items()}
+    if any(found.values()):
+        iteration = f" in iteration {stop.iteration}" if stop.iteration else ""
+        raise NonFiniteError(
+            "batches",
+            got="NaN or infinity"
+            + "; ".join(f" at {name!r}{iteration}: {n}" for name, n in found.items() if n),
+            expected="finite activations",
+            fix="Look at what `visit` returned upstream, or pass allow_non_finite=True to go on.",
+        )
+
+
+def _checked(before: Mapping[str, Any], replaced: Any) -> Mapping[str, Any]:
+    """Refuse what `visit` may not return."""
+    if replaced is None:
+        return {}
+    known = tree.shorten(list(before))
+    if not isinstance(replaced, Mapping) or not set(replaced) <= set(before):
+        raise StructureError(
+            "visit",
+            got=f"a result for {tree.shorten(sorted(set(replaced) - set(before)))}"
+            if isinstance(replaced, Mapping)
+            else f"a result of type {type(replaced).__name__}",
+            expected=f"a mapping from paths of this stop ({known}) to leaves, or None",
+            fix="Return {path: new leaf} for paths of stop.leaves.",
+        )
+    for path, new in replaced.items():
+        if _form(new) != _form(before[path]):
+            raise StructureError(
+                "visit",
+                got=f"{_form(new)[1]} for {path!r}",
+                expected=f"a leaf like the one it replaces: {_form(before[path])[1]}",
+                fix="Keep shape and dtype: later stages are compiled for them.",
+            )
+    return replaced
+
+
+def _form(leaf: Any) -> tuple[Any, list[Any]]:
+    leaves, structure = jax.tree.flatten(leaf)
+    return structure, [jax.ShapeDtypeStruct(np.shape(x), jax.dtypes.result_type(x)) for x in leaves]
+
+
+def _placed_like(new: Any, old: Any) -> Any:
+    def place(new: Any, old: Any) -> Any:
+        return jax.device_put(new, old.sharding) if isinstance(old, jax.Array) else new
+
+    return jax.tree.map(place, new, old)
+
+
+@functools.partial(jax.jit, static_argnames="axes")
+def _take(leaf: Array, indices: list[Any], *, axes: tuple[int, ...]) -> Array:
+    for axis, i in reversed(list(zip(axes, indices, strict=True))):
+        leaf = lax.dynamic_index_in_dim(leaf, i, axis, keepdims=False)
+    return leaf
+
+
+def _put(leaf: Array, new: Array, indices: list[Any], *, axes: tuple[int, ...]) -> Array:
+    starts = [0] * leaf.ndim
+    for axis, i in zip(axes, indices, strict=True):
+        starts[axis] = i
+    return lax.dynamic_update_slice(leaf, jnp.expand_dims(new, axes), starts)
