@@ -138,20 +138,23 @@ def _compile(
         return Outcome(None, {}, devices, arguments, _required(words), words)
     figures = _figures(program)
     variants = {
-        loop: _variant(_aot_loops.stepped(traced.jaxpr, loop), args, donate)
+        loop: _variant(traced.jaxpr, loop, args, donate)
         for loop in (_aot_loops.loops(traced.jaxpr) if figures else ())
     }
     return Outcome(program, _aot_loops.multiplied(figures, variants), devices, arguments)
 
 
 def _variant(
-    fn: Callable[..., Any], args: tuple[Any, ...], donate: tuple[int, ...]
+    jaxpr: Any, loop: _aot_loops.Loop, args: tuple[Any, ...], donate: tuple[int, ...]
 ) -> Mapping[str, float]:
+    """Compile once more with a further step of some scans; nothing is known if that cannot be."""
     given = [index in donate for index, arg in enumerate(args) for _ in jax.tree.leaves(arg)]
     donated = [k for k, is_given in enumerate(given) if is_given]
     try:
-        jitted = jax.jit(fn, donate_argnums=donated)
+        jitted = jax.jit(_aot_loops.stepped(jaxpr, loop), donate_argnums=donated)
         return _figures(jitted.lower(*jax.tree.leaves(args)).compile())
+    except (NameError, TypeError, ValueError, NotImplementedError):
+        return {}  # a step that cannot be traced alone: inside shard_map, on explicit axes
     except jax.errors.JaxRuntimeError as error:
         if not str(error).startswith("RESOURCE_EXHAUSTED"):
             raise

@@ -64,7 +64,7 @@ class Compiled:
         devices: How many devices run the program together.
         memory: Bytes by kind.
         flops: Operations that the program executes, loop bodies as often as they run; `None` where
-            the compiler does not say.
+            the compiler does not say, or scans are inside a `shard_map` or on explicit axes.
         bytes: Bytes that the program moves to and from memory; a lower bound from the jaxpr (each
             argument read once, each result written once) where the compiler does not say.
         seconds: Time of one call: the TPU compiler's estimate, elsewhere the roofline

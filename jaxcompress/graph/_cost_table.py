@@ -74,7 +74,7 @@ def _sites(cost: "Cost") -> rich.table.Table:
     for site in cost.sites:
         if site in shown:
             table.add_row(
-                rich.text.Text(site.name),
+                rich.text.Text(site.name or "params"),  # params that are one array
                 "×".join(map(str, site.shape)),
                 site.stored,
                 str(site.repeats),

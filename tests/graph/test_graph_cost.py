@@ -196,6 +196,18 @@ def test_sharded_over_the_cpu_devices():
     assert compiled.flops.value == pytest.approx(2 * 32 * 16 * 16 / 4, rel=0.05)
 
 
+def test_scans_inside_shard_map_are_not_half_counted():
+    mesh = Target.named("cpu").mesh((4,), ("data",))
+    body = lambda w, x: jax.lax.psum(layered({"w": w}, x).sum(), "data")
+    fn = jax.shard_map(body, mesh=mesh, in_specs=(P(), P("data")), out_specs=P())
+    w = array(6, 8, 8, sharding=NamedSharding(mesh, P()))
+    x = array(8, 8, sharding=NamedSharding(mesh, P("data")))
+    compiled = cost(fn, w, x, target="cpu").compiled
+    assert compiled.flops is None
+    assert compiled.bytes.origin == "jaxpr count"
+    assert compiled.bytes.value == 4 * (6 * 8 * 8 + 8 * 8 / 4 + 1)
+
+
 @pytest.mark.parametrize("target", [TPU])
 def test_sharded_over_a_tpu_slice(target):
     target = Target.named(f"{target}:4x4")
