@@ -1,5 +1,6 @@
 """`Graph`: what a trace of fn found, with every leaf accounted for."""
 
+import functools
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -85,7 +86,14 @@ class Graph:
         Returns:
             Its sites, in the order in which they run; empty if it has none.
         """
-        return tuple(site for site in self.sites if site.path == path)
+        return self._by_path.get(path, ())
+
+    @functools.cached_property
+    def _by_path(self) -> dict[str, tuple[Site, ...]]:
+        several: dict[str, list[Site]] = {}
+        for site in self.sites:
+            several.setdefault(site.path, []).append(site)
+        return {path: tuple(sites) for path, sites in several.items()}
 
     def __getitem__(self, name: str) -> Site:
         """Look up a site by name."""
