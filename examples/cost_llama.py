@@ -2,13 +2,16 @@
 
     pip install 'jaxcompress[tpu]'        # and 'jaxcompress[cuda12]' for the h200
     python examples/cost_llama.py         # 1B and 8B shapes on v5e, v6e, v5p and h200
-    python examples/cost_llama.py --models 1b --targets tpu-v5e --json cost.json
+    python examples/cost_llama.py --phases decode prefill --json cost.json
+    python examples/cost_llama.py --models 1b --targets tpu-v5e
 
 Compiles a decoding step (one token for each of 8 sequences, against a cache) and a prefill (512
 tokens of one sequence) ahead of time, with weights in bfloat16, int8 (a scale per output) and int4
 (a scale per output and 128 inputs), stored as `quantize.pack` stores them. All arrays are abstract:
 8B parameters take no memory. Times are the TPU compiler's estimates, or for CUDA the roofline of
-the compiled program; none is a measurement. The embedding and the head stay in bfloat16.
+the compiled program; none is a measurement. Without a card, XLA cannot time CUDA kernels and takes
+its first choice, which copies each layer's slice of the stacked weights. The embedding and the head
+stay in bfloat16. The matmul below keeps groups apart; `quantize.unpack` is shown beside it.
 """
 
 import concurrent.futures
@@ -19,7 +22,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -47,6 +50,7 @@ class Config:
 
     Attributes:
         models: `1b` (Llama 3.2 1B shapes) and `8b` (Llama 3 8B shapes).
+        phases: `decode` and `prefill`; prefill takes the TPU compiler half a minute each.
         targets: Names that `graph.Target.named` knows.
         batch: Sequences of the decoding step.
         context: Length of the cache that it reads.
@@ -54,7 +58,8 @@ class Config:
         json: A file for all figures, with their origins.
     """
 
-    models: tuple[str, ...] = ("1b", "8b")
+    models: tuple[Literal["1b", "8b"], ...] = ("1b", "8b")
+    phases: tuple[Literal["decode", "prefill"], ...] = ("decode",)
     targets: tuple[str, ...] = ("tpu-v5e", "tpu-v6e", "tpu-v5p", "h200")
     batch: int = 8
     context: int = 1024
@@ -186,7 +191,8 @@ def cases(config: Config) -> Iterator[tuple[str, str, str, Any, Any, tuple[Any, 
             "decode": inputs(c, config.batch, 1, config.context),
             "prefill": inputs(c, 1, config.prompt, config.prompt),
         }
-        for phase, given in phases.items():
+        for phase in config.phases:
+            given = phases[phase]
             for name, format in FORMATS.items():
                 params = packed(shapes(c), format)
                 yield model, phase, name, partial(step, c), params, given
@@ -229,12 +235,13 @@ def row(record: dict[str, Any]) -> list[str]:
         gib(compiled.bytes),
         "–" if seconds is None else f"{1e3 * seconds.value:.2f}",
         "" if seconds is None else seconds.origin,
+        " ".join(path.removeprefix("layers/") for path in compiled.expanded),
     ]
 
 
 def main(config: Config) -> None:
     console, start = rich.console.Console(), time.perf_counter()
-    console = rich.console.Console(width=max(console.width, 130))
+    console = rich.console.Console(width=max(console.width, 140))
     targets = installed(config.targets, console)
     table = rich.table.Table(title="One call on one device; sizes in GiB, time in ms")
     for title in ["model", "phase", "weights", "target"]:
@@ -242,6 +249,7 @@ def main(config: Config) -> None:
     for title in ["params", "temporaries", "peak", "fits", "moved", "time"]:
         table.add_column(title, justify="right", no_wrap=True)
     table.add_column("whose time", no_wrap=True)
+    table.add_column("expanded")
     records: list[dict[str, Any]] = []
     with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
         work = [(case, target) for case in cases(config) for target in targets]
@@ -252,7 +260,10 @@ def main(config: Config) -> None:
             table.add_row(*row(record))
             records.append(record)
     console.print(table)
-    console.print(f"{len(records)} programs in {time.perf_counter() - start:.0f} s.")
+    console.print(
+        "expanded: weights that the program writes to memory in floating point before multiplying."
+        f" {len(records)} programs in {time.perf_counter() - start:.0f} s."
+    )
     if config.json is not None:
         plain = [{**record, "cost": record["cost"].as_dict()} for record in records]
         config.json.write_text(json.dumps(plain, indent=1) + "\n")

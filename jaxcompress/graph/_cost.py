@@ -195,6 +195,9 @@ def cost(
     `'jaxcompress[cuda12]'`. A program with scans compiles once more per kind of scan, because XLA
     counts the body of a loop once, however often it runs.
 
+    Without a card XLA cannot time CUDA kernels: the program is its first choice, and may be worse
+    than the one that it would run there.
+
     The figures are for one device. Arguments with a `NamedSharding` on the target's own mesh
     (`Target.mesh`) are compiled so, the others replicated on that mesh; if no argument has one,
     the program is compiled for one device.
