@@ -224,8 +224,9 @@ class ConvGRU(eqx.Module):
     elsewhere=names("{conv,norm,head}/bias", "norm/weight", "cell/{bias,bias_n}"),
 )
 def conv_gru_equinox():
-    fn, params = adapters.from_equinox(ConvGRU(jax.random.key(0)))
-    return jax.vmap(fn, in_axes=(None, 0)), randomised(params), (values(2, 2, 6),)
+    module = randomised(eqx.filter_eval_shape(ConvGRU, jax.random.key(0)))
+    fn, params = adapters.from_equinox(module)
+    return jax.vmap(fn, in_axes=(None, 0)), params, (values(2, 2, 6),)
 
 
 # --- Control flow and rules of one's own ----------------------------------------------------------

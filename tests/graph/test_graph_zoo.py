@@ -83,7 +83,6 @@ def test_published_multiply_adds_of_vit():
 # Always run, whatever the programs look like: one model of each construct.
 COMPILED = {
     "resnet_train",
-    "llama_scanned",
     "llama_scanned_nnx",
     "moe_ragged",
     "char_lstm",
@@ -213,7 +212,7 @@ def test_taps_are_what_observers_see(name):
     for site, (activation, output, *_) in tapped(name).items():
         np.testing.assert_allclose(inputs_of[site], activation, rtol=1e-6)
         np.testing.assert_allclose(outputs_of[site], output, rtol=1e-6, atol=1e-7)
-    np.testing.assert_array_equal(outputs, run(name)[1])
+    np.testing.assert_array_equal(outputs, jax.jit(fn)(params, *inputs))
 
 
 def numbers(name):
