@@ -134,3 +134,13 @@ def _ratio(zeros: list[jax.Array], entries: int) -> Any:
     if any(isinstance(count, Tracer) for count in zeros):
         return sum(count.astype(jnp.float32) for count in zeros) / max(entries, 1)
     return sum(int(count) for count in zeros) / max(entries, 1)
+
+
+def by_path(
+    params: tree.Params, other: tree.Params | None, *, name: str, absent: bool = True
+) -> dict[str, Any]:
+    """Read a tree that mirrors params by path, with or without the entries that are `None`."""
+    if other is None:
+        return {}
+    entries = zip(tree.paths(params), tree.flatten_like(params, other, name=name), strict=True)
+    return {path: entry for path, entry in entries if absent or entry is not None}

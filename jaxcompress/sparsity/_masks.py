@@ -11,7 +11,7 @@ from jaxtyping import ArrayLike
 
 from jaxcompress import linalg, tree
 from jaxcompress.errors import ArgumentError, NonFiniteError, SelectionError
-from jaxcompress.sparsity._apply import check_mask
+from jaxcompress.sparsity._apply import by_path, check_mask
 from jaxcompress.sparsity._patterns import NM, Pattern, Unstructured, keep_count
 from jaxcompress.sparsity._scores import Accumulated, Score, magnitude, wide
 from jaxcompress.sparsity.schedules import check_fraction
@@ -87,7 +87,8 @@ def make_mask(
     covered = coverage(params, pattern=pattern, where=where, axes=axes, strict=strict)
     leaves = {path: p for path, p in tree.items(params) if path in covered.touched}
     check_finite(leaves)
-    allowed = _by_path(params, within)
+    limit = None if within is None else check_mask(params, within, name="within")
+    allowed = by_path(params, limit, name="within")
     masks = choose_masks(
         leaves,
         accumulated=_accumulate(params, leaves, score, grads),
@@ -392,15 +393,6 @@ def _targets(
         for path, leaf in chosen.items()
     }
     return {path: value for path, value in matched.items() if value is not None}
-
-
-def _by_path(params: tree.Params, within: tree.Params | None) -> dict[str, Any]:
-    if within is None:
-        return {}
-    mask = check_mask(params, within, name="within")
-    return dict(
-        zip(tree.paths(params), tree.flatten_like(params, mask, name="within"), strict=True)
-    )
 
 
 def _accumulate(

@@ -12,7 +12,7 @@ from jaxtyping import ArrayLike, Int
 
 from jaxcompress import linalg, tree
 from jaxcompress.errors import ArgumentError, StructureError
-from jaxcompress.sparsity._apply import check_mask
+from jaxcompress.sparsity._apply import by_path, check_mask
 from jaxcompress.sparsity._masks import (
     ContractionAxes,
     Scope,
@@ -128,7 +128,7 @@ def sparsify(
         leaves = {path: p for path, p in tree.items(params) if path in covered.touched}
         check_finite(leaves)
         limit = None if within is None else check_mask(params, within, name="within")
-        allowed = _by_path(params, limit, name="within")
+        allowed = by_path(params, limit, name="within")
         unused = [path for path, m in allowed.items() if m is not None and path not in leaves]
         if unused:
             raise ArgumentError(
@@ -161,17 +161,17 @@ def sparsify(
                 expected="the params that the updates are for",
                 fix="Call tx.update(grads, state, params).",
             )
-        old = _by_path(params, state.mask, name="state.mask", absent=False)
+        old = by_path(params, state.mask, name="state.mask", absent=False)
         leaves = {path: p for path, p in tree.items(params) if path in old}
-        scores = _by_path(params, state.scores, name="state.scores")
-        grads = _by_path(params, updates, name="updates")
+        scores = by_path(params, state.scores, name="state.scores")
+        grads = by_path(params, updates, name="updates")
         scores = {path: score.update(scores[path], p, grads[path]) for path, p in leaves.items()}
 
         def choose_anew() -> tuple[dict[str, jax.Array], jax.Array]:
             chosen = choose(
                 leaves,
                 accumulated=scores,
-                within=_by_path(params, state.within, name="within"),
+                within=by_path(params, state.within, name="within"),
                 contraction=contraction_axes(params, axes),
                 sparsity=schedule(state.step) if callable(schedule) else schedule,
             )
@@ -250,7 +250,7 @@ def check(params: tree.Params, opt_state: Any) -> None:
         )
     states = list(_states(opt_state))
     started = any(int(state.step) > 0 for state in states)
-    masks = _by_path(params, mask, name="mask", absent=False)
+    masks = by_path(params, mask, name="mask", absent=False)
     leaves = {path: p for path, p in tree.items(params) if path in masks}
     now = int(_leaks(leaves, masks)) if started else 0
     before = sum(int(state.leaked) for state in states)
@@ -307,16 +307,6 @@ def _leaks(leaves: dict[str, jax.Array], masks: dict[str, jax.Array]) -> jax.Arr
     """Count entries that are not zero where the mask prunes."""
     counts = [jnp.sum(~masks[path] & (p != 0), dtype=jnp.int32) for path, p in leaves.items()]
     return sum(counts, start=jnp.zeros((), jnp.int32))
-
-
-def _by_path(
-    params: tree.Params, other: tree.Params | None, *, name: str, absent: bool = True
-) -> dict[str, Any]:
-    """Read a tree that mirrors params by path, with or without the entries that are `None`."""
-    if other is None:
-        return {}
-    entries = zip(tree.paths(params), tree.flatten_like(params, other, name=name), strict=True)
-    return {path: entry for path, entry in entries if absent or entry is not None}
 
 
 def _as_tree(params: tree.Params, entries: dict[str, Any]) -> tree.Params:
