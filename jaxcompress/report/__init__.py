@@ -4,6 +4,7 @@ Tables need nothing beyond the core; plots and the page need the extra `report`.
 is also written as JSON.
 """
 
+from jaxcompress.report._graph_plot import plot_graph as plot_graph
 from jaxcompress.report._latency import Latency as Latency
 from jaxcompress.report._latency import latency as latency
 from jaxcompress.report._leaves import Leaf as Leaf
