@@ -36,4 +36,6 @@ from jaxcompress.stats._ranges import MovingAverage as MovingAverage
 from jaxcompress.stats._ranges import absmax as absmax
 from jaxcompress.stats._ranges import min_max as min_max
 from jaxcompress.stats._ranges import moving_average as moving_average
+from jaxcompress.stats._sequential import Stop as Stop
+from jaxcompress.stats._sequential import sequential as sequential
 from jaxcompress.stats._statistic import Statistic as Statistic
