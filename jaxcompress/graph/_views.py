@@ -151,7 +151,7 @@ _ELEMENTWISE = """
     custom_lin device_put div eq erf erf_inv erfc exp exp2 expm1 floor ge gt imag integer_pow
     is_finite layout_constraint le log log1p log2 logistic lt max mesh_cast min mul name ne neg
     nextafter not one_minus_square or pbroadcast pow pvary real reduce_precision rem reshard rev
-    round rsqrt select_n sharding_constraint shift_left shift_right_arithmetic
+    round rsqrt sharding_constraint shift_left shift_right_arithmetic
     shift_right_logical sign sin sqrt square stop_gradient sub tan tanh xor
 """
 
@@ -175,6 +175,12 @@ def _elementwise(eqn: Any, views: Sequence[View | None], k: int) -> list[View | 
         view.passed(eqn.primitive.name, view.axes) if view is not None and ok else None
         for view, ok in zip(views, full, strict=True)
     ]
+
+
+@register_view("select_n")
+def _select(eqn: Any, views: Sequence[View | None], k: int) -> list[View | None]:
+    """Follow the cases; what chooses among them is used here, and ends."""
+    return list(_elementwise(eqn, [None, *views[1:]], k))
 
 
 def _single(

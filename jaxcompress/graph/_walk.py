@@ -255,14 +255,14 @@ class Walker:
             return [()] * len(eqn.outvars)
         kept: list[dict[tuple[str, str], View]] = [{} for _ in eqn.outvars]
         for views in itertools.product(*[value.views or (None,) for value in operands]):
-            lost = [view is not None for view in views]
             for k, results in enumerate(kept):
-                for i, view in enumerate(rule(eqn, views, k)):
+                for view in rule(eqn, views, k):
                     if view is not None:
-                        lost[i] = False
                         results[view.path, str(view.axes)] = view
-            for view, gone in zip(views, lost, strict=True):
-                self._use(eqn, (view,) if view is not None and gone else (), place, record)
+        # A leaf that goes on by way of another operand is not lost: a scale, a mask of its own.
+        followed = {path for results in kept for path, _ in results}
+        lost = [v for value in operands for v in value.views if v.path not in followed]
+        self._use(eqn, lost, place, record)
         return [_widest(results.values()) for results in kept]
 
     def _use(self, eqn: Any, views: Sequence[View], place: Place, record: Record) -> None:

@@ -236,6 +236,19 @@ def test_a_leaf_that_modulates_a_weight_is_a_use_and_the_weight_a_site():
     assert [use.primitive for use in found.uses["g"]] == ["mul"]
 
 
+def test_a_leaf_that_scales_itself_is_only_followed():
+    masked = lambda p, x: x @ jnp.where(jnp.abs(p["w"]) > 0.1, p["w"] / p["w"].max(), 0)
+    found = graph.trace(masked, {"w": array(4, 5)}, X)
+    assert [site.path for site in found.sites] == ["w"] and not found.uses
+
+
+def test_a_mask_among_the_params_is_a_use():
+    masked = lambda p, x: x @ jnp.where(p["mask"], p["w"], 0)
+    found = graph.trace(masked, {"w": array(4, 5), "mask": jnp.ones((4, 5), bool)}, X)
+    assert [site.path for site in found.sites] == ["w"]
+    assert found.uses == {"mask": (Use(primitive="select_n", scope=("jit(_where)",)),)}
+
+
 def test_leaves_put_together_are_sites_of_one_equation():
     def fused(p, x):
         return x @ jnp.concatenate([p["q"], p["k"].T], axis=1)
