@@ -19,15 +19,8 @@ from jaxcompress.graph import summary, trace
 from jaxcompress.report._graph_layout import Item, place
 
 MODELS = [
-    "resnet_eval",
-    "unet",
-    "inception",
-    "llama",
-    "llama_scanned",
-    "moe",
-    "encoder_decoder",
-    "char_lstm",
-    "control_flow",
+    *("resnet_eval", "unet", "inception", "llama", "llama_scanned", "moe", "encoder_decoder"),
+    *("char_lstm", "control_flow"),
 ]
 
 
