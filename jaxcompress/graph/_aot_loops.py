@@ -140,10 +140,11 @@ def _with_step(eqn: Any) -> Any:
     step, opaque = jaxpr_as_fun(eqn.params["jaxpr"]), jax.lax.optimization_barrier
 
     def run(*operands: Any) -> list[Any]:
+        # Opaque, or the compiler would simplify a step from known zeros, at a known index, and
+        # compute the operands a second time inside it.
+        operands, index = opaque((operands, 0))
         consts, rest = operands[:num_consts], operands[num_consts:]
-        # Opaque, or the compiler would simplify a step from known zeros, at a known index.
-        carry, index = opaque((rest[:num_carry], 0))
-        xs = rest[num_carry:]
+        carry, xs = rest[:num_carry], rest[num_carry:]
         slices = [jax.lax.dynamic_index_in_dim(x, index, keepdims=False) for x in xs]
         results = step(*consts, *carry, *slices)
         carry, ys = opaque(list(results[:num_carry])), results[num_carry:]
