@@ -12,7 +12,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
 
 from jaxcompress.errors import ArgumentError
-from jaxcompress.graph import _aot_loops
+from jaxcompress.graph import _aot_loops, _compat
 from jaxcompress.graph._targets import Target
 from jaxcompress.tree import bits_of
 
@@ -189,9 +189,6 @@ def _figures(program: Any) -> dict[str, float]:
 def _analysed(program: Any) -> Mapping[str, float]:
     """Have the CPU's XLA count a program of a compiler that does not: CUDA's."""
     try:
-        from jaxlib._jax import hlo_module_cost_analysis  # not public; nothing public counts HLO
-
-        (module,) = program.runtime_executable().hlo_modules()
-        return hlo_module_cost_analysis(jax.devices("cpu")[0].client, module)
+        return _compat.count_hlo(program)
     except (ImportError, AttributeError, ValueError, jax.errors.JaxRuntimeError):
         return {}
