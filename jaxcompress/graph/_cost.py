@@ -5,7 +5,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import jax
 import rich.console
 
 from jaxcompress import tree
@@ -21,9 +20,10 @@ from jaxcompress.graph._cost_figures import (
     Figure,
     Memory,
 )
-from jaxcompress.graph._graph import Contraction, Graph
+from jaxcompress.graph._graph import Contraction, Graph, stored
 from jaxcompress.graph._sites import Site
 from jaxcompress.graph._targets import Target, resolve
+from jaxcompress.graph._text import plain
 from jaxcompress.graph._trace import trace
 from jaxcompress.tree import LeafNode, bits_of
 
@@ -177,7 +177,7 @@ class Cost:
         return _cost_table.draw(self)
 
     def __str__(self) -> str:
-        return _cost_table.text(self)
+        return plain(self)
 
 
 def cost(
@@ -219,7 +219,7 @@ def cost(
         ArgumentTypeError: If fn cannot be traced.
 
     Example:
-        >>> import jax.numpy as jnp
+        >>> import jax, jax.numpy as jnp
         >>> w = jax.ShapeDtypeStruct((8192, 8192), jnp.bfloat16)
         >>> x = jax.ShapeDtypeStruct((8, 8192), jnp.bfloat16)
         >>> found = cost(lambda p, x: x @ p["w"], {"w": w}, x)
@@ -262,19 +262,13 @@ def _site_cost(site: Site, leaf: Any) -> SiteCost:
         name=site.name,
         primitive=site.primitive,
         shape=tuple(leaf.shape),
-        stored=_stored(leaf),
+        stored=stored(leaf),
         params=math.prod(leaf.shape),
         param_bytes=tree.nbytes(leaf),
         flops=site.flops,
         bytes=site.bytes,
         repeats=site.repeats,
     )
-
-
-def _stored(leaf: Any) -> str:
-    if not isinstance(leaf, LeafNode):
-        return str(jax.numpy.dtype(leaf.dtype))
-    return " + ".join(str(part.dtype) for part in jax.tree.leaves(leaf))
 
 
 def _compiled(target: Target, outcome: Outcome, graph: Graph) -> Compiled:

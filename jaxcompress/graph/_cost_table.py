@@ -1,12 +1,12 @@
 """A cost as tables for the terminal."""
 
-import io
 from typing import TYPE_CHECKING, Any
 
-import rich.box
 import rich.console
 import rich.table
 import rich.text
+
+from jaxcompress.graph._text import grid, scaled
 
 if TYPE_CHECKING:
     from jaxcompress.graph._cost import Compiled, Cost
@@ -14,45 +14,6 @@ if TYPE_CHECKING:
 
 SHOWN = 16
 """The table lists so many sites, the costliest; the others are summed in one row."""
-
-
-def scaled(value: float, unit: str) -> str:
-    """Write a number with a prefix (powers of 1000) and three significant digits.
-
-    Args:
-        value: The number, not negative.
-        unit: Its unit.
-
-    Returns:
-        Text such as `16.1 GB`.
-
-    Example:
-        >>> scaled(16_060_522_496, "B"), scaled(1.83e-4, "s"), scaled(0, "FLOP")
-        ('16.1 GB', '183 µs', '0 FLOP')
-    """
-    if value == 0:
-        return f"0 {unit}".strip()
-    prefixes = ["n", "µ", "m", "", "k", "M", "G", "T", "P"]
-    power = 3
-    while abs(value) >= 999.5 and power < len(prefixes) - 1:
-        value, power = value / 1000, power + 1
-    while abs(value) < 0.9995 and power > 0 and unit == "s":
-        value, power = value * 1000, power - 1
-    digits = 0 if abs(value) >= 99.95 or (power == 3 and unit != "s") else 1
-    digits = 2 if digits and abs(value) < 9.995 else digits
-    return f"{value:,.{digits}f} {prefixes[power]}{unit}".strip()
-
-
-def _table(*columns: str) -> rich.table.Table:
-    table = rich.table.Table(box=rich.box.SIMPLE_HEAD, pad_edge=False, show_edge=False)
-    for index, column in enumerate(columns):
-        table.add_column(
-            column,
-            justify="right" if column not in ("site", "origin", "figure", "stored") else "left",
-            overflow="fold",
-            no_wrap=index > 0 and column != "origin",
-        )
-    return table
 
 
 def draw(cost: "Cost") -> rich.console.Group:
@@ -67,7 +28,7 @@ def draw(cost: "Cost") -> rich.console.Group:
 
 
 def _sites(cost: "Cost") -> rich.table.Table:
-    table = _table("site", "shape", "stored", "times", "params", "size", "FLOPs", "share")
+    table = grid(["site"], ["shape", "stored", "times", "params", "size", "FLOPs", "share"])
     order = sorted(cost.sites, key=lambda site: -site.flops)
     shown = set(order[:SHOWN]) if len(order) > SHOWN + 1 else set(order)
     share = lambda flops: f"{100 * flops / cost.flops:.1f} %" if cost.flops else "–"
@@ -99,7 +60,7 @@ def _sites(cost: "Cost") -> rich.table.Table:
 
 
 def _totals(cost: "Cost") -> rich.table.Table:
-    table = _table("figure", "value", "origin")
+    table = grid(["figure"], ["value", "origin"])
     table.add_row("FLOPs", scaled(cost.flops, "FLOP"), "jaxpr count")
     table.add_row("bytes of all contractions", scaled(cost.bytes, "B"), "jaxpr count")
     compiled = cost.compiled
@@ -138,13 +99,3 @@ def _remarks(compiled: "Compiled") -> list[str]:
             f"{path} is dequantized to a whole array in memory: {scaled(size.value, 'B')}."
         )
     return lines
-
-
-def text(cost: "Cost", width: int = 110) -> str:
-    """Draw a cost as plain text."""
-    console = rich.console.Console(
-        file=io.StringIO(), width=width, color_system=None, force_terminal=False
-    )
-    with console.capture() as capture:
-        console.print(draw(cost))
-    return "\n".join(line.rstrip() for line in capture.get().rstrip().splitlines())

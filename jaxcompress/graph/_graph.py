@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 
+from jaxcompress import tree
 from jaxcompress.graph._sites import Site
 
 
@@ -101,3 +102,9 @@ class Graph:
             if site.name == name:
                 return site
         raise KeyError(name)
+
+
+def stored(leaf: Any) -> str:
+    """Say in which dtypes a leaf is kept, `int4 + float32` for codes and scales."""
+    parts = jax.tree.leaves(leaf) if isinstance(leaf, tree.LeafNode) else [leaf]
+    return " + ".join(str(part.dtype) for part in parts)

@@ -1,12 +1,10 @@
 """`summary`: the table that a person wants first, every leaf in it."""
 
-import io
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-import jax
 import rich.box
 import rich.console
 import rich.table
@@ -14,9 +12,9 @@ import rich.text
 
 from jaxcompress import tree
 from jaxcompress.errors import ArgumentError
-from jaxcompress.graph._cost_table import scaled
-from jaxcompress.graph._graph import Graph
+from jaxcompress.graph._graph import Graph, stored
 from jaxcompress.graph._sites import Axes
+from jaxcompress.graph._text import grid, plain, scaled
 from jaxcompress.graph._trace import trace
 
 
@@ -87,11 +85,10 @@ class Summary:
         return {**totals, "rows": rows}
 
     def __rich__(self) -> rich.table.Table:
-        table = rich.table.Table(box=rich.box.SIMPLE_HEAD, pad_edge=False, show_edge=False)
-        for title in ("site or leaf", "what", "axes", "shape", "dtype"):
-            table.add_column(title, overflow="fold")
-        for title in ("times", "params", "share", "FLOPs", "share", "bytes", "share"):
-            table.add_column(title, justify="right", no_wrap=True)
+        table = grid(
+            ["site or leaf", "what", "axes", "shape", "dtype"],
+            ["times", "params", "share", "FLOPs", "share", "bytes", "share"],
+        )
         for row in self.rows:
             cells = [rich.text.Text(row.name), row.what, row.axes]
             cells += ["×".join(map(str, row.shape)), row.dtype, str(row.repeats)]
@@ -105,11 +102,7 @@ class Summary:
         return table
 
     def __str__(self) -> str:
-        # Wide enough that no column is folded, however long the paths.
-        console = rich.console.Console(file=io.StringIO(), width=10_000, color_system=None)
-        with console.capture() as capture:
-            console.print(self)
-        return "\n".join(line.rstrip() for line in capture.get().rstrip().splitlines())
+        return plain(self)
 
 
 _SHARED = ("params", "flops", "bytes")
@@ -181,7 +174,7 @@ def _rows(graph: Graph, path: str, leaf: Any) -> list[Row]:
         name=path,
         what=_use(graph, path),
         shape=tuple(leaf.shape),
-        dtype=_dtype(leaf),
+        dtype=stored(leaf),
         params=math.prod(leaf.shape),
         param_bytes=tree.nbytes(leaf),
         bytes=tree.nbytes(leaf) if path not in graph.unreached else 0,
@@ -210,11 +203,6 @@ def _use(graph: Graph, path: str) -> str:
     if path in graph.uses:
         return "in " + ", ".join(dict.fromkeys(use.primitive for use in graph.uses[path]))
     return "returned" if path in graph.returned else "not read"
-
-
-def _dtype(leaf: Any) -> str:
-    parts = jax.tree.leaves(leaf) if isinstance(leaf, tree.LeafNode) else [leaf]
-    return " + ".join(str(part.dtype) for part in parts)
 
 
 def _axes(axes: Axes) -> str:
