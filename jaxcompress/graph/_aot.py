@@ -137,28 +137,33 @@ def _compile(
         words = str(error).splitlines()[0]
         return Outcome(None, {}, devices, arguments, _required(words), words)
     figures = _figures(program)
-    variants = {
-        loop: _variant(traced.jaxpr, loop, args, donate)
+    bodies = {
+        loop: _body(traced.jaxpr, loop, args, donate)
         for loop in (_aot_loops.loops(traced.jaxpr) if figures else ())
     }
-    return Outcome(program, _aot_loops.multiplied(figures, variants), devices, arguments)
+    return Outcome(program, _aot_loops.multiplied(figures, bodies), devices, arguments)
 
 
-def _variant(
+def _body(
     jaxpr: Any, loop: _aot_loops.Loop, args: tuple[Any, ...], donate: tuple[int, ...]
 ) -> Mapping[str, float]:
-    """Compile once more with a further step of some scans; nothing is known if that cannot be."""
+    """Find what one step of some scans costs; nothing is known if that cannot be compiled."""
     given = [index in donate for index, arg in enumerate(args) for _ in jax.tree.leaves(arg)]
     donated = [k for k, is_given in enumerate(given) if is_given]
-    try:
-        jitted = jax.jit(_aot_loops.stepped(jaxpr, loop), donate_argnums=donated)
+
+    def figures(steps: int) -> Mapping[str, float]:
+        jitted = jax.jit(_aot_loops.stepped(jaxpr, loop, steps), donate_argnums=donated)
         return _figures(jitted.lower(*jax.tree.leaves(args)).compile())
+
+    try:
+        two, three = figures(2), figures(3)
     except (NameError, TypeError, ValueError, NotImplementedError):
         return {}  # a step that cannot be traced alone: inside shard_map, on explicit axes
     except jax.errors.JaxRuntimeError as error:
         if not str(error).startswith("RESOURCE_EXHAUSTED"):
             raise
         return {}
+    return {key: three[key] - two[key] for key in two.keys() & three.keys()}
 
 
 def _required(words: str) -> int | None:

@@ -2,14 +2,14 @@
 
 `cost_analysis` (and the TPU compiler's `optimal_seconds`) counts the body of a `while` loop once,
 however often it runs, so that a model with scanned layers would seem to have one. A body's own
-cost is found by difference: the same program is compiled again with one more step of the scan
-ahead of its loop, and that step is then added as often as the loop left it out. With T the figure
-of the program as it is, in which a scan of n steps inside scans that run m times has c copies of
-its body, and T' the figure with the step ahead,
+cost is found by difference: the program is compiled again with three steps in the place of a scan,
+and with two. With T the figure of the program as it is, in which a scan of n steps inside scans
+that run m times has c copies of its body, and T3 and T2 the figures with steps for scans,
 
-    figure = T + sum over scans of m (n - c) (T' - T)
+    figure = T + sum over scans of m (n - c) (T3 - T2)
 
-Nested scans follow: an outer body's difference holds the inner body once. Unrolling the scan
+Nested scans follow: an outer body's difference holds the inner body once. What the first step
+alone pays (copies of what is carried) is in T already, and in both T2 and T3. Unrolling the scan
 instead would not do: it changes how the compiler slices and fuses stacked weights.
 """
 
@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 from jax.extend.core import jaxpr_as_fun
 
 from jaxcompress.graph import _compat
@@ -96,64 +97,65 @@ def _is_jaxpr(value: Any) -> bool:
     return hasattr(value, "eqns") and hasattr(value, "replace")
 
 
-def stepped(jaxpr: Any, loop: Loop) -> Callable[..., Any]:
-    """Make the function of a closed jaxpr with one more step ahead of some of its scans.
+def stepped(jaxpr: Any, loop: Loop, steps: int) -> Callable[..., Any]:
+    """Make the function of a closed jaxpr with some of its scans replaced by a few of their steps.
 
     Args:
         jaxpr: A closed jaxpr.
         loop: Which of them.
+        steps: How many steps.
 
     Returns:
-        A function of the flattened arguments; it costs more, and computes something else.
+        A function of the flattened arguments; it computes something else.
     """
-    return jaxpr_as_fun(_rewrite(jaxpr, loop, 1, 0))
+    return jaxpr_as_fun(_rewrite(jaxpr, loop, steps, 1, 0))
 
 
-def _rewrite(jaxpr: Any, loop: Loop, outer: int, depth: int) -> Any:
+def _rewrite(jaxpr: Any, loop: Loop, steps: int, outer: int, depth: int) -> Any:
     inner = getattr(jaxpr, "jaxpr", jaxpr)  # in JAX 0.12 a jaxpr is its own
     if inner is not jaxpr:
-        return jaxpr.replace(jaxpr=_rewrite(inner, loop, outer, depth))
-    return jaxpr.replace(eqns=[_rewrite_eqn(eqn, loop, outer, depth) for eqn in jaxpr.eqns])
+        return jaxpr.replace(jaxpr=_rewrite(inner, loop, steps, outer, depth))
+    return jaxpr.replace(eqns=[_rewrite_eqn(eqn, loop, steps, outer, depth) for eqn in jaxpr.eqns])
 
 
-def _rewrite_eqn(eqn: Any, loop: Loop, outer: int, depth: int) -> Any:
+def _rewrite_eqn(eqn: Any, loop: Loop, steps: int, outer: int, depth: int) -> Any:
     inside, deeper = outer, depth
     if eqn.primitive.name == "scan":
         own = _loop(eqn, outer, depth)
         if own == loop:
-            return _with_step(eqn)
+            return _steps(eqn, steps)
         inside, deeper = outer * own.length, depth + 1
 
     def enter(value: Any) -> Any:
         if isinstance(value, tuple | list) and any(map(_is_jaxpr, value)):
             return type(value)(map(enter, value))
-        return _rewrite(value, loop, inside, deeper) if _is_jaxpr(value) else value
+        return _rewrite(value, loop, steps, inside, deeper) if _is_jaxpr(value) else value
 
     params = {key: enter(value) for key, value in eqn.params.items()}
     changed = any(params[key] is not value for key, value in eqn.params.items())
     return eqn.replace(params=params) if changed else eqn
 
 
-def _with_step(eqn: Any) -> Any:
-    """Make an equation that runs one step, then the scan from where that step ended."""
+def _steps(eqn: Any, count: int) -> Any:
+    """Make an equation that runs the first steps of a scan, one after the other."""
     num_consts, num_carry = _compat.scan_counts(eqn)
     step, opaque = jaxpr_as_fun(eqn.params["jaxpr"]), jax.lax.optimization_barrier
 
     def run(*operands: Any) -> list[Any]:
-        # Opaque, or the compiler would simplify a step from known zeros, at a known index, and
-        # compute the operands a second time inside it.
-        operands, index = opaque((operands, 0))
         consts, rest = operands[:num_consts], operands[num_consts:]
-        carry, xs = rest[:num_carry], rest[num_carry:]
-        slices = [jax.lax.dynamic_index_in_dim(x, index, keepdims=False) for x in xs]
-        results = step(*consts, *carry, *slices)
-        carry, ys = opaque(list(results[:num_carry])), results[num_carry:]
-        results = _compat.bind(eqn, [*consts, *carry, *xs])
-        stacked = [
-            jax.lax.dynamic_update_index_in_dim(all_ys, y, index, 0)
-            for all_ys, y in zip(results[num_carry:], ys, strict=True)
-        ]
-        return [*results[:num_carry], *stacked]
+        carry, xs = list(rest[:num_carry]), rest[num_carry:]
+        stacked = [jnp.zeros(v.aval.shape, v.aval.dtype) for v in eqn.outvars[num_carry:]]
+        for k in range(count):
+            # Opaque, or the compiler would simplify a step at a known index, or fuse two.
+            carry, index = opaque((carry, k))
+            slices = [jax.lax.dynamic_index_in_dim(x, index, keepdims=False) for x in xs]
+            results = step(*consts, *carry, *slices)
+            carry, ys = list(results[:num_carry]), results[num_carry:]
+            stacked = [
+                jax.lax.dynamic_update_index_in_dim(all_ys, y, index, 0)
+                for all_ys, y in zip(stacked, ys, strict=True)
+            ]
+        return [*carry, *stacked]
 
     avals = [jax.ShapeDtypeStruct(v.aval.shape, v.aval.dtype) for v in eqn.invars]
     traced = jax.make_jaxpr(jax.jit(run))(*avals)
@@ -162,24 +164,24 @@ def _with_step(eqn: Any) -> Any:
 
 
 def multiplied(
-    figures: Mapping[str, float], variants: Mapping[Loop, Mapping[str, float]]
+    figures: Mapping[str, float], bodies: Mapping[Loop, Mapping[str, float]]
 ) -> dict[str, float]:
     """Count every loop body as often as it runs.
 
     Args:
         figures: The compiler's figures for the program as it is.
-        variants: Its figures for each program with one kind of loop a step longer.
+        bodies: The figures of one step of each kind of loop.
 
     Returns:
-        Figures of the whole; those for which a body came out negative are missing.
+        Figures of the whole; those for which a body is unknown or came out negative are missing.
     """
     totals = {}
     for key, value in figures.items():
         total = value
-        for loop, others in variants.items():
-            body = others.get(key, float("nan")) - value
+        for loop, body in bodies.items():
+            one = body.get(key, -1.0)
             missing = loop.outer * (loop.length - copies(loop.length, loop.unroll))
-            total += missing * body if body >= 0 else float("nan")
+            total += missing * one if one >= 0 else float("nan")
         if total == total:
             totals[key] = total
     return totals

@@ -49,6 +49,27 @@ class Body:
     bounded: bool = True
     branch: bool = False
 
+    @classmethod
+    def of(cls, label: str, jaxpr: Any, **kwargs: Any) -> "Body":
+        """Describe a body whose arguments and results are the construct's own, in order.
+
+        Args:
+            label: What `Site.scope` says of it.
+            jaxpr: The jaxpr among the equation's parameters, open or closed.
+            **kwargs: Other attributes.
+
+        Returns:
+            The body.
+        """
+        program = _compat.program(jaxpr)
+        return cls(
+            label=label,
+            program=program,
+            inputs=tuple((k, "same") for k in range(len(program.invars))),
+            results=tuple((k, "same") for k in range(len(program.outvars))),
+            **kwargs,
+        )
+
 
 class Enter(Protocol):
     """Runs the bodies of a construct under the replay's handlers.
@@ -107,22 +128,10 @@ def construct(primitive: str) -> Construct | None:
     return _CONSTRUCTS.get(primitive)
 
 
-def _plain(label: str, jaxpr: Any, **kwargs: Any) -> Body:
-    """A body whose arguments and results are the construct's own, in order."""
-    program = _compat.program(jaxpr)
-    return Body(
-        label=label,
-        program=program,
-        inputs=tuple((k, "same") for k in range(len(program.invars))),
-        results=tuple((k, "same") for k in range(len(program.outvars))),
-        **kwargs,
-    )
-
-
 @register_construct("jit", "pjit")
 class _Jit:
     def bodies(self, eqn: Any) -> list[Body]:
-        return [_plain(f"jit({eqn.params['name']})", eqn.params["jaxpr"])]
+        return [Body.of(f"jit({eqn.params['name']})", eqn.params["jaxpr"])]
 
     def rebuild(
         self, eqn: Any, operands: Sequence[Any], cells: Cells, enter: Enter
@@ -137,7 +146,7 @@ class _Jit:
 @register_construct("remat2", "checkpoint", "remat")
 class _Remat:
     def bodies(self, eqn: Any) -> list[Body]:
-        return [_plain("remat", eqn.params["jaxpr"])]
+        return [Body.of("remat", eqn.params["jaxpr"])]
 
     def rebuild(
         self, eqn: Any, operands: Sequence[Any], cells: Cells, enter: Enter
@@ -152,7 +161,7 @@ class _Remat:
 @register_construct("custom_jvp_call")
 class _CustomJvp:
     def bodies(self, eqn: Any) -> list[Body]:
-        return [_plain("custom_jvp", eqn.params["call_jaxpr"])]
+        return [Body.of("custom_jvp", eqn.params["call_jaxpr"])]
 
     def rebuild(
         self, eqn: Any, operands: Sequence[Any], cells: Cells, enter: Enter
@@ -165,7 +174,7 @@ class _CustomJvp:
 @register_construct("custom_vjp_call")
 class _CustomVjp:
     def bodies(self, eqn: Any) -> list[Body]:
-        return [_plain("custom_vjp", eqn.params["call_jaxpr"])]
+        return [Body.of("custom_vjp", eqn.params["call_jaxpr"])]
 
     def rebuild(
         self, eqn: Any, operands: Sequence[Any], cells: Cells, enter: Enter
@@ -316,7 +325,7 @@ class _ShardMap:
     def bodies(self, eqn: Any) -> list[Body]:
         sizes = eqn.params["mesh"].shape
         count = math.prod(sizes[name] for name in eqn.params["newly_manual_axes"])
-        return [_plain("shard_map", eqn.params["jaxpr"], repeats=count, stack=(count,))]
+        return [Body.of("shard_map", eqn.params["jaxpr"], repeats=count, stack=(count,))]
 
     def rebuild(
         self, eqn: Any, operands: Sequence[Any], cells: Cells, enter: Enter

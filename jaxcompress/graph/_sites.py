@@ -81,7 +81,8 @@ class Site:
         weight: Shape and dtype of the weight as the equation sees it.
         output: Shape and dtype of the result of one run.
         source: Sites with equal source read the same activation: query, key and value, say.
-        upstream: Names of the sites that its activation comes from with no other site between.
+        upstream: Names of the sites that its activation comes from, without those that also feed
+            another of them (so a skip beside a longer way is not listed).
         stack: Lengths of the enclosing scans, outermost first: the leading axes of whatever is
             collected here.
         repeats: How often it runs in one call of fn, on all devices of a `shard_map`.

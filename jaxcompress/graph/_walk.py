@@ -182,7 +182,7 @@ class Walker:
         """
         rule = site_rule(eqn.primitive.name)
         found, before = [False] * len(operands), _union(operands)
-        after = before
+        after, flops = before, 0
         if rule is None:
             return found, after
         varies = [value.varies for value in operands]
@@ -196,8 +196,8 @@ class Walker:
                     self._reached[mine] = before
                     after |= 1 << mine
                     record.sites.append(Found((*place.position, number), site, mine))
-        if any(found):
-            record.flops += contraction_flops(eqn) * place.repeats
+                    flops = max(flops, layout.flops)
+        record.flops += flops * place.repeats
         return found, after
 
     def upstream(self, number: int) -> list[int]:
