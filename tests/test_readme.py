@@ -1,18 +1,26 @@
 """The README's code runs as it is written."""
 
+import contextlib
 import doctest
+import io
 import pathlib
 import re
+import sys
 
 import jax
 import jax.numpy as jnp
 import pytest
+import zoo_registry
 from flax import linen as nn
 
 from jaxcompress import adapters, export, quantize, sparsity
 
+sys.path.insert(0, str(pathlib.Path(__file__).parents[1] / "examples"))
+from models.llama import LLAMA_1B, Llama, LlamaConfig
+
 README = (pathlib.Path(__file__).parents[1] / "README.md").read_text()
-LOOP, SESSION = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+LOOP, SUMMARY, SITES, SESSION = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+TABLE = re.search(r"```\n(site or leaf .*?)\n```", README, re.DOTALL)
 
 
 @pytest.fixture(scope="module")
@@ -35,6 +43,36 @@ def test_the_training_loop(names, tmp_path, monkeypatch):
         names["params"]["params"]["layers_0"]["kernel"],
         scope["params"]["params"]["layers_0"]["kernel"],
     )
+
+
+def test_the_summary_of_llama(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    module, tokens = Llama(LLAMA_1B), jax.ShapeDtypeStruct((1, 512), jnp.int32)
+    variables = jax.eval_shape(module.init, jax.random.key(0), tokens)
+    fn, params = adapters.from_linen(module, variables)
+    with contextlib.redirect_stdout(io.StringIO()) as printed:
+        exec(SUMMARY, {"fn": fn, "params": params, "tokens": tokens})
+    assert TABLE is not None and printed.getvalue().rstrip() == TABLE[1]
+    assert (tmp_path / "graph.svg").exists()
+
+
+def test_what_sites_are_for():
+    config = LlamaConfig(vocab=8, dim=8, layers=2, heads=2, kv_heads=1, head_dim=4, hidden=12)
+    tokens = jnp.arange(3)[None]
+    module = Llama(config)
+    shapes = jax.eval_shape(module.init, jax.random.key(0), tokens)
+    fn, params = adapters.from_linen(module, zoo_registry.randomised(shapes))
+    scope = {"fn": fn, "params": params, "tokens": tokens, "sparsity": sparsity}
+    with contextlib.redirect_stdout(io.StringIO()) as printed:
+        exec(f"from jaxcompress import graph\n{SITES.replace('tpu-v5e', 'cpu')}", scope)
+    mask = scope["mask"]["params"]
+    # Two of any four along the contraction, in each layer and for each output.
+    assert mask["layers"]["down"]["kernel"].shape == (2, 12, 8)
+    groups = mask["layers"]["down"]["kernel"].reshape(2, 3, 4, 8)
+    assert (groups.sum(2) == 2).all()
+    assert mask["layers"]["norm1"]["scale"] is None
+    assert scope["features"]["params/layers/down/kernel"].shape == (2, 1, 3, 8)
+    assert "compiled program" in printed.getvalue()
 
 
 def test_the_session(names):
