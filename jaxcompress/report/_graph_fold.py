@@ -81,7 +81,9 @@ def runs(graph: Graph) -> list[Run]:
 def _kind(graph: Graph, site: Site) -> Any:
     shape = tuple(graph.leaves[site.path].shape)
     path = re.sub(r"\d+", "0", site.path)
-    return path, shape, site.primitive, site.axes, site.output.shape, site.stack, site.scope
+    # Layers may be jitted under names of their own; branches of a `cond` stay apart.
+    scope = tuple(re.sub(r"\d+", "0", s) if s.startswith("jit(") else s for s in site.scope)
+    return path, shape, site.primitive, site.axes, site.output.shape, site.stack, scope
 
 
 def _split(name: str) -> list[str]:

@@ -175,6 +175,26 @@ def test_parallel_and_shared_blocks_fold():
     ]
 
 
+def test_jitted_layers_fold_and_branches_do_not():
+    def jitted(params, x):
+        for k in range(3):
+            layer = lambda p, x: jnp.tanh(x @ p["up"]) @ p["down"]
+            layer.__name__ = f"layer{k}"
+            x = jax.jit(layer)(params[k], x)
+        return x
+
+    params = [{"up": struct(4, 6), "down": struct(6, 4)}] * 3
+    plot = report.plot_graph(trace(jitted, params, struct(2, 4)))
+    assert [box["times"] for box in plot.data["boxes"]] == [3, 3]
+
+    def branches(params, x):
+        run = lambda p: lambda x: jnp.tanh(x @ p["up"]) @ p["down"]
+        return jax.lax.switch(x[0, 0].astype(int), [run(p) for p in params], x)
+
+    plot = report.plot_graph(trace(branches, params, struct(2, 4)))
+    assert [box["times"] for box in plot.data["boxes"]] == [1] * 6
+
+
 def test_scanned_layers_say_how_often_they_run():
     fn, params, inputs = ZOO["llama_scanned"].build()
     boxes = {b["label"]: b for b in report.plot_graph(trace(fn, params, *inputs)).data["boxes"]}
