@@ -21,7 +21,7 @@ _COLOR = {
     "conv_general_dilated": COLORS[2],
     "ragged_dot_general": COLORS[3],
 }
-_UNIT = {"flops": "FLOP", "params": "params", "bytes": "B"}
+_UNIT = {"flops": "FLOP", "params": " params", "bytes": "B"}
 _BOX, _THINNEST, _NAME, _SMALL = 0.17, 0.03, 8.5, 7.5
 """Height of a box and its least width in inches; sizes of its two lines of text in points."""
 _TEXT = 0.33  # inches below a box for its two lines
@@ -262,7 +262,8 @@ def _edges(graph: Graph, boxes: Sequence[_Box]) -> list[tuple[str, str]]:
 
 def _headings(graph: Graph, boxes: Sequence[_Box], width: str) -> str:
     total, unit = _total(graph, width), _UNIT[width]
-    text = f"Widths show {_scaled(total, unit)} in all, {len(graph.sites)} sites."
+    sites = f"{len(graph.sites)} site{'s' * (len(graph.sites) > 1)}"
+    text = f"Widths show {_scaled(total, unit)} in all, {sites}."
     if graph.elsewhere and width != "params":
         part = sum(getattr(one, width) for one in graph.elsewhere)
         count = len(graph.elsewhere)
@@ -273,7 +274,8 @@ def _headings(graph: Graph, boxes: Sequence[_Box], width: str) -> str:
 
 def _scaled(count: float, unit: str) -> str:
     power = max(0, min(5, math.floor(math.log10(count) / 3 + 1e-9))) if count >= 1 else 0
-    return f"{count / 1000**power:.3g} {['', 'k', 'M', 'G', 'T', 'P'][power]}{unit}"
+    text = f"{count / 1000**power:.3g} {['', 'k', 'M', 'G', 'T', 'P'][power]}{unit}"
+    return text.replace("  ", " ")
 
 
 def _plain(

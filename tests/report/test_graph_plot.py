@@ -104,8 +104,11 @@ def test_shares_count_every_leaf_and_contraction():
     found = summary(
         lambda p, x: x @ p["w"] + p["b"], {"w": struct(3, 5), "b": struct(5)}, struct(3)
     )
-    (box,) = report.plot_graph(found, width="params").data["boxes"]
+    plot = report.plot_graph(found, width="params")
+    (box,) = plot.data["boxes"]
     assert box["share"] == 15 / 20
+    written = [text.get_text() for text in drawn(plot).axes[0].texts]
+    assert "Widths show 20 params in all, 1 site." in written
     scores = trace(lambda p, x: (x @ p["w"]) @ (x @ p["w"]).T, {"w": struct(3, 5)}, struct(2, 3))
     plot = report.plot_graph(scores)
     assert plot.data["elsewhere"] == {"contractions": 1, "flops": 2 * 2 * 5 * 2}
