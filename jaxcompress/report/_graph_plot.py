@@ -132,7 +132,7 @@ def plot_graph(
         placed = _place(boxes, frames, edges, bar)
         if placed.width + 2 * _MARGIN <= _MOST:
             break
-    lines = _headings(graph, boxes, width)
+    lines = _headings(graph, width)
     data = {
         "width": width,
         "boxes": [_plain(graph, box, frames, edges) for box in boxes],
@@ -260,7 +260,7 @@ def _edges(graph: Graph, boxes: Sequence[_Box]) -> list[tuple[str, str]]:
     return [(a, b) for a, b in pairs if order[a] < order[b]]
 
 
-def _headings(graph: Graph, boxes: Sequence[_Box], width: str) -> str:
+def _headings(graph: Graph, width: str) -> str:
     total, unit = _total(graph, width), _UNIT[width]
     sites = f"{len(graph.sites)} site{'s' * (len(graph.sites) > 1)}"
     text = f"Widths show {_scaled(total, unit)} in all, {sites}."
