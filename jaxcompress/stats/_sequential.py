@@ -304,19 +304,20 @@ def _checked(before: Mapping[str, Any], replaced: Any) -> Mapping[str, Any]:
             fix="Return {path: new leaf} for paths of stop.leaves.",
         )
     for path, new in replaced.items():
-        if _form(new) != _form(before[path]):
+        got, expected = _form(new), _form(before[path])
+        if got != expected:
             raise StructureError(
                 "visit",
-                got=f"{_form(new)[1]} for {path!r}",
-                expected=f"a leaf like the one it replaces: {_form(before[path])[1]}",
+                got=f"{', '.join(got[1])} for {path!r}",
+                expected=f"a leaf like the one it replaces: {', '.join(expected[1])}",
                 fix="Keep shape and dtype: later stages are compiled for them.",
             )
     return replaced
 
 
-def _form(leaf: Any) -> tuple[Any, list[Any]]:
+def _form(leaf: Any) -> tuple[Any, list[str]]:
     leaves, structure = jax.tree.flatten(leaf)
-    return structure, [jax.ShapeDtypeStruct(np.shape(x), jax.dtypes.result_type(x)) for x in leaves]
+    return structure, [f"{jax.dtypes.result_type(x)} {np.shape(x)}" for x in leaves]
 
 
 def _placed_like(new: Any, old: Any) -> Any:
