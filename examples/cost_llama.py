@@ -8,10 +8,11 @@
 Compiles a decoding step (one token for each of 8 sequences, against a cache) and a prefill (512
 tokens of one sequence) ahead of time, with weights in bfloat16, int8 (a scale per output) and int4
 (a scale per output and 128 inputs), stored as `quantize.pack` stores them. All arrays are abstract:
-8B parameters take no memory. Times are the TPU compiler's estimates, or for CUDA the roofline of
-the compiled program; none is a measurement. Without a card, XLA cannot time CUDA kernels and takes
-its first choice, which copies each layer's slice of the stacked weights. The embedding and the head
-stay in bfloat16. The matmul below keeps groups apart; `quantize.unpack` is shown beside it.
+8B parameters take no memory. Times are the TPU compiler's estimates, or, where it gives none and
+for CUDA, rooflines; none is a measurement. CUDA's compiler counts nothing, so that its roofline is
+over what must move at least: arguments, results, and weights that the program expands. The
+embedding and the head stay in bfloat16. The matmul below keeps groups apart; `quantize.unpack` is
+shown beside it.
 """
 
 import concurrent.futures

@@ -12,7 +12,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
 
 from jaxcompress.errors import ArgumentError
-from jaxcompress.graph import _aot_loops, _compat
+from jaxcompress.graph import _aot_loops
 from jaxcompress.graph._targets import Target
 from jaxcompress.tree import bits_of
 
@@ -185,15 +185,7 @@ def _device_bytes(leaf: Any) -> int:
 
 def _figures(program: Any) -> dict[str, float]:
     """Read the compiler's figures; one that is not positive says nothing."""
-    analysis = program.cost_analysis() or _analysed(program)
+    analysis = program.cost_analysis() or {}  # CUDA's compiler gives none
     return {
         name: float(analysis[key]) for key, name in _KEYS.items() if float(analysis.get(key, 0)) > 0
     }
-
-
-def _analysed(program: Any) -> Mapping[str, float]:
-    """Have the CPU's XLA count a program of a compiler that does not: CUDA's."""
-    try:
-        return _compat.count_hlo(program)
-    except (ImportError, AttributeError, ValueError, jax.errors.JaxRuntimeError):
-        return {}

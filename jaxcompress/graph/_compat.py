@@ -193,15 +193,3 @@ def jit_like(eqn: Any, body: Callable[..., Any]) -> Callable[..., Any]:
 
 def _placement(sharding: Any, layout: Any) -> Any:
     return sharding if layout is None else Format(layout, sharding)
-
-
-def count_hlo(compiled: Any) -> dict[str, float]:
-    """Have XLA for the CPU count what is in a program that another backend compiled.
-
-    Raises:
-        ImportError, AttributeError: If this JAX has no such count; none is public.
-    """
-    from jaxlib._jax import hlo_module_cost_analysis
-
-    (module,) = compiled.runtime_executable().hlo_modules()
-    return hlo_module_cost_analysis(jax.devices("cpu")[0].client, module)

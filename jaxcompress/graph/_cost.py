@@ -65,8 +65,9 @@ class Compiled:
         memory: Bytes by kind.
         flops: Operations that the program executes, loop bodies as often as they run; `None` where
             the compiler does not say, or scans are inside a `shard_map` or on explicit axes.
-        bytes: Bytes that the program moves to and from memory; a lower bound from the jaxpr (each
-            argument read once, each result written once) where the compiler does not say.
+        bytes: Bytes that the program moves to and from memory; where the compiler does not say, a
+            lower bound: each argument read once, each result written once, each `expanded` weight
+            written and read.
         seconds: Time of one call: the TPU compiler's estimate, elsewhere the roofline
             `max(flops / peak rate, bytes / bandwidth)`. Neither is a measurement. `None` where
             the target has no published figures.
@@ -192,7 +193,7 @@ def cost(
     Nothing is run and no arrays are made: pass `jax.ShapeDtypeStruct`s (and `QArray`s of them,
     from `jax.eval_shape`) to cost a model of any size. With a target, fn is compiled for it ahead
     of time; no such device is needed, but its compiler is: `pip install 'jaxcompress[tpu]'` or
-    `'jaxcompress[cuda12]'`. A program with scans compiles once more per kind of scan, because XLA
+    `'jaxcompress[cuda12]'`. A program with scans compiles twice more per kind of scan, because XLA
     counts the body of a loop once, however often it runs.
 
     Without a card XLA cannot time CUDA kernels: the program is its first choice, and may be worse
@@ -279,7 +280,8 @@ def _compiled(target: Target, outcome: Outcome, graph: Graph) -> Compiled:
         if (value := outcome.figures.get(key)) is not None
     }
     memory = Memory.of(outcome, told)
-    moved = figures.get("bytes") or _least_traffic(graph, memory, outcome.devices)
+    expanded = _expanded(outcome.program, graph)
+    moved = figures.get("bytes") or _least_traffic(graph, memory, expanded, outcome.devices)
     peak = memory.peak and memory.peak.value
     fits = None
     if outcome.refusal:
@@ -297,12 +299,14 @@ def _compiled(target: Target, outcome: Outcome, graph: Graph) -> Compiled:
         else figures.get("seconds") or _roofline(target, graph, moved, outcome.devices),
         fits=fits,
         refusal=outcome.refusal,
-        expanded=_expanded(outcome.program, graph),
+        expanded=expanded,
         program=outcome.program,
     )
 
 
-def _least_traffic(graph: Graph, memory: Memory, devices: int) -> Figure | None:
+def _least_traffic(
+    graph: Graph, memory: Memory, expanded: Mapping[str, Figure], devices: int
+) -> Figure | None:
     """Bound the traffic from below: arguments once (of a table the rows read), results once."""
     if memory.outputs is None:
         return None
@@ -313,6 +317,8 @@ def _least_traffic(graph: Graph, memory: Memory, devices: int) -> Figure | None:
             read = sum(site.bytes for site in sites)
             unread += max(0, tree.nbytes(leaf) - read)
     value = memory.arguments.value + memory.outputs.value - unread / devices
+    for path, size in expanded.items():  # of one layer, written and read in each
+        value += 2 * size.value * max(site.repeats for site in graph.sites_of(path))
     return Figure(value=max(value, 0.0), unit="B", origin=COUNTED)
 
 

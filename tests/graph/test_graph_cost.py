@@ -133,7 +133,7 @@ def test_donated_inputs_are_aliased():
         cost(fn, *args, donate=(2,))
 
 
-@pytest.mark.parametrize("target", ["cpu", TPU, H200])
+@pytest.mark.parametrize("target", ["cpu", TPU])
 def test_scanned_layers_are_all_counted(target):
     params, x = {"w": array(6, 256, 256, dtype=jnp.bfloat16)}, array(8, 256, dtype=jnp.bfloat16)
     scanned, written_out = (
@@ -238,7 +238,8 @@ def test_every_figure_survives_json_with_its_origin(target):
     figures = [one for one in plain.values() if isinstance(one, dict) and "value" in one]
     if target is not None:
         compiled = plain["compiled"]
-        figures += [compiled["flops"], compiled["bytes"], *compiled["memory"].values()]
+        figures += [compiled["bytes"], *compiled["memory"].values()]
+        assert (compiled["flops"] is None) == (target == "h200")  # CUDA's compiler counts none
         assert compiled["memory"]["peak"]["value"] == found.compiled.memory.peak.value
         if target != "cpu":
             assert compiled["seconds"]["value"] > 0
@@ -319,7 +320,9 @@ def test_cuda_tells_what_was_expanded(target):
     compiled = found.compiled
     assert compiled.expanded["w"].value == 4 * 1024 * 512
     assert compiled.memory.temporaries.value >= 4 * 1024 * 512
-    assert compiled.bytes.value > 2 * 4 * 1024 * 512  # written, and read again
+    least = packed["w"].nbytes + 4 * (8 * 1024 + 8 * 512)
+    assert compiled.bytes.value == least + 2 * 4 * 1024 * 512  # written, and read again
+    assert compiled.bytes.origin == "jaxpr count" and compiled.flops is None
 
 
 TEXT = """
