@@ -75,10 +75,10 @@ def sequential(
     computation. A scan that takes selected leaves apart (layers) is left at each iteration: each
     slice is a leaf of its own, and what `visit` returns is put back into the stacked one. So is
     `kernel[i]` in a loop of Python. A `while`, a `cond`, a `shard_map` and a scan over anything
-    else (time) cannot be left inside: all sites in one make one stop before it, with the leaves
-    as they are then, after which it runs. A leaf with several sites (tied embeddings, layers
-    that share weights) is visited at each of them. Later visits see the earlier replacements;
-    earlier sites are not run anew.
+    else (time) cannot be left inside: all sites in one make one stop before it, with the leaves as
+    they are then, after which it runs (its callbacks run twice so). A leaf with several sites
+    (tied embeddings, layers that share weights) is visited at each of them. Later visits see the
+    earlier replacements; earlier sites are not run anew.
 
     What a batch carries between stops stays in memory for all batches at once: a residual
     stream, mostly. `host=True` keeps it in NumPy arrays, so that the device holds one batch at a

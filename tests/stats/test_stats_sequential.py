@@ -9,7 +9,7 @@ import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from zoo import ZOO
 
-from jaxcompress import errors, graph, stats, tree
+from jaxcompress import errors, graph, numerics, stats, tree
 
 
 def draw(*shape, seed=0):
@@ -303,6 +303,28 @@ def test_each_equation_runs_once_per_batch_and_nothing_after_the_last_stop():
     assert sorted(runs) == ["in"] * 3 + ["layer"] * 4 * 3
 
 
+def test_a_quantized_leaf_is_one_leaf_and_handed_over_whole():
+    def fn(p, x):
+        w = numerics.dequantize(p["w"])
+        return jax.lax.scan(lambda x, w: (jnp.tanh(x @ w), None), x, w)[0]
+
+    quantized = numerics.quantize(draw(3, 4, 4), numerics.Format(numerics.int8))
+    x, seen = draw(5, 4), []
+
+    def visit(stop):
+        seen.append(stop)
+        return {"w": jax.tree.map(jnp.zeros_like, stop.leaves["w"])}
+
+    result = stats.sequential(fn, {"w": quantized}, [x], stats.second_moment(), visit)
+    (stop,) = seen  # one stop for the scan: what it slices are parts of the leaf
+    assert stop.leaves["w"] is quantized and stop.index == {"w": ()}
+    np.testing.assert_allclose(stop.results["w"].total[0], gram(x), rtol=1e-5)
+    assert not np.any(numerics.dequantize(result["w"]))
+    with pytest.raises(errors.StructureError, match="for 'w'"):
+        visit = lambda stop: {"w": numerics.dequantize(quantized)}
+        stats.sequential(fn, {"w": quantized}, [x], stats.absmax(), visit)
+
+
 @pytest.mark.parametrize("kind", ["jax", "host"])
 def test_random_keys_and_integers_travel_too(kind):
     def fn(p, x, key):
@@ -318,11 +340,19 @@ def test_random_keys_and_integers_travel_too(kind):
     np.testing.assert_allclose(seen["b"].total, gram(activation), rtol=1e-5)
 
 
-@pytest.mark.parametrize("host", [False, True], ids=["device", "host"])
-def test_sharded_batches_give_the_same(host):
-    fn, params, _ = case("llama_scanned")
-    tokens = jnp.arange(8 * 3).reshape(8, 3) % 7
-    mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
+@pytest.mark.parametrize(
+    ("name", "kind", "host"),
+    [
+        pytest.param("llama_scanned", AxisType.Auto, False, id="auto"),
+        pytest.param("llama_scanned", AxisType.Auto, True, id="auto-host"),
+        pytest.param("nested", AxisType.Explicit, False, id="explicit"),
+        pytest.param("nested", AxisType.Explicit, True, id="explicit-host"),
+    ],
+)
+def test_sharded_batches_give_the_same(name, kind, host):
+    fn, params, _ = case(name)
+    tokens = draw(8, 4) if name == "nested" else jnp.arange(8 * 3).reshape(8, 3) % 7
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(kind,))
     spread = jax.device_put(tokens, NamedSharding(mesh, PartitionSpec("data")))
     whole = jax.device_put(params, NamedSharding(mesh, PartitionSpec()))
     found: dict = {"one": [], "many": []}
@@ -331,9 +361,10 @@ def test_sharded_batches_give_the_same(host):
         found[kind].append(jax.tree.leaves(stop.results))
         return {path: 0.9 * leaf for path, leaf in stop.leaves.items()}
 
-    for kind, leaves, batch in (("one", params, tokens), ("many", whole, spread)):
-        run = functools.partial(visit, kind=kind)
-        stats.sequential(fn, leaves, [batch], stats.second_moment(), run, host=host)
+    one, many = (functools.partial(visit, kind=k) for k in ("one", "many"))
+    stats.sequential(fn, params, [tokens], stats.second_moment(), one, host=host)
+    with jax.set_mesh(mesh):
+        stats.sequential(fn, whole, [spread], stats.second_moment(), many, host=host)
     shardings = [x.sharding for x in jax.tree.leaves(found["many"])]
     assert all(s.is_fully_replicated and len(s.device_set) == 8 for s in shardings)
     compare = functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-5)
