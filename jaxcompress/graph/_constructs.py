@@ -128,7 +128,7 @@ def construct(primitive: str) -> Construct | None:
     return _CONSTRUCTS.get(primitive)
 
 
-@register_construct("jit", "pjit")
+@register_construct("jit")
 class _Jit:
     def bodies(self, eqn: Any) -> list[Body]:
         return [Body.of(f"jit({eqn.params['name']})", eqn.params["jaxpr"])]
@@ -143,7 +143,7 @@ class _Jit:
             return _compat.jit_like(eqn, body)(cells, *operands)
 
 
-@register_construct("remat2", "checkpoint", "remat")
+@register_construct("remat2")
 class _Remat:
     def bodies(self, eqn: Any) -> list[Body]:
         return [Body.of("remat", eqn.params["jaxpr"])]
@@ -316,8 +316,17 @@ class _Cond:
 
             return run
 
+        branches = [branch(k) for k in range(count)]
+        platforms = eqn.params.get("branches_platforms")
         with _compat.context(eqn):
-            return lax.switch(index, [branch(k) for k in range(count)], operands, kept)
+            if platforms is None:
+                return lax.switch(index, branches, operands, kept)
+            named = {
+                name: run
+                for run, names in zip(branches, platforms, strict=True)
+                for name in names or ("default",)
+            }
+            return lax.platform_dependent(operands, kept, **named)
 
 
 @register_construct("shard_map")

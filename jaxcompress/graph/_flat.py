@@ -23,17 +23,7 @@ from jaxcompress.graph._sites import Site
 from jaxcompress.graph._trace import Traced
 from jaxcompress.graph._walk import Position
 
-_INLINED = frozenset(
-    {
-        "checkpoint",
-        "custom_jvp_call",
-        "custom_vjp_call",
-        "jit",
-        "pjit",
-        "remat",
-        "remat2",
-    }
-)
+_INLINED = frozenset({"custom_jvp_call", "custom_vjp_call", "jit", "remat2"})
 
 
 Pick: TypeAlias = tuple[str, int, int]
@@ -349,11 +339,12 @@ class _Flattener:
                 factors = view.axes[0]
                 if isinstance(leaf, tree.LeafNode) or len(factors) != 1:
                     continue
-                ((axes, size),) = factors
+                (factor,) = factors
                 # All of one axis: iteration i then reads index i of the leaf.
-                alone = len(axes) == 1 and size == leaf.shape[axes[0]]
-                if alone and (view.path, axes[0]) in stacked:
-                    found.setdefault(k, []).append((view.path, axes[0]))
+                whole = factor.exact and len(factor.axes) == 1
+                for axis in factor.axes if whole else ():
+                    if factor.size == leaf.shape[axis] and (view.path, axis) in stacked:
+                        found.setdefault(k, []).append((view.path, axis))
         return found
 
     def _scan(

@@ -59,11 +59,14 @@ class Graph:
 
     Attributes:
         leaves: `{path: leaf}` of params, in traversal order; shapes and dtypes matter only.
-        sites: In the order in which fn runs them.
+        sites: In the order in which fn runs them. Leaves that one equation contracts together
+            (concatenated, or multiplied with each other) share its FLOPs by their entries.
         uses: `{path: equations that consume it outside any site}`.
         returned: Paths of leaves that are outputs as they came.
         unreached: Paths of leaves that fn does not read.
         elsewhere: Contractions without a leaf.
+        opaque: Primitives that run jaxprs which are not entered, with their scope, such as
+            `("scan", "pallas_call")`: what they contract is neither a site nor counted.
         flops: Of all contractions, at sites and elsewhere, 2 per multiply-add; a `cond` counts
             its costliest branch, a `while` loop one iteration.
         outputs: The tree of fn's results, as shapes and dtypes.
@@ -75,6 +78,7 @@ class Graph:
     returned: tuple[str, ...]
     unreached: tuple[str, ...]
     elsewhere: tuple[Contraction, ...]
+    opaque: tuple[tuple[str, ...], ...]
     flops: int
     outputs: Any = field(repr=False)
 
@@ -96,12 +100,13 @@ class Graph:
             several.setdefault(site.path, []).append(site)
         return {path: tuple(sites) for path, sites in several.items()}
 
+    @functools.cached_property
+    def _by_name(self) -> dict[str, Site]:
+        return {site.name: site for site in self.sites}
+
     def __getitem__(self, name: str) -> Site:
         """Look up a site by name."""
-        for site in self.sites:
-            if site.name == name:
-                return site
-        raise KeyError(name)
+        return self._by_name[name]
 
 
 def stored(leaf: Any) -> str:

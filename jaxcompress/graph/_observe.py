@@ -4,6 +4,8 @@ import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, TypeAlias
 
+import jax
+import jax.numpy as jnp
 from jaxtyping import Array
 
 from jaxcompress import tree
@@ -11,7 +13,7 @@ from jaxcompress.errors import ArgumentError, SelectionError, StructureError
 from jaxcompress.graph._constructs import Cells
 from jaxcompress.graph._replay import Equation, Plan, SitesAt, Visit, execute, make_plan
 from jaxcompress.graph._sites import Site
-from jaxcompress.graph._trace import Traced, capture
+from jaxcompress.graph._trace import Traced, capture, no_sites
 from jaxcompress.graph._walk import Position
 
 Observer: TypeAlias = Callable[[Site, Any, Any, Any], Any]
@@ -26,7 +28,8 @@ def tap(
 
     Feature distillation, relation losses and debugging need nothing else: the model stays as it
     is. Gradients flow through what is tapped, except inside functions with their own
-    differentiation rule.
+    differentiation rule (`custom_jvp`, `custom_vjp`): these run a second time for the taps,
+    callbacks included.
 
     Args:
         fn: `fn(params, *inputs, **kwargs) -> outputs`, pure.
@@ -52,15 +55,17 @@ def tap(
     def visit(equation: Equation, operands: Sequence[Any], cells: Cells) -> tuple[list, Cells]:
         results = _default(equation, operands)
         return results, {
-            site.name: results[0] if at == "output" else operands[_other(site)]
+            site.name: results[0] if at == "output" else operands[site.layout.activation]
             for site in equation.sites
         }
 
     @functools.wraps(fn)
     def tapped(params: tree.Params, *inputs: Any, **kwargs: Any) -> tuple[Any, dict[str, Array]]:
         traced = capture(fn, params, inputs, kwargs)
-        names = _chosen(traced, where)
-        _refuse(traced, names, ("while condition",), "nothing can leave the condition of a loop")
+        names = chosen_sites(traced, where)
+        refuse_inside(
+            traced, names, ("while condition",), "nothing can leave the condition of a loop"
+        )
         plan = _plan(traced, names, visit, fills=True)
         outputs, filled = execute(traced, plan, (params, inputs, kwargs), {})
         return outputs, {name: filled[name] for name in names}
@@ -114,8 +119,10 @@ def observe(
     ) -> tuple[Any, dict[str, Any]]:
         traced = capture(fn, params, inputs, kwargs)
         names = _named(traced, observers, "observers")
-        _refuse(traced, names, ("while condition",), "nothing can leave the condition of a loop")
-        _check_cells(states, names, "states")
+        refuse_inside(
+            traced, names, ("while condition",), "nothing can leave the condition of a loop"
+        )
+        _check_states(traced, states, names)
         plan = _plan(traced, names, visit, fills=True)
         outputs, filled = execute(traced, plan, (params, inputs, kwargs), dict(states))
         return outputs, {name: filled[name] for name in names}
@@ -160,7 +167,7 @@ def perturb(
         operands = list(operands)
         for site in equation.sites:
             if at == "input" and site.name in cells:
-                operands[_other(site)] += cells[site.name]
+                operands[site.layout.activation] += cells[site.name]
         results = _default(equation, operands)
         for site in equation.sites:
             if at == "output" and site.name in cells:
@@ -172,7 +179,7 @@ def perturb(
         params: tree.Params, offsets: Mapping[str, Any], *inputs: Any, **kwargs: Any
     ) -> Any:
         traced = capture(fn, params, inputs, kwargs)
-        names = _chosen(traced, where)
+        names = chosen_sites(traced, where)
         unknown = sorted(set(offsets) - set(names))
         if unknown:
             raise StructureError(
@@ -182,7 +189,8 @@ def perturb(
                 fix="Use Site.name of `trace(fn, params, *inputs).sites`.",
             )
         unreachable = ("while condition", "custom_jvp", "custom_vjp")
-        _refuse(traced, sorted(offsets), unreachable, "gradients do not reach inside")
+        refuse_inside(traced, sorted(offsets), unreachable, "gradients do not reach inside")
+        _check_offsets(traced, offsets, at)
         plan = _plan(traced, names, visit, fills=False)
         return execute(traced, plan, (params, inputs, kwargs), dict(offsets))[0]
 
@@ -201,10 +209,6 @@ def _observed(site: Site, operands: Sequence[Any], result: Any) -> tuple[Any, An
     return layout.observed(operands), result if output is None else output(operands, result)
 
 
-def _other(site: Site) -> int:
-    return 0 if site.operand else 1
-
-
 def _plan(traced: Traced, names: Sequence[str], visit: Visit, *, fills: bool) -> Plan:
     wanted = set(names)
 
@@ -214,7 +218,7 @@ def _plan(traced: Traced, names: Sequence[str], visit: Visit, *, fills: bool) ->
     return make_plan(traced.program, traced.record, traced.walker, match, fills=fills)
 
 
-def _chosen(traced: Traced, where: tree.Where) -> list[str]:
+def chosen_sites(traced: Traced, where: tree.Where) -> list[str]:
     """List the names of the sites of the leaves that `where` selects."""
     sites = [site for _, site, _ in traced.record.sites]
     names = [s.name for s in sites if tree.matches(where, s.path, traced.leaves[s.path])]
@@ -226,7 +230,7 @@ def _chosen(traced: Traced, where: tree.Where) -> list[str]:
             expected="a `where` that selects at least one site",
             fix=f"The leaves with sites are: {tree.shorten(known)}."
             if known
-            else "fn has no sites: it contracts none of its params.",
+            else no_sites(traced.record),
         )
     return names
 
@@ -244,7 +248,7 @@ def _named(traced: Traced, names: Mapping[str, Any], argument: str) -> list[str]
     return [name for name in known if name in names]
 
 
-def _refuse(traced: Traced, names: Sequence[str], labels: Sequence[str], why: str) -> None:
+def refuse_inside(traced: Traced, names: Sequence[str], labels: Sequence[str], why: str) -> None:
     for _, site, _ in traced.record.sites:
         inside = [label for label in site.scope if label in labels]
         if site.name in names and inside:
@@ -256,14 +260,38 @@ def _refuse(traced: Traced, names: Sequence[str], labels: Sequence[str], why: st
             )
 
 
-def _check_cells(cells: Mapping[str, Any], names: Sequence[str], argument: str) -> None:
-    if set(cells) != set(names):
+def _check_states(traced: Traced, states: Mapping[str, Any], names: Sequence[str]) -> None:
+    fix = "Make one state per observer, with Site.stack as leading axes of its arrays."
+    if set(states) != set(names):
         raise StructureError(
-            argument,
-            got=f"entries for {sorted(cells)}",
+            "states",
+            got=f"entries for {sorted(states)}",
             expected=f"one entry for each of {list(names)}",
-            fix="Make one state per observer, with Site.stack as leading axes.",
+            fix=fix,
         )
+    for _, site, _ in traced.record.sites:
+        for leaf in jax.tree.leaves(states.get(site.name)):
+            shape = jnp.shape(leaf)
+            if shape[: len(site.stack)] != site.stack:
+                raise StructureError(
+                    "states",
+                    got=f"an array of shape {shape} for {site.name!r}",
+                    expected=f"leading axes {site.stack}",
+                    fix=fix,
+                )
+
+
+def _check_offsets(traced: Traced, offsets: Mapping[str, Any], at: Side) -> None:
+    for _, site, _ in traced.record.sites:
+        like = site.output if at == "output" else site.activation
+        wanted = (*site.stack, *like.shape)
+        if site.name in offsets and jnp.shape(offsets[site.name]) != wanted:
+            raise StructureError(
+                "offsets",
+                got=f"shape {jnp.shape(offsets[site.name])} for {site.name!r}",
+                expected=f"shape {wanted}: Site.stack, then the {at}'s",
+                fix="Make it with jnp.zeros from the site.",
+            )
 
 
 def _check_side(at: Any) -> None:

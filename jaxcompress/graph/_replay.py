@@ -1,19 +1,21 @@
 """`replay`: run a function's jaxpr with chosen equations handled by the caller."""
 
 import functools
+import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeAlias
 
 import jax
+import jax.numpy as jnp
 
 from jaxcompress import tree
-from jaxcompress.errors import ArgumentTypeError, SelectionError
+from jaxcompress.errors import ArgumentError, ArgumentTypeError, SelectionError
 from jaxcompress.graph import _compat
 from jaxcompress.graph._compat import Primitive, Program
 from jaxcompress.graph._constructs import Cells, construct
 from jaxcompress.graph._sites import Site
-from jaxcompress.graph._trace import Traced, capture
+from jaxcompress.graph._trace import Traced, capture, no_sites
 from jaxcompress.graph._walk import Found, Place, Position, Record, Walker
 
 
@@ -82,7 +84,7 @@ class Plan:
         return {position: frozenset(names) for position, names in below.items()}
 
 
-class _Enter:
+class Entry:
     """Runs the bodies of one construct under a plan; see `_constructs.Enter`."""
 
     def __init__(self, bodies: Callable[[], Sequence[Any]], plan: Plan, position: Position):
@@ -96,7 +98,15 @@ class _Enter:
 
     def forward(self, program: Program, operands: Sequence[Any]) -> list:
         """Run the forward program of a `custom_vjp` under the same handlers."""
-        return run(program, operands, self._plan.forward(self._position, program), {})[0]
+        plan = self._plan.forward(self._position, program)
+        if not plan.visits:
+            raise ArgumentError(
+                "handlers",
+                got="a handler inside a custom_vjp whose forward rule has no such equation",
+                expected="equations that run with and without differentiation",
+                fix="Leave it out of the handlers, or handle the primitive that the rule uses.",
+            )
+        return run(program, operands, plan, {})[0]
 
 
 def run(
@@ -122,7 +132,7 @@ def run(
             rule = construct(eqn.primitive.name)
             assert rule is not None, "only constructs have positions below them"
             inside = {name: cells[name] for name in sorted(plan.cells[here]) if name in cells}
-            enter = _Enter(functools.partial(rule.bodies, eqn), plan, here)
+            enter = Entry(functools.partial(rule.bodies, eqn), plan, here)
             results, new = rule.rebuild(eqn, operands, inside, enter)
             filled |= new
         else:
@@ -148,6 +158,7 @@ def _last_uses(program: Program) -> list[list[Any]]:
 def execute(traced: Traced, plan: Plan, args: Any, cells: Cells) -> tuple[Any, Cells]:
     """Run a captured call under a plan; returns fn's outputs and the filled cells."""
     results, filled = run(traced.program, jax.tree.leaves(args), plan, cells)
+    results = [x if isinstance(x, jax.Array) else jnp.asarray(x) for x in results]
     return jax.tree.unflatten(jax.tree.structure(traced.outputs), results), filled
 
 
@@ -177,17 +188,22 @@ def make_plan(
 
 def _same_sites(found: list[Found], known: list[Site]) -> list[Found]:
     """Give the sites of a forward program the names and places they have in the primal one."""
-    left = {path: [s for s in known if s.path == path] for path in {s.path for s in known}}
+    left = list(known)
     named = []
-    for one in found:
-        twins = left.get(one.site.path)
-        if twins:
-            twin = twins.pop(0)
+    for number, one in enumerate(found):
+        alike = [s for s in left if _form(s) == _form(one.site)]
+        if alike:
+            left.remove(alike[0])
             places = ("name", "stack", "scope", "repeats", "upstream")
-            site = replace(one.site, **{name: getattr(twin, name) for name in places})
-            one = one._replace(site=site)
-        named.append(one)
+            changes = {place: getattr(alike[0], place) for place in places}
+        else:  # the rule's forward program contracts more, or otherwise
+            changes = {"name": f"{one.site.path}#forward{number}"}
+        named.append(one._replace(site=replace(one.site, **changes)))
     return named
+
+
+def _form(site: Site) -> tuple[Any, ...]:
+    return site.path, site.primitive, site.axes, site.weight.shape, site.activation.shape
 
 
 class _Matcher:
@@ -230,15 +246,28 @@ class _Matcher:
 
 
 def _is_general(key: Key) -> bool:
-    """Tell whether a key can take equations that are no sites."""
-    return isinstance(key, Primitive) or (callable(key) and not hasattr(key, "search"))
+    """Tell whether a key can take equations that are no sites: a predicate of one argument."""
+    if not callable(key):
+        return isinstance(key, Primitive)
+    return len(inspect.signature(key).parameters) == 1
 
 
 def _call(
     handler: Handler, equation: Equation, operands: Sequence[Any], cells: Cells
 ) -> tuple[list, Cells]:
+    several = equation.primitive.multiple_results
     result = handler(equation, *operands)
-    return (list(result) if equation.primitive.multiple_results else [result]), {}
+    results = list(result) if several and isinstance(result, Sequence) else [result]
+    count = len(equation._eqn.outvars)
+    if len(results) != count or any(isinstance(x, tuple | list | None) for x in results):
+        at = ", ".join(site.name for site in equation.sites) or equation.primitive.name
+        raise ArgumentError(
+            "handlers",
+            got=f"{type(result).__name__} from the handler at {at}",
+            expected=f"a list of {count} results" if several else "the one result, an array",
+            fix="Return what equation.bind(*operands) returns.",
+        )
+    return results, {}
 
 
 def _nothing_taken(key: Key, traced: Traced) -> Exception:
@@ -249,7 +278,7 @@ def _nothing_taken(key: Key, traced: Traced) -> Exception:
         expected="keys that each take at least one equation",
         fix=f"The leaves with sites are: {tree.shorten(sorted(known))}."
         if known
-        else "fn has no sites: it contracts none of its params.",
+        else no_sites(traced.record),
     )
 
 
@@ -260,15 +289,18 @@ def replay(
 
     `fn` is traced when the new function is called, so it works wherever fn does: under `jit`,
     `grad`, `vmap`, `scan`, `remat` and shardings. Constructs that hold a handled equation are
-    rebuilt around it with all their parameters; the others are bound whole. With handlers that
-    do what the equation does, values and gradients are fn's own, bit for bit under jit.
+    rebuilt around it with all their parameters; the others are bound whole. A jitted function
+    that fn calls several times is rebuilt for each call, as handlers may treat its sites apart.
+    With handlers that do what the equation does, values and gradients are fn's own, bit for bit
+    under jit.
 
     Args:
         fn: `fn(params, *inputs, **kwargs) -> outputs`, pure.
         handlers: `{key: handler}`, or pairs where a key cannot be hashed. A key is a `where`
-            over the paths of leaves (glob or compiled regex), which takes equations that
-            contract such a leaf or look it up; a JAX primitive (`jax.lax.dot_general_p`), which
-            takes all its equations; or a predicate `(Equation) -> bool`. The first key that
+            over the paths of leaves (glob, compiled regex, `(path, leaf) -> bool`, or several),
+            which takes equations that contract such a leaf or look it up; a JAX primitive
+            (`jax.lax.dot_general_p`), which takes all its equations; or a predicate of one
+            argument, `(Equation) -> bool`. The first key that
             takes an equation counts. A handler gets the `Equation` and its operands and returns
             the result, or a list of results if the primitive has several;
             `equation.bind(*operands)` does what the equation does.
@@ -308,7 +340,8 @@ def replay(
 
 
 def _check_pair(key: Key, handler: Handler) -> None:
-    if not isinstance(key, str | Primitive) and not hasattr(key, "search") and not callable(key):
+    kinds = str | Primitive | Sequence
+    if not isinstance(key, kinds) and not hasattr(key, "search") and not callable(key):
         raise ArgumentTypeError(
             "handlers",
             got=f"the key {key!r}",

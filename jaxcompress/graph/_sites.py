@@ -4,16 +4,17 @@ A site rule says, for one primitive and one weight operand, which axes contract,
 and which batch. Rules are registered by primitive name; the built-in ones use the same door.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, ArrayLike
 
-from jaxcompress.graph._views import View, elements
+from jaxcompress.graph._views import AxisFactors, Factor, View, elements
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,7 +29,7 @@ class Axes:
         group: The output axis of a convolution with several feature groups.
         lookup: Axes that indices pick from.
         stacked: Axes that an enclosing scan takes apart: layers.
-        sliced: Axes of which the site sees one index, as in `kernel[i]`.
+        sliced: Axes that the site does not see: one index of them, as in `kernel[i]`, or none.
     """
 
     contract: tuple[int, ...] = ()
@@ -47,6 +48,7 @@ class Layout:
 
     Attributes:
         axes: The leaf's axes by role.
+        activation: Which operand of the equation is the activation.
         flops: Of one run, 2 per multiply-add.
         rows: Activation to `(*batch, tokens, features)`.
         channels: The same without the patches of a convolution.
@@ -58,6 +60,7 @@ class Layout:
     """
 
     axes: Axes
+    activation: int = 0
     flops: int
     rows: Callable[[Array], Array]
     channels: Callable[[Array], Array]
@@ -89,6 +92,8 @@ class Site:
         bounded: `False` inside a `while` loop, whose length nobody knows: one iteration counts.
         scope: The constructs around it, outermost first: `jit(block)`, `scan`, `cond[1]`.
         through: The primitives between the leaf and the site.
+        aligned: Whether `rows` and `output_rows` run through the leaf's own indices in order: not
+            so where fn slices, pads, joins, permutes or reverses the leaf before contracting it.
         flops: Floating point operations over all repeats, 2 per multiply-add.
         bytes: Bytes over all repeats: the weight as stored, the activation, the result.
         feature_groups: The feature groups of a convolution, 1 elsewhere.
@@ -110,6 +115,7 @@ class Site:
     bounded: bool
     scope: tuple[str, ...]
     through: tuple[str, ...]
+    aligned: bool
     flops: int
     bytes: int
     feature_groups: int
@@ -123,8 +129,8 @@ class Site:
 
         Returns:
             `(*batch, tokens, features)`: features run over the contraction axes in the leaf's
-            order, for a convolution over its patches; a convolution with feature groups has them
-            as its batch. A lookup's indices come as `(tokens, 1)`.
+            order (if `aligned`), for a convolution over its patches; a convolution with feature
+            groups has them as its batch. A lookup's indices come as `(tokens, 1)`.
         """
         return self.layout.rows(jnp.asarray(activation))
 
@@ -212,20 +218,40 @@ def struct(atom: Any) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(tuple(atom.aval.shape), atom.aval.dtype)
 
 
-def _arranged(*groups: Sequence[int], batch: int) -> Callable[[Array], Array]:
-    """Transpose to groups of axes and merge each group to one, but for the batch axes."""
+class _Group(NamedTuple):
+    """Axes that are merged to one; with factors, in the order of the leaf that these show."""
+
+    axes: Sequence[int]
+    factors: Sequence[AxisFactors] = ()
+
+
+def _arranged(batch: Sequence[int], *groups: _Group) -> Callable[[Array], Array]:
+    """Transpose to the batch axes, then merge each group of axes to one."""
 
     def arrange(x: Array) -> Array:
-        first = list(groups[0])
-        x = jnp.transpose(x, [k for group in groups for k in group])
-        shape = [x.shape[i] for i in range(batch)]
-        start = len(first)
-        for group in groups[1:]:
-            shape.append(elements(x.shape[start : start + len(group)]))
-            start += len(group)
-        return jnp.reshape(x, shape)  # (*batch, tokens, features)
+        x = jnp.transpose(x, [*batch, *(k for group in groups for k in group.axes)])
+        first = len(batch)
+        split, order, merged = list(x.shape[:first]), list(range(first)), list(x.shape[:first])
+        sizes = iter(x.shape[first:])
+        for group in groups:
+            pieces: list[Factor] = []
+            for i, size in zip(range(len(group.axes)), sizes, strict=False):
+                known = group.factors[i] if group.factors else ()
+                whole = math.prod(factor.size for factor in known) == size
+                pieces += known if whole else [Factor((), size)]
+            start = len(split)
+            split += [piece.size for piece in pieces]
+            # Within a leaf axis the larger stride is the major part.
+            by_leaf = sorted(range(len(pieces)), key=lambda i: _in_leaf(pieces[i]))
+            order += [start + i for i in by_leaf]
+            merged.append(math.prod(piece.size for piece in pieces))
+        return x.reshape(split).transpose(order).reshape(merged)  # (*batch, *groups)
 
     return arrange
+
+
+def _in_leaf(factor: Factor) -> tuple[tuple[int, ...], int]:
+    return factor.axes, -factor.stride
 
 
 @register_site("dot_general")
@@ -237,19 +263,15 @@ def _dot_general(eqn: Any, operand: int, view: View, varies: Sequence[bool]) -> 
     w_rank, x_rank = len(eqn.invars[operand].aval.shape), len(eqn.invars[other].aval.shape)
     w_free = [k for k in range(w_rank) if k not in (*w_contract, *w_batch)]
     x_free = [k for k in range(x_rank) if k not in (*x_contract, *x_batch)]
-    in_leaf_order = sorted(
-        zip(w_contract, x_contract, strict=True), key=lambda pair: _leaf_key(view, pair[0])
-    )
     # The result has the batch axes, then the free axes of the first operand, then the second's.
     batch = list(range(len(x_batch)))
     after_first = len(batch) + (len(w_free) if operand == 0 else len(x_free))
     result_rank = len(batch) + len(w_free) + len(x_free)
     first, second = list(range(len(batch), after_first)), list(range(after_first, result_rank))
     out_w, out_x = (first, second) if operand == 0 else (second, first)
-    out_w = [
-        k for _, k in sorted(zip(w_free, out_w, strict=True), key=lambda p: _leaf_key(view, p[0]))
-    ]
-    rows = _arranged(x_batch, x_free, [x for _, x in in_leaf_order], batch=len(batch))
+    shown = lambda axes: [view.axes[k] for k in axes]
+    rows = _arranged(x_batch, _Group(x_free), _Group(x_contract, shown(w_contract)))
+    output_rows = _arranged(batch, _Group(out_x), _Group(out_w, shown(w_free)))
     return Layout(
         axes=Axes(
             contract=view.leaf_axes(w_contract),
@@ -257,10 +279,11 @@ def _dot_general(eqn: Any, operand: int, view: View, varies: Sequence[bool]) -> 
             batch=view.leaf_axes(w_batch),
             stacked=view.stacked,
         ),
+        activation=other,
         flops=contraction_flops(eqn),
         rows=rows,
         channels=rows,
-        output_rows=_arranged(batch, out_x, out_w, batch=len(batch)),
+        output_rows=output_rows,
         observed=lambda operands: operands[other],
     )
 
@@ -343,11 +366,37 @@ def _gather(eqn: Any, operand: int, view: View, varies: Sequence[bool]) -> Layou
             lookup=view.leaf_axes(picked),
             stacked=view.stacked,
         ),
+        activation=1,
         flops=0,
         rows=lambda indices: indices.reshape(-1, indices.shape[-1]),
         channels=lambda indices: indices.reshape(-1, indices.shape[-1]),
-        output_rows=_arranged((), tokens, numbers.offset_dims, batch=0),
+        output_rows=_arranged((), _Group(tokens), _Group(numbers.offset_dims)),
         observed=lambda operands: operands[1],
+    )
+
+
+@register_site("dynamic_slice")
+def _dynamic_slice(eqn: Any, operand: int, view: View, varies: Sequence[bool]) -> Layout | None:
+    """Look up consecutive entries, as `table[i]` does one; the counter of a loop only slices."""
+    shape, sizes = eqn.invars[0].aval.shape, eqn.params["slice_sizes"]
+    picked = [k for k in range(len(shape)) if sizes[k] != shape[k]]
+    if operand != 0 or len(picked) != 1 or not varies[1 + picked[0]]:
+        return None
+    (axis,) = picked
+    kept = [k for k in range(len(shape)) if k != axis]
+
+    def rows(start: Array) -> Array:
+        start = jnp.clip(start, 0, shape[axis] - sizes[axis])  # as XLA does
+        return (start + jnp.arange(sizes[axis], dtype=start.dtype))[:, None]
+
+    return Layout(
+        axes=Axes(output=view.leaf_axes(kept), lookup=view.leaf_axes([axis]), stacked=view.stacked),
+        activation=1 + axis,
+        flops=0,
+        rows=rows,
+        channels=rows,
+        output_rows=_arranged((), _Group([axis]), _Group(kept)),
+        observed=lambda operands: operands[1 + axis],
     )
 
 
@@ -360,7 +409,7 @@ def _ragged_dot(eqn: Any, operand: int, view: View, varies: Sequence[bool]) -> L
         return None  # only `jax.lax.ragged_dot` itself: tokens sorted by group
     w_free = [k for k in range(3) if k not in (group, *w_contract)]
     count = eqn.invars[1].aval.shape[group]
-    token = _arranged((), [ragged], x_contract, batch=0)
+    token = _arranged((), _Group([ragged]), _Group(x_contract))
 
     def by_expert(rows: Array, sizes: Array) -> Array:
         # (tokens, features) -> (experts, tokens, features), zero for tokens of other experts

@@ -21,8 +21,8 @@ from jaxcompress.graph import _compat
 from jaxcompress.graph._canonical import Compiled, Keys, Op, Shared, program_op
 from jaxcompress.graph._constructs import Cells, construct
 from jaxcompress.graph._flat import Constant, Flat, Halt, Leaf, Visit, flatten
-from jaxcompress.graph._observe import Observer, _chosen, _refuse
-from jaxcompress.graph._replay import Equation, _Enter, make_plan
+from jaxcompress.graph._observe import Observer, chosen_sites, refuse_inside
+from jaxcompress.graph._replay import Entry, Equation, make_plan
 from jaxcompress.graph._sites import Axes, Site
 from jaxcompress.graph._trace import Traced, capture
 
@@ -96,8 +96,8 @@ class Stages:
         key = structure, tuple(jax.typeof(x) for x in leaves)
         if key not in self._courses:
             traced = capture(self._fn, params, tuple(inputs), {})
-            names = _chosen(traced, self._where)
-            _refuse(
+            names = chosen_sites(traced, self._where)
+            refuse_inside(
                 traced, names, ("while condition",), "nothing can leave the condition of a loop"
             )
             self._courses[key] = Course(
@@ -252,7 +252,7 @@ def _observed(
         },
         fills=True,
     )
-    enter = _Enter(functools.partial(rule.bodies, eqn), plan, visit.position)
+    enter = Entry(functools.partial(rule.bodies, eqn), plan, visit.position)
     return rule.rebuild(eqn, operands, cells, enter)[1]
 
 

@@ -38,6 +38,7 @@ class Traced(NamedTuple):
 
 def capture(fn: Callable[..., Any], params: Any, inputs: Any, kwargs: Any) -> Traced:
     leaves = _checked_leaves(params)
+    _check_inputs(inputs, kwargs)
     _check_call(fn, params, inputs, kwargs)
     try:
         program, outputs = _compat.capture(
@@ -61,6 +62,18 @@ def capture(fn: Callable[..., Any], params: Any, inputs: Any, kwargs: Any) -> Tr
     record, values = walker.walk(program, args, Place())
     record.sites = _named(record, walker)
     return Traced(program, record, values, leaves, outputs, walker)
+
+
+def _check_inputs(inputs: Any, kwargs: Any) -> None:
+    for keypath, x in jax.tree_util.tree_flatten_with_path((inputs, kwargs))[0]:
+        if not (hasattr(x, "dtype") or isinstance(x, bool | int | float | complex)):
+            name = jax.tree_util.keystr(keypath[1:], simple=True, separator="/")
+            raise ArgumentTypeError(
+                "inputs",
+                got=f"{type(x).__name__} {x!r} at {name}",
+                expected="arrays, numbers or ShapeDtypeStructs, in any pytrees",
+                fix="Bind what is no array: lambda params, x: fn(params, x, option).",
+            )
 
 
 def _check_call(fn: Callable[..., Any], params: Any, inputs: Any, kwargs: Any) -> None:
@@ -121,14 +134,22 @@ def _named(record: Record, walker: Walker) -> list[Found]:
     ]
 
 
+def no_sites(record: Record) -> str:
+    """Say why there is nothing to select, for a message."""
+    inside = list(dict.fromkeys(scope[-1] for scope in record.opaque))
+    if inside:
+        return f"fn has no sites; what {', '.join(inside)} contracts inside cannot be seen."
+    return "fn has no sites: it contracts none of its params."
+
+
 def trace(fn: Callable[..., Any], params: tree.Params, *inputs: Any, **kwargs: Any) -> Graph:
     """Find where fn contracts its leaves, and account for every other use of them.
 
     Nothing is computed: arrays may be `jax.ShapeDtypeStruct`s, so that a model of any size can
-    be traced. Leaves are followed through casts, transpositions, reshapes, slices, stacks and
-    elementwise functions of params (masks, dequantization, weight norm), and through `jit`,
-    `checkpoint`, `custom_jvp`, `custom_vjp`, `scan`, `while`, `cond`, `shard_map` and code that
-    `vmap` has batched.
+    be traced; a symbolic dimension of `jax.export` is counted as 1. Leaves are followed through
+    casts, transpositions, reshapes, slices, stacks and elementwise functions of params (masks,
+    dequantization, weight norm), and through `jit`, `checkpoint`, `custom_jvp`, `custom_vjp`,
+    `scan`, `while`, `cond`, `shard_map` and code that `vmap` has batched.
 
     Args:
         fn: `fn(params, *inputs, **kwargs) -> outputs`, pure.
@@ -157,8 +178,7 @@ def trace(fn: Callable[..., Any], params: tree.Params, *inputs: Any, **kwargs: A
     record = traced.record
     uses: dict[str, list[Use]] = {}
     for path, use in record.uses:
-        if use not in uses.setdefault(path, []):
-            uses[path].append(use)
+        uses.setdefault(path, []).append(use)
     returned = []
     for value in traced.values:
         for view in value.views:
@@ -174,6 +194,7 @@ def trace(fn: Callable[..., Any], params: tree.Params, *inputs: Any, **kwargs: A
         returned=tuple(dict.fromkeys(returned)),
         unreached=tuple(path for path in traced.leaves if path not in seen),
         elsewhere=tuple(record.elsewhere),
+        opaque=tuple(record.opaque),
         flops=record.flops,
         outputs=traced.outputs,
     )

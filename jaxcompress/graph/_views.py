@@ -19,10 +19,15 @@ class Factor(NamedTuple):
     Attributes:
         axes: The leaf axes that it enumerates; none for a broadcast.
         size: Its length.
+        stride: Its step along that leaf axis, in entries.
+        exact: Whether it runs through the leaf's entries in their order, none left out; not so
+            for slices, padding, permutations, and axes that a reshape has mixed up.
     """
 
     axes: tuple[int, ...]
     size: int
+    stride: int = 1
+    exact: bool = True
 
 
 AxisFactors: TypeAlias = tuple[Factor, ...]
@@ -147,10 +152,10 @@ def _shape(atom: Any) -> tuple[int, ...]:
 
 
 _ELEMENTWISE = """
-    abs add and atan2 bitcast_convert_type cbrt ceil clamp convert_element_type copy copy_p cos
+    abs add and atan2 bitcast_convert_type cbrt ceil clamp convert_element_type copy cos
     custom_lin device_put div eq erf erf_inv erfc exp exp2 expm1 floor ge gt imag integer_pow
-    is_finite layout_constraint le log log1p log2 logistic lt max mesh_cast min mul name ne neg
-    nextafter not one_minus_square or pbroadcast pow pvary real reduce_precision rem reshard rev
+    is_finite layout_constraint le log log1p log2 logistic lt max min mul name ne neg
+    nextafter not one_minus_square or pbroadcast pow pvary real reduce_precision rem reshard
     round rsqrt sharding_constraint shift_left shift_right_arithmetic
     shift_right_logical sign sin sqrt square stop_gradient sub tan tanh xor
 """
@@ -197,12 +202,26 @@ def _single(
     return apply
 
 
-def _resized(axis: AxisFactors, size: int) -> AxisFactors:
+def resized(axis: AxisFactors, size: int) -> AxisFactors:
     """Describe part of an axis, or a longer axis of which it is part."""
     if size == math.prod(f.size for f in axis):
         return axis
     held = tuple(sorted({k for f in axis for k in f.axes}))
-    return (Factor(held, size),)
+    return (Factor(held, size, exact=False),)
+
+
+def fitted(view: View, shape: Sequence[int]) -> View:
+    """View a part, or a whole, of what a view shows: a shard, from inside a `shard_map`.
+
+    Args:
+        view: A view.
+        shape: The shape of the variable that it is to be a view of, of the same rank.
+
+    Returns:
+        The view with axes of these sizes.
+    """
+    axes = tuple(resized(axis, n) for axis, n in zip(view.axes, shape, strict=True))
+    return view if axes == view.axes else replace(view, axes=axes)
 
 
 def _transpose(eqn: Any, view: View) -> list[AxisFactors]:
@@ -224,9 +243,8 @@ def _broadcast(eqn: Any, view: View) -> list[AxisFactors]:
 
 
 def _reshape(eqn: Any, view: View) -> list[AxisFactors] | None:
-    if eqn.params.get("dimensions") is not None:
-        return None
-    return split_factors([f for axis in view.axes for f in axis], _shape(eqn.outvars[0]))
+    order = eqn.params.get("dimensions") or range(len(view.axes))
+    return split_factors([f for k in order for f in view.axes[k]], _shape(eqn.outvars[0]))
 
 
 def split_factors(factors: Sequence[Factor], shape: Sequence[int]) -> list[AxisFactors] | None:
@@ -241,18 +259,16 @@ def split_factors(factors: Sequence[Factor], shape: Sequence[int]) -> list[AxisF
             if size % factor.size == 0:
                 axis.append(factor)
                 size //= factor.size
-            elif factor.size % size == 0:  # the major part stays here, the minor goes on
-                axis.append(Factor(factor.axes, size))
-                left.append(Factor(factor.axes, factor.size // size))
-                size = 1
             elif (common := math.gcd(size, factor.size)) > 1:
-                axis.append(Factor(factor.axes, common))
-                left.append(Factor(factor.axes, factor.size // common))
+                # The major part stays here, the minor goes on.
+                minor = factor.size // common
+                axis.append(factor._replace(size=common, stride=factor.stride * minor))
+                left.append(factor._replace(size=minor))
                 size //= common
             elif left:  # no boundary in common: the two axes cannot be told apart from here on
                 minor = left.pop()
                 together = tuple(sorted({*factor.axes, *minor.axes}))
-                left.append(Factor(together, factor.size * minor.size))
+                left.append(Factor(together, factor.size * minor.size, exact=False))
             else:
                 return None
         axes.append(tuple(axis))
@@ -261,7 +277,24 @@ def split_factors(factors: Sequence[Factor], shape: Sequence[int]) -> list[AxisF
 
 def _same_rank(eqn: Any, view: View) -> list[AxisFactors]:
     shape = _shape(eqn.outvars[0])
-    return [_resized(axis, n) for axis, n in zip(view.axes, shape, strict=True)]
+    return [resized(axis, n) for axis, n in zip(view.axes, shape, strict=True)]
+
+
+def _inexact(axis: AxisFactors) -> AxisFactors:
+    return tuple(factor._replace(exact=False) for factor in axis)
+
+
+def _reversed(eqn: Any, view: View) -> list[AxisFactors]:
+    flipped = eqn.params["dimensions"]
+    return [_inexact(axis) if k in flipped else axis for k, axis in enumerate(view.axes)]
+
+
+def _all_gather(eqn: Any, view: View) -> list[AxisFactors]:
+    if eqn.params["tiled"]:
+        return _same_rank(eqn, view)
+    axes, shards = list(view.axes), Factor((), eqn.params["axis_size"])
+    axes.insert(eqn.params["all_gather_dimension"], (shards,))
+    return axes
 
 
 def _reduce(eqn: Any, view: View) -> list[AxisFactors]:
@@ -272,23 +305,12 @@ register_view("transpose")(_single(_transpose))
 register_view("squeeze")(_single(_squeeze))
 register_view("broadcast_in_dim")(_single(_broadcast))
 register_view("reshape")(_single(_reshape))
-register_view(
-    "slice", "dynamic_slice", "pad", "cumsum", "cummax", "cummin", "cumprod", "all_gather"
-)(_single(_same_rank))
+register_view("slice", "dynamic_slice", "pad")(_single(_same_rank))
+register_view("rev")(_single(_reversed))
+register_view("all_gather")(_single(_all_gather))
 register_view("reduce_sum", "reduce_max", "reduce_min", "reduce_prod", "reduce_and", "reduce_or")(
     _single(_reduce)
 )
-
-
-@register_view("expand_dims")
-def _expand_dims(eqn: Any, views: Sequence[View | None], k: int) -> list[View | None]:
-    (view,) = views
-    if view is None:
-        return [None]
-    axes = list(view.axes)
-    for k in sorted(eqn.params["dimensions"]):
-        axes.insert(k, ())
-    return [view.passed("expand_dims", axes)]
 
 
 @register_view("concatenate", "dynamic_update_slice")
@@ -298,12 +320,47 @@ def _joined(eqn: Any, views: Sequence[View | None], k: int) -> list[View | None]
     return [
         view.passed(
             eqn.primitive.name,
-            [_resized(axis, n) for axis, n in zip(view.axes, shape, strict=True)],
+            [resized(axis, n) for axis, n in zip(view.axes, shape, strict=True)],
         )
         if view is not None and len(view.axes) == len(shape)
         else None
         for view in views
     ]
+
+
+@register_view("stack")
+def _stack(eqn: Any, views: Sequence[View | None], k: int) -> list[View | None]:
+    """Follow every part of a stack: the new axis shows one index of each."""
+    axis = eqn.params["axis"]
+
+    def stacked(view: View) -> View:
+        axes = list(view.axes)
+        axes.insert(axis, (Factor((), len(views)),) if len(views) > 1 else ())
+        return view.passed("stack", axes)
+
+    return [None if view is None else stacked(view) for view in views]
+
+
+@register_view("unstack")
+def _unstack(eqn: Any, views: Sequence[View | None], k: int) -> list[View | None]:
+    (view,) = views
+    if view is None:
+        return [None]
+    axes = [axis for i, axis in enumerate(view.axes) if i != eqn.params["axis"]]
+    return [view.passed("unstack", axes)]
+
+
+@register_view("tile")
+def _tile(eqn: Any, views: Sequence[View | None], k: int) -> list[View | None]:
+    """Follow the copies of a leaf: a copied axis has a factor that enumerates them."""
+    (view,) = views
+    if view is None:
+        return [None]
+    axes = [
+        (Factor((), n), *axis) if n > 1 else axis
+        for n, axis in zip(eqn.params["reps"], view.axes, strict=True)
+    ]
+    return [view.passed("tile", axes)]
 
 
 @register_view("gather")
@@ -317,10 +374,10 @@ def _gather(eqn: Any, views: Sequence[View | None], k: int) -> list[View | None]
     kept = [i for i in range(len(view.axes)) if i not in gone]
     axes: list[AxisFactors] = [()] * len(shape)
     for target, i in zip(numbers.offset_dims, kept, strict=True):
-        axes[target] = _resized(view.axes[i], shape[target])
+        axes[target] = resized(view.axes[i], shape[target])
     picked = view.leaf_axes(sorted(gone))
     for target in sorted(set(range(len(shape))) - set(numbers.offset_dims)):
-        axes[target] = (Factor(picked, shape[target]),) if shape[target] != 1 else ()
+        axes[target] = (Factor(picked, shape[target], exact=False),)
     return [view.passed("gather", axes), None]
 
 
@@ -331,17 +388,9 @@ def _split(eqn: Any, views: Sequence[View | None], k: int) -> list[View | None]:
     if view is None:
         return [None]
     sizes = zip(view.axes, _shape(eqn.outvars[k]), strict=True)
-    return [view.passed("split", [_resized(axis, n) for axis, n in sizes])]
+    return [view.passed("split", [resized(axis, n) for axis, n in sizes])]
 
 
-@register_view("optimization_barrier")
-def _barrier(eqn: Any, views: Sequence[View | None], k: int) -> list[View | None]:
-    """Follow each operand to its own result."""
-    return [
-        view.passed("optimization_barrier", view.axes) if view is not None and i == k else None
-        for i, view in enumerate(views)
-    ]
-
-
-def elements(shape: Sequence[int]) -> int:
-    return int(np.prod(shape, dtype=np.int64))
+def elements(shape: Sequence[Any]) -> int:
+    """Count entries; a symbolic dimension of `jax.export` counts as one."""
+    return math.prod(int(n) if isinstance(n, int | np.integer) else 1 for n in shape)

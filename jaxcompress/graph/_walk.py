@@ -2,8 +2,9 @@
 
 import functools
 import itertools
+import math
 import operator
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple, TypeAlias
 
@@ -15,12 +16,11 @@ from jaxcompress.graph._compat import Program
 from jaxcompress.graph._constructs import Body, construct
 from jaxcompress.graph._graph import Contraction, Use
 from jaxcompress.graph._sites import Axes, Layout, Site, contraction_flops, site_rule, struct
-from jaxcompress.graph._views import View, elements, view_rule
+from jaxcompress.graph._views import View, elements, fitted, view_rule
 
 Position: TypeAlias = tuple[int, ...]
 """An equation's address: equation and body numbers in turn, from the outermost jaxpr in."""
 
-_PICKS = frozenset({"dynamic_slice", "gather"})
 _REPEATABLE = frozenset(
     {
         "broadcast_in_dim",
@@ -85,22 +85,25 @@ class Record:
 
     Attributes:
         sites: The sites; `named` gives them their final names.
-        uses: `(path, use)` pairs.
+        uses: `(path, use)` pairs, each once, in order.
         elsewhere: Contractions without a leaf.
-        operands: The operands of each construct with a rule of its own for differentiation.
+        opaque: The primitives that run jaxprs and are no constructs, with the scope of each.
+        operands: The operands of each construct.
         flops: Of all contractions.
     """
 
     sites: list[Found] = field(default_factory=list)
-    uses: list[tuple[str, Use]] = field(default_factory=list)
+    uses: dict[tuple[str, Use], None] = field(default_factory=dict)
     elsewhere: list[Contraction] = field(default_factory=list)
+    opaque: list[tuple[str, ...]] = field(default_factory=list)
     operands: dict[Position, list[Value]] = field(default_factory=dict)
     flops: int = 0
 
     def take(self, other: "Record", *, flops: bool = True) -> None:
         self.sites += other.sites
-        self.uses += other.uses
+        self.uses |= other.uses
         self.elsewhere += other.elsewhere
+        self.opaque += other.opaque
         self.operands |= other.operands
         self.flops += other.flops if flops else 0
 
@@ -126,7 +129,7 @@ class Walker:
         env.update(zip(program.invars, args, strict=True))
 
         def read(atom: Any) -> Value:
-            return Value() if isinstance(atom, _compat.Literal) else env[atom]
+            return Value(ident=self.fresh()) if isinstance(atom, _compat.Literal) else env[atom]
 
         for number, eqn in enumerate(program.eqns):
             operands = [read(atom) for atom in eqn.invars]
@@ -141,6 +144,10 @@ class Walker:
         entered = construct(eqn.primitive.name)
         if entered is not None:
             return self._construct(eqn, number, entered.bodies(eqn), operands, place, record)
+        if eqn.primitive.name == "optimization_barrier":
+            return operands
+        if _compat.has_subprograms(eqn):
+            record.opaque.append((*place.scope, eqn.primitive.name))
         if not any(value.views for value in operands):
             self._count_elsewhere(eqn, place, record)
             return self._results(eqn, operands)
@@ -162,9 +169,7 @@ class Walker:
 
     def _results(self, eqn: Any, operands: list[Value]) -> list[Value]:
         name = eqn.primitive.name
-        # Which slice of a leaf it is may vary; what is in it does not.
-        read = operands[:1] if name in _PICKS and operands[0].views else operands
-        varies, after = any(value.varies for value in read), _union(operands)
+        varies, after = any(value.varies for value in operands), _union(operands)
         if name not in _REPEATABLE:
             return [Value((), varies, self.fresh(), after) for _ in eqn.outvars]
         key = (name, operands[0].ident, tuple(eqn.params.values()))
@@ -186,19 +191,29 @@ class Walker:
         if rule is None:
             return found, after
         varies = [value.varies for value in operands]
-        for k, value in enumerate(operands):
-            for view in value.views:
-                layout = rule(eqn, k, view, varies)
-                if layout is not None:
-                    found[k] = True
-                    site = self._site(eqn, k, operands, view, layout, place)
-                    mine = next(self._numbers)
-                    self._reached[mine] = before
-                    after |= 1 << mine
-                    record.sites.append(Found((*place.position, number), site, mine))
-                    flops = max(flops, layout.flops)
+        layouts = [
+            (k, view, layout)
+            for k, value in enumerate(operands)
+            for view in value.views
+            if (layout := rule(eqn, k, view, varies)) is not None
+        ]
+        # Leaves that are contracted together share the operations, by their entries.
+        shares = self._shares([view.path for _, view, _ in layouts])
+        for (k, view, layout), share in zip(layouts, shares, strict=True):
+            found[k] = True
+            flops = max(flops, layout.flops)
+            mine = next(self._numbers)
+            self._reached[mine] = before
+            after |= 1 << mine
+            site = self._site(eqn, k, operands, view, layout, place)
+            site = replace(site, flops=site.flops * share[0] // share[1])
+            record.sites.append(Found((*place.position, number), site, mine))
         record.flops += flops * place.repeats
         return found, after
+
+    def _shares(self, paths: Sequence[str]) -> list[tuple[int, int]]:
+        sizes = [max(elements(self._leaves[path].shape), 1) for path in paths]
+        return [(size, sum(sizes)) for size in sizes]
 
     def upstream(self, number: int) -> list[int]:
         """List the sites before a site with no other site between, in order."""
@@ -212,7 +227,7 @@ class Walker:
     def _site(
         self, eqn: Any, k: int, operands: list[Value], view: View, layout: Layout, place: Place
     ) -> Site:
-        other = 0 if k else 1
+        other = layout.activation
         weight, output = struct(eqn.invars[k]), struct(eqn.outvars[0])
         activation = struct(eqn.invars[other])
         size = elements(self._leaves[view.path].shape)
@@ -237,6 +252,7 @@ class Walker:
             bounded=place.bounded,
             scope=place.scope,
             through=view.through,
+            aligned=_aligned(view, layout.axes, self._leaves[view.path].shape),
             flops=layout.flops * place.repeats,
             bytes=moved * place.repeats,
             feature_groups=layout.feature_groups,
@@ -248,8 +264,7 @@ class Walker:
     ) -> list[tuple[View, ...]]:
         """Follow leaves into an equation's results; where that ends, record the use."""
         rule = view_rule(eqn.primitive.name)
-        read = operands[:1] if eqn.primitive.name in _PICKS else operands
-        if rule is None or any(value.varies for value in read):
+        if rule is None or any(value.varies for value in operands):
             for value in operands:
                 self._use(eqn, value.views, place, record)
             return [()] * len(eqn.outvars)
@@ -257,7 +272,8 @@ class Walker:
         for views in itertools.product(*[value.views or (None,) for value in operands]):
             for k, results in enumerate(kept):
                 for view in rule(eqn, views, k):
-                    if view is not None:
+                    # One number of a leaf, its norm, is a use: no site can contract it.
+                    if view is not None and (view.leaf_axes(range(len(view.axes)))):
                         results[view.path, str(view.axes)] = view
         # A leaf that goes on by way of another operand is not lost: a scale, a mask of its own.
         followed = {path for results in kept for path, _ in results}
@@ -268,8 +284,7 @@ class Walker:
     def _use(self, eqn: Any, views: Sequence[View], place: Place, record: Record) -> None:
         use = Use(primitive=eqn.primitive.name, scope=place.scope, repeats=place.repeats)
         for view in views:
-            if (view.path, use) not in record.uses[-4:]:
-                record.uses.append((view.path, use))
+            record.uses[view.path, use] = None
 
     def _count_elsewhere(self, eqn: Any, place: Place, record: Record) -> None:
         flops = contraction_flops(eqn)
@@ -304,6 +319,7 @@ class Walker:
         record.operands[(*place.position, number)] = operands
         results: list[Value | None] = [None] * len(eqn.outvars)
         branches = 0
+        operands = list(operands)
         for k, body in enumerate(bodies):
             inside = place.inside(number, k, body)
             found, outs, unchanged = self._body(eqn, body, operands, inside)
@@ -330,7 +346,10 @@ class Walker:
             What it found, the values of its results, and the operands that it may hand back,
             by the ident that they have inside.
         """
-        args = [self._fed(operands[k], role) for k, role in body.inputs]
+        args = [
+            self._fed(operands[k], role, var.aval)
+            for (k, role), var in zip(body.inputs, body.program.invars, strict=True)
+        ]
         carried = [i for i, (_, role) in enumerate(body.inputs) if role == "carry"]
         returns = [i for i, (_, role) in enumerate(body.results) if role == "carry"]
         while True:
@@ -345,16 +364,18 @@ class Walker:
                     args[i] = before._replace(views=views, varies=varies)
             if settled:
                 break
-        for i in carried:
-            dropped = () if args[i].views else operands[body.inputs[i][0]].views
-            self._use(eqn, dropped, inside, record)
         handed = zip(args, body.inputs, strict=True)
         unchanged = {a.ident: operands[k] for a, (k, role) in handed if role != "same"}
+        for i in carried:
+            k = body.inputs[i][0]
+            self._use(eqn, () if args[i].views else operands[k].views, inside, record)
+            # A condition reads what is carried in the end, not only what it began with.
+            operands[k] = operands[k]._replace(views=args[i].views, varies=args[i].varies)
         return record, outs, unchanged
 
-    def _fed(self, value: Value, role: str) -> Value:
+    def _fed(self, value: Value, role: str, aval: Any) -> Value:
         if role == "same":
-            return value
+            return value._replace(views=_fitted(value.views, aval))
         if role == "carry":
             return value._replace(ident=self.fresh())
         views = tuple(
@@ -383,6 +404,7 @@ class Walker:
             value = value._replace(views=(), ident=self.fresh())
         elif role == "carry":
             value = value._replace(ident=self.fresh())
+        value = value._replace(views=_fitted(value.views, eqn.outvars[target].aval))
         before = results[target]
         if before is not None:
             agree = before.views == value.views
@@ -404,19 +426,35 @@ def _unseen(axes: Axes, shape: Sequence[int]) -> tuple[int, ...]:
     return tuple(k for k, n in enumerate(shape) if n > 1 and k not in named)
 
 
+def _aligned(view: View, axes: Axes, shape: Sequence[int]) -> bool:
+    """Tell whether a view runs through the leaf axes that the site sees, in order and whole."""
+    factors = [factor for axis in view.axes for factor in axis]
+    if any(not factor.axes and factor.size > 1 for factor in factors):
+        return False  # copies of the leaf, or other leaves beside it
+    for k in (*axes.contract, *axes.spatial, *axes.output, *axes.batch, *axes.lookup):
+        mine = [factor for factor in factors if k in factor.axes]
+        whole = math.prod(factor.size for factor in mine) == shape[k]
+        if not whole or not all(factor.exact and len(factor.axes) == 1 for factor in mine):
+            return False
+    return True
+
+
 def _union(values: Sequence[Value]) -> int:
     return functools.reduce(operator.or_, (value.after for value in values), 0)
 
 
-def _widest(views: Any) -> tuple[View, ...]:
+def _fitted(views: Sequence[View], aval: Any) -> tuple[View, ...]:
+    """Cut views to the size of a variable: inside a `shard_map` it is a shard."""
+    return tuple(fitted(view, aval.shape) for view in views)
+
+
+def _widest(views: Iterable[View]) -> tuple[View, ...]:
     """Keep, of several views of one leaf, those that show the most of its axes."""
-    views = list(views)
-
-    def shown(view: View) -> int:
-        return len(view.leaf_axes(range(len(view.axes))))
-
-    best = {view.path: max(shown(v) for v in views if v.path == view.path) for view in views}
-    return tuple(view for view in views if shown(view) == best[view.path])
+    shown = [(view, len(view.leaf_axes(range(len(view.axes))))) for view in views]
+    best: dict[str, int] = {}
+    for view, count in shown:
+        best[view.path] = max(count, best.get(view.path, 0))
+    return tuple(view for view, count in shown if count == best[view.path])
 
 
 def _nbytes(like: jax.ShapeDtypeStruct) -> int:

@@ -121,8 +121,8 @@ def collect(
         >>> sorted(collected), collected.batches
         (['down', 'up'], 2)
     """
-    several = _checked(statistics)
-    stream = map(_as_inputs, _iterated(batches))
+    several = checked_statistics(statistics)
+    stream = map(as_inputs, iterated(batches))
     first = next(stream, None)
     if first is None:
         raise ArgumentError(
@@ -132,15 +132,15 @@ def collect(
             fix="An iterator that was read before is empty: make it anew.",
         )
     plan = make_plan(fn, params, first, several, where)
-    sharding = _replicated((params, first))
+    sharding = replicated((params, first))
     # donated: the states are updated in place
     step = jax.jit(make_step(fn, plan), donate_argnums=0, out_shardings=sharding)
     states = jax.jit(lambda: init_states(plan), out_shardings=sharding)()
     flags = _Flags(allow=allow_non_finite)
     pending: collections.deque[dict[str, jax.Array]] = collections.deque()
-    stream = itertools.chain([first], _matching(stream, first))
+    stream = itertools.chain([first], matching(stream, first))
     total = len(batches) if hasattr(batches, "__len__") else None  # pyright: ignore
-    for batch in _shown(stream, total, progress):
+    for batch in with_progress(stream, total, progress):
         states, bad = step(states, params, batch)
         pending.append(bad)
         if len(pending) > _IN_FLIGHT:
@@ -151,7 +151,7 @@ def collect(
     return _gathered(plan, results, flags, single=isinstance(statistics, Statistic))
 
 
-def _checked(statistics: Any) -> dict[str, Statistic]:
+def checked_statistics(statistics: Any) -> dict[str, Statistic]:
     found = {"": statistics} if isinstance(statistics, Statistic) else statistics
     if (
         not isinstance(found, Mapping)
@@ -167,7 +167,7 @@ def _checked(statistics: Any) -> dict[str, Statistic]:
     return dict(found)
 
 
-def _iterated(batches: Any) -> Iterator[Any]:
+def iterated(batches: Any) -> Iterator[Any]:
     if isinstance(batches, str | Mapping) or not hasattr(batches, "__iter__"):
         raise ArgumentTypeError(
             "batches",
@@ -178,11 +178,11 @@ def _iterated(batches: Any) -> Iterator[Any]:
     return iter(batches)
 
 
-def _as_inputs(batch: Any) -> tuple[Any, ...]:
+def as_inputs(batch: Any) -> tuple[Any, ...]:
     return batch if isinstance(batch, tuple) else (batch,)
 
 
-def _matching(stream: Iterator[tuple], first: tuple) -> Iterator[tuple]:
+def matching(stream: Iterator[tuple], first: tuple) -> Iterator[tuple]:
     """Pass batches on that are structured like the first; only sizes may differ."""
 
     def describe(batch: tuple) -> Any:
@@ -209,7 +209,7 @@ def _dtype(x: Any) -> Any:
     return x.dtype if hasattr(x, "dtype") else jax.dtypes.result_type(x)
 
 
-def _replicated(arrays: Any) -> jax.sharding.Sharding | None:
+def replicated(arrays: Any) -> jax.sharding.Sharding | None:
     """Find where states live: replicated over the mesh of the arguments, if they have one."""
     for x in jax.tree.leaves(arrays):
         if isinstance(x, jax.Array) and isinstance(x.sharding, jax.sharding.NamedSharding):
@@ -217,7 +217,7 @@ def _replicated(arrays: Any) -> jax.sharding.Sharding | None:
     return None
 
 
-def _shown(stream: Iterator[Any], total: int | None, progress: bool) -> Iterator[Any]:
+def with_progress(stream: Iterator[Any], total: int | None, progress: bool) -> Iterator[Any]:
     console = rich.console.Console(stderr=True)
     if not (progress and console.is_terminal):
         return stream

@@ -177,7 +177,7 @@ def second_moment(*, block: int | None = None, reads: str = "input") -> Statisti
 
 
 class _Spread(NamedTuple):
-    origin: Array  # the first row: all else is relative to it
+    origin: Array  # the mean of the first batch: all else is relative to it
     mean: Array
     spread: Array  # Σ(x-mean)(x-mean)ᵀ, or its diagonal
     tokens: Counter
@@ -188,8 +188,8 @@ def mean_covariance(*, diagonal: bool = False, reads: str = "input") -> Statisti
 
     With $n_a$ tokens so far, $n_b$ in the batch, $n = n_a + n_b$ and $\delta = m_b - m_a$:
     $m = m_a + \delta n_b / n$ and $M = M_a + M_b + \delta\delta^T n_a n_b / n$, where M are the
-    centred second moments. Everything is relative to the first row, so that a float32 mean far
-    from zero does not round what it is compared with.
+    centred second moments. Everything is relative to the first batch's mean, so that a float32
+    mean far from zero does not round what it is compared with.
 
     Args:
         diagonal: Keep variances only.
@@ -217,7 +217,7 @@ def mean_covariance(*, diagonal: bool = False, reads: str = "input") -> Statisti
 
     def update(state: _Spread, x: Array) -> _Spread:
         before, tokens = counted(state.tokens), count(state.tokens, len(x))
-        origin = jnp.where(before == 0, as_float32(x[0]), state.origin)
+        origin = jnp.where(before == 0, as_float32(x).mean(0), state.origin)
         x = as_float32(x) - origin
         mean = x.mean(0)
         centred, delta = x - mean, mean - state.mean

@@ -55,7 +55,7 @@ def absmax(*, per_tensor: bool = False, reads: str = "input") -> Statistic:
     axes = _axes(per_tensor)
     return Statistic(
         init=lambda features: jnp.zeros(_shape(features, per_tensor), jnp.float32),
-        update=lambda state, x: jnp.maximum(state, as_float32(jnp.abs(x).max(axes))),
+        update=lambda state, x: jnp.maximum(state, jnp.abs(as_float32(x)).max(axes)),
         finalize=lambda state: state,
         reads=(reads,),
     )
@@ -141,10 +141,9 @@ def moving_average(
         return _Averages(zeros, zeros, zeros, jnp.zeros((), jnp.float32))
 
     def update(state: _Averages, x: Array) -> _Averages:
+        x = as_float32(x)
         new = (x.min(axes), x.max(axes), jnp.abs(x).max(axes), jnp.float32(1))
-        return _Averages(
-            *(decay * m + (1 - decay) * as_float32(v) for m, v in zip(state, new, strict=True))
-        )
+        return _Averages(*(decay * m + (1 - decay) * v for m, v in zip(state, new, strict=True)))
 
     def finalize(state: _Averages) -> MovingAverage:
         return MovingAverage(*(m / state.weight for m in state[:3]))

@@ -124,9 +124,9 @@ def sequential(
         >>> params["up"].tolist()
         [[1.0, 1.0, 1.0], [1.0, 1.0, 1.0]]
     """
-    several = _collect._checked(statistics)
+    several = _collect.checked_statistics(statistics)
     _refuse_gradients(several)
-    stream = map(_collect._as_inputs, _collect._iterated(batches))
+    stream = map(_collect.as_inputs, _collect.iterated(batches))
     first = next(stream, None)
     if first is None:
         raise ArgumentError(
@@ -135,14 +135,14 @@ def sequential(
             expected="at least one",
             fix="An iterator that was read before is empty: make it anew.",
         )
-    stages = Stages(fn, where, host=host, sharding=_collect._replicated((params, first)))
+    stages = Stages(fn, where, host=host, sharding=_collect.replicated((params, first)))
     flights = [stages.course(params, first).start(first)]
     plan = make_plan(fn, params, first, several, where)
-    for batch in _collect._matching(stream, first):
+    for batch in _collect.matching(stream, first):
         flights.append(stages.course(params, batch).start(batch))
     stops = _common_stops(flights)
     run = _Run(stages, plan, params, flights, single=isinstance(statistics, Statistic))
-    for number, stop in enumerate(_collect._shown(iter(stops), len(stops), progress)):
+    for number, stop in enumerate(_collect.with_progress(iter(stops), len(stops), progress)):
         results = run.collect(stop, allow_non_finite=allow_non_finite)
         leaves, index = run.leaves_at(stop)
         replaced = visit(
@@ -236,7 +236,7 @@ class _Run:
             seen = {n: replace(self._plan.seen[n], site=site) for n, site in sites.items()}
             plan = replace(self._plan, seen=seen, owners=owners)
             owned = plan.owned(gradients=False)
-            observers = {name: _step._observer(plan, keys) for name, keys in owned.items()}
+            observers = {name: _step.make_observer(plan, keys) for name, keys in owned.items()}
             self._plans[names] = plan, observers
         return self._plans[names]
 
@@ -252,7 +252,7 @@ class _Run:
 
     def replace(self, stop: Cut, before: Mapping[str, Any], replaced: Any) -> None:
         """Put the visitor's leaves in place."""
-        for path, new in _checked(before, replaced).items():
+        for path, new in checked_statistics(before, replaced).items():
             picks = stop.slices[path]
             if not picks:
                 self.current[path] = _placed_like(new, before[path])
@@ -289,7 +289,7 @@ def _check_finite(bad: Mapping[str, Array], stop: Cut) -> None:
         )
 
 
-def _checked(before: Mapping[str, Any], replaced: Any) -> Mapping[str, Any]:
+def checked_statistics(before: Mapping[str, Any], replaced: Any) -> Mapping[str, Any]:
     """Refuse what `visit` may not return."""
     if replaced is None:
         return {}

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from jaxcompress.errors import ArgumentError
+from jaxcompress.errors import ArgumentError, ArgumentTypeError
 
 READS = ("input", "channels", "output", "input_grad", "output_grad", "indices")
 """The arrays of a site that a statistic can read; see `Statistic.reads`."""
@@ -104,6 +104,14 @@ def counted(total: Counter) -> Array:
 
 
 def as_float32(x: Array) -> Array:
+    """Widen an activation; a complex one has no order, and no one square to sum."""
+    if jnp.iscomplexobj(x):
+        raise ArgumentTypeError(
+            "where",
+            got=f"a site with {x.dtype} activations",
+            expected="real activations",
+            fix="Leave it out, with `tree.without`.",
+        )
     return jnp.asarray(x).astype(jnp.float32)
 
 

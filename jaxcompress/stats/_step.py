@@ -1,6 +1,6 @@
 """One batch through fn, with the states of all statistics on the way."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence, Set
 from typing import Any
 
 import jax
@@ -50,7 +50,9 @@ def finalize(plan: Plan, states: dict[str, Keyed]) -> Keyed:
 def make_step(fn: Callable[..., Any], plan: Plan) -> Step:
     """Make the function that collects from one batch."""
     forward, backward = plan.owned(gradients=False), plan.owned(gradients=True)
-    observers = {name: _observer(plan, forward.get(name, {})) for name in {**forward, **backward}}
+    observers = {
+        name: make_observer(plan, forward.get(name, {})) for name in {**forward, **backward}
+    }
 
     def blank(states: dict[str, Keyed]) -> dict[str, Any]:
         cells = {}
@@ -76,7 +78,7 @@ def make_step(fn: Callable[..., Any], plan: Plan) -> Step:
     return step
 
 
-def _observer(plan: Plan, statistics: Mapping[str, Statistic]) -> Callable[..., Any]:
+def make_observer(plan: Plan, statistics: Mapping[str, Statistic]) -> Callable[..., Any]:
     """Make an observer: its cell is `(non-finite entries, runs, states)`."""
 
     def observe(site: Site, cell: Any, activation: Array, output: Array) -> Any:
@@ -99,8 +101,12 @@ def _update(
     statistics: Mapping[str, Statistic],
     states: Mapping[str, Any],
     arrays: Mapping[str, Array],
+    counted: Set[str] = frozenset(),
 ) -> tuple[dict[str, Any], Array]:
-    """Update states by one run of a site; also counts the non-finite entries that were read."""
+    """Update states by one run of a site; also counts the non-finite entries that were read.
+
+    Those of the arrays in `counted` were counted before.
+    """
     rows: dict[str, Array] = {}
     updated = {}
     for key, statistic in statistics.items():
@@ -117,8 +123,14 @@ def _update(
             )
         run = _vmapped(statistic.update, len(batch_shape(plan.seen[site.name], statistic)))
         updated[key] = run(states[key], *given)
-    names = {"activation" if kind in ("input", "channels", "indices") else kind for kind in rows}
-    return updated, sum((_non_finite(arrays[name]) for name in sorted(names)), jnp.uint32(0))
+    names = sorted(_arrays(statistics) - counted)
+    return updated, sum((_non_finite(arrays[name]) for name in names), jnp.uint32(0))
+
+
+def _arrays(statistics: Mapping[str, Statistic]) -> set[str]:
+    """Name the arrays of a site that statistics read, whatever rows they are brought into."""
+    reads = {kind for statistic in statistics.values() for kind in statistic.reads}
+    return {"activation" if kind in ("input", "channels", "indices") else kind for kind in reads}
 
 
 def _non_finite(x: Array) -> Array:
@@ -199,11 +211,17 @@ def _update_from_gradients(
     updated, bad = {}, {}
     for name, statistics in backward.items():
         site = plan.seen[name].site
+        counted = _arrays(plan.owned(gradients=False).get(name, {}))
 
         def update(
-            states: Any, arrays: Any, runs: Array, site: Site = site, statistics: Any = statistics
+            states: Any,
+            arrays: Any,
+            runs: Array,
+            site: Site = site,
+            statistics: Any = statistics,
+            counted: Set[str] = counted,
         ) -> Any:
-            new, bad = _update(plan, site, statistics, states, arrays)
+            new, bad = _update(plan, site, statistics, states, arrays, counted)
             # A branch that was not taken has zeros for activations, not rows of zeros.
             return jax.tree.map(lambda old, new: jnp.where(runs > 0, new, old), states, new), bad
 

@@ -240,5 +240,9 @@ def test_bad_input_is_named():
         graph.observe(fn, {"v": count})(W, {"v": 0}, X)
     with pytest.raises(StructureError, match="states"):
         graph.observe(fn, {"w": count})(W, {}, X)
+    with pytest.raises(StructureError, match=r"leading axes \(3,\)"):
+        graph.observe(scanned, {"w": count})(STACKED, {"w": jnp.zeros(())}, X)
+    with pytest.raises(StructureError, match=r"shape \(3, 2, 4\)"):
+        graph.perturb(scanned, "w")(STACKED, {"w": jnp.zeros((2, 4))}, X)
     with pytest.raises(StructureError, match="offsets"):
         graph.perturb(fn, "w")(W, {"w#1": X}, X)

@@ -4,6 +4,7 @@ import functools
 import warnings
 
 import jax
+import jax.export
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -12,7 +13,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from jaxcompress import graph
-from jaxcompress.errors import ArgumentTypeError, SelectionError
+from jaxcompress.errors import ArgumentError, ArgumentTypeError, SelectionError
 
 KEY = jax.random.key(0)
 W = {"w": jax.random.normal(KEY, (4, 4)) / 2}
@@ -300,3 +301,81 @@ def test_a_key_that_an_earlier_one_shadows_raises():
 def test_bad_handlers_are_named(handlers):
     with pytest.raises(ArgumentTypeError, match="handlers"):
         graph.replay(lambda p, x: x @ p["w"], handlers)
+
+
+def test_a_choice_by_platform_stays_one():
+    def elsewhere(x, w):
+        return jax.lax.linalg.lu(x @ w)[0] if jax.default_backend() == "tpu" else unlowerable(x @ w)
+
+    from jax.extend.core import Primitive
+
+    only_tpu = Primitive("test_only_on_tpu")
+    only_tpu.def_abstract_eval(lambda x: x)
+    unlowerable = only_tpu.bind
+
+    def fn(p, x):
+        return lax.platform_dependent(x, p["w"], tpu=elsewhere, default=lambda x, w: x @ w)
+
+    assert_same(jax.jit(fn)(W, X), jax.jit(graph.replay(fn, {"w": identity}))(W, X))
+    np.testing.assert_array_equal(jax.jit(graph.tap(fn, "w"))(W, X)[0], jax.jit(fn)(W, X))
+
+
+def test_a_forward_rule_without_the_equation_is_refused():
+    @jax.custom_vjp
+    def dense(x, w):
+        return x @ w
+
+    dense.defvjp(lambda x, w: ((x[:, :, None] * w).sum(1), (x, w)), lambda r, g: (g @ r[1].T, w0))
+    w0 = jnp.zeros((4, 4))
+    replayed = graph.replay(lambda p, x: dense(x, p["w"]), {"w": identity})
+    assert_same(replayed(W, X), X @ W["w"])
+    with pytest.raises(ArgumentError, match="forward rule has no such equation"):
+        jax.grad(total(replayed))(W, X)
+
+
+def test_a_where_predicate_is_a_key():
+    chosen = lambda path, leaf: path == "w" and leaf.ndim == 2
+    zero = lambda equation, *operands: 0 * equation.bind(*operands)
+    out = graph.replay(lambda p, x: x @ p["w"], [(chosen, zero)])(W, X)
+    np.testing.assert_array_equal(out, jnp.zeros((2, 4)))
+
+
+@pytest.mark.parametrize("result", [None, (1.0,), [X]], ids=["none", "tuple", "list"])
+def test_a_handler_that_returns_no_array_is_named(result):
+    with pytest.raises(ArgumentError, match="from the handler at w: expected|handler at w"):
+        graph.replay(lambda p, x: x @ p["w"], {"w": lambda equation, *xs: result})(W, X)
+
+
+def test_eager_outputs_are_arrays():
+    fn = lambda p, x, n: (x @ p["w"], n, 2, jnp.zeros(3))
+    outputs = graph.replay(fn, {"w": identity})(W, X, 3)
+    assert all(isinstance(x, jax.Array) for x in jax.tree.leaves(outputs))
+
+
+def test_under_export_with_a_symbolic_batch():
+    (batch,) = jax.export.symbolic_shape("b")
+    replayed = jax.jit(graph.replay(lambda p, x: jnp.tanh(x @ p["w"]), {"w": identity}))
+    exported = jax.export.export(replayed)(W, jax.ShapeDtypeStruct((batch, 4), "float32"))
+    np.testing.assert_allclose(exported.call(W, X), jnp.tanh(X @ W["w"]), rtol=1e-6)
+
+
+def test_a_forward_rule_that_contracts_more_keeps_names_apart():
+    @jax.custom_vjp
+    def dense(x, w):
+        return (x @ w) @ w[:, :2]
+
+    def forward(x, w):
+        gram = w.T @ w  # not in the primal
+        return (x @ w) @ w[:, :2], (x, gram)
+
+    dense.defvjp(forward, lambda r, g: (g @ jnp.ones((2, 4)), r[1]))
+    names = []
+
+    def note(equation, *operands):
+        names.append(tuple(site.name for site in equation.sites))
+        return equation.bind(*operands)
+
+    jax.grad(total(graph.replay(lambda p, x: dense(x, p["w"]), {"w": note})))(W, X)
+    assert names.count(("w",)) == names.count(("w#1",)) == 2  # primal, and forward
+    (extra,) = set(names) - {("w",), ("w#1",)}
+    assert all("#forward" in name for name in extra)

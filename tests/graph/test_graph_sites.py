@@ -49,6 +49,65 @@ def test_rows_times_the_weight_are_the_output_rows(spec, x_shape, w_shape):
     np.testing.assert_array_equal(rows, site.channels(seen))
 
 
+REARRANGED = {
+    "split, contracted the other way": lambda w, x: jnp.einsum(
+        "nji,ijc->nc", x.reshape(2, 3, 2), w.reshape(2, 3, 5)
+    ),
+    "merged the other way": lambda w, x: x @ w.reshape(2, 3, 5).transpose(1, 0, 2).reshape(6, 5),
+    "outputs merged the other way": lambda w, x: (
+        x
+        @ w.T.reshape(5, 2, 3)
+        .transpose(0, 2, 1)
+        .reshape(5, 6)
+        .T.reshape(3, 2, 5)
+        .transpose(1, 0, 2)
+        .reshape(6, 5)
+    ),
+}
+
+
+@pytest.mark.parametrize("name", REARRANGED)
+def test_features_follow_the_leaf_however_it_is_rearranged(name):
+    fn, w = REARRANGED[name], jax.random.normal(KEYS[0], (6, 5))
+    x = jax.random.normal(KEYS[1], (2, 6))
+    (site,) = graph.trace(fn, w, x).sites
+    seen = graph.tap(fn, "", at="input")(w, x)[1][""]
+    assert site.aligned
+    result = graph.tap(fn, "")(w, x)[1][""]
+    np.testing.assert_allclose(site.rows(seen) @ w, site.output_rows(result), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda w: w[::-1],
+        lambda w: w[:, :3],
+        lambda w: w[jnp.array([3, 0, 1, 2])],
+        lambda w: jnp.concatenate([w, w], axis=1),
+        lambda w: jnp.pad(w, ((0, 0), (1, 0))),
+        lambda w: jnp.tile(w, (1, 2)),
+        lambda w: jnp.repeat(w, 2, axis=1),
+        lambda w: jnp.stack([w, w], axis=1).reshape(4, -1),
+        lambda w: jnp.diag(w[:, 0]),
+    ],
+    ids=[
+        "reversed",
+        "sliced",
+        "permuted",
+        "joined",
+        "padded",
+        "tiled",
+        "repeated",
+        "stacked",
+        "diagonal",
+    ],
+)
+def test_a_site_says_when_its_features_are_not_the_leaf_s(change):
+    fn = lambda w, x: x @ change(w)
+    sites = graph.trace(fn, jnp.ones((4, 5)), jnp.ones((2, 4))).sites
+    assert sites and not any(site.aligned for site in sites)
+
+
 CONVOLUTIONS = {
     "plain": {},
     "strided": {"window_strides": (2, 1)},
@@ -183,3 +242,12 @@ def test_rules_for_new_primitives_are_used():
     assert site.axes == Axes(contract=(1,), output=(0,)) and site.through == ("test_flip",)
     doubled = graph.replay(fn, {"": lambda equation, x, w: equation.bind(2 * x, w)})
     np.testing.assert_array_equal(jax.jit(doubled)(w, x), jnp.full((2, 5), 2.0))
+
+
+def test_rows_of_a_slice_are_those_that_are_read():
+    fn = lambda w, start: lax.dynamic_slice_in_dim(w, start, 2)
+    table = jax.random.normal(KEYS[0], (5, 3))
+    (site,) = graph.trace(fn, table, 0).sites
+    for start in (0, 2, 4, 9):
+        rows = site.rows(jnp.int32(start))[:, 0]
+        np.testing.assert_array_equal(table[rows], site.output_rows(fn(table, start)))

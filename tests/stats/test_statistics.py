@@ -183,7 +183,7 @@ def test_moving_average_is_the_corrected_mean():
 def test_moving_average_of_one_batch_is_its_extremes():
     x, _ = rows(6)
     result = run(stats.moving_average(decay=0.999), (x,))
-    np.testing.assert_allclose(result.high, x.max(0), rtol=1e-4)  # 1 - 0.999 costs three digits
+    np.testing.assert_allclose(result.high, x.max(0), rtol=1e-6)
 
 
 def test_covariance_survives_a_large_mean():
@@ -256,3 +256,24 @@ def test_bad_options_are_refused(make):
 def test_gradients_are_known_to_be_needed():
     assert stats.fisher().needs_gradients and not stats.absmax().needs_gradients
     assert stats.gradient_activation(at="input").reads == ("channels", "input_grad")
+
+
+def test_integers_are_widened_before_they_are_measured():
+    x = jnp.array([[-128, 3]], jnp.int8)
+    for statistic, wanted in ((stats.absmax(), [128, 3]), (stats.moving_average(), [128, 3])):
+        result = statistic.finalize(statistic.update(statistic.init(2), x))
+        assert np.asarray(getattr(result, "absmax", result)).tolist() == wanted
+
+
+def test_complex_activations_are_refused():
+    statistic = stats.channel_norm()
+    with pytest.raises(TypeError, match="complex64"):
+        statistic.update(statistic.init(2), jnp.ones((3, 2), jnp.complex64))
+
+
+def test_a_massive_first_row_costs_the_covariance_nothing():
+    x = np.random.default_rng(0).normal(10, 1, (4096, 1)).astype(np.float32)
+    x[0] = 1e6
+    statistic = stats.mean_covariance()
+    result = statistic.finalize(statistic.update(statistic.init(1), jnp.asarray(x)))
+    np.testing.assert_allclose(result.mean, x.astype(float).mean(0), rtol=1e-6)
