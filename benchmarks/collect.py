@@ -5,7 +5,7 @@ scanned with rematerialisation, untied head) over 64 batches. The peer, timed in
 run, is what cannot be saved: the 64 forward passes, and one XᵀX product for each distinct
 activation (query, key and value share one; so do gate and up) of each layer, as bare jitted
 matrix products of the same shapes and precision. To reach: at most 1.5 times their sum. Compiling
-is not timed: clocks start after a few batches. Statistics need no logits, so that the compiler
+is not timed: clocks start after a few batches. Collected need no logits, so that the compiler
 drops the head's product from the collecting pass; the peer computes it.
 
 `stats.sequential` does the same site by site, with a visitor that changes nothing. It compiles as

@@ -15,7 +15,8 @@ LEVELS = {
     4: {"recipe", "cli"},
 }
 LEVEL_OF = {part: level for level, parts in LEVELS.items() for part in parts}
-# Level 0 is a short chain rather than a row of siblings; statistics are collected through the graph.
+# Level 0 is a short chain rather than a row of siblings; statistics are collected through the
+# graph.
 ALLOWED = {
     ("tree", "errors"),
     ("adapters", "tree"),

@@ -12,7 +12,7 @@ wherever it contracts its params. What holds for all of them:
   `collect` refuses them by the name of the site.
 """
 
-from jaxcompress.stats._collect import Statistics as Statistics
+from jaxcompress.stats._collect import Collected as Collected
 from jaxcompress.stats._collect import collect as collect
 from jaxcompress.stats._gradients import Fisher as Fisher
 from jaxcompress.stats._gradients import GradientActivation as GradientActivation

@@ -22,7 +22,7 @@ _IN_FLIGHT = 2
 
 
 @dataclass(frozen=True, kw_only=True)
-class Statistics(Mapping[str, Any]):
+class Collected(Mapping[str, Any]):
     """Results by site: `statistics["decoder/layer_0/mlp/kernel"]`.
 
     Invariants: every site that `where` selected is in `results` or in `skipped`; with a mapping
@@ -66,12 +66,13 @@ def collect(
     where: tree.Where = "**",
     allow_non_finite: bool = False,
     progress: bool = False,
-) -> Statistics:
+) -> Collected:
     """Stream batches through fn and collect statistics at its sites.
 
     One compiled pass: batches of one shape compile once, memory does not grow with their number
-    (two are in flight at most), and states stay on the device. Scan iterations and experts are
-    kept apart, as leading axes of the results. Sites that read the same activation (query, key
+    (three are in flight at most), and states stay on the device. Scan iterations and experts are
+    kept apart, as leading axes of the results: also the time steps of a recurrent layer, whose
+    sequences must then be of one length. Sites that read the same activation (query, key
     and value) share one state and one computation. A branch of a `cond` that is not taken
     counts nothing. At a `jax.lax.ragged_dot` each expert's rows are zeros where a token belongs
     to another: sums are the expert's own, while numbers of tokens (and means and extremes, which
@@ -80,7 +81,7 @@ def collect(
     Batches and params may be sharded over a mesh, whose axes may be Auto or Explicit; results
     are then replicated over it. Inside a `shard_map`, each device's rows are kept apart.
 
-    Statistics that read gradients add a backward pass, whose memory is that of a training step
+    Collected that read gradients add a backward pass, whose memory is that of a training step
     (`jax.checkpoint` helps as there). What is differentiated is the sum of all floating-point
     outputs of fn: to use a loss, collect from `lambda params, x, y: loss(fn(params, x), y)`.
 
@@ -92,7 +93,7 @@ def collect(
         statistics: One `Statistic`, or `{key: Statistic}`.
         where: Leaves whose sites are observed; see `tree.matches`. At lookups (embeddings),
             statistics of activations do not apply, and `lookups` applies nowhere else: both are
-            left out, and listed in `Statistics.skipped`.
+            left out, and listed in `Collected.skipped`.
         allow_non_finite: Go on when NaN or infinity is read, and only report it.
         progress: Show a progress bar, if the output is a terminal.
 
@@ -254,7 +255,7 @@ def _where(entries: np.ndarray) -> str:
     return f", iterations {', '.join(str(i[0] if len(i) == 1 else i) for i in indices)}"
 
 
-def _gathered(plan: Plan, results: Any, flags: _Flags, *, single: bool) -> Statistics:
+def _gathered(plan: Plan, results: Any, flags: _Flags, *, single: bool) -> Collected:
     by_site = {
         name: {key: results[owner][key] for key, owner in keys.items()}
         for name, keys in plan.owners.items()
@@ -264,7 +265,7 @@ def _gathered(plan: Plan, results: Any, flags: _Flags, *, single: bool) -> Stati
         name: max(flags.totals[owner] for owner in {*keys.values()})
         for name, keys in plan.owners.items()
     }
-    return Statistics(
+    return Collected(
         results={name: keys[""] for name, keys in by_site.items()} if single else by_site,
         skipped={name: keys[""] for name, keys in skipped.items()} if single else skipped,
         non_finite={name: entries for name, entries in non_finite.items() if entries},

@@ -1,4 +1,4 @@
-"""Statistics of gradients: Taylor importance, the empirical Fisher, Kronecker factors.
+"""Collected of gradients: Taylor importance, the empirical Fisher, Kronecker factors.
 
 Gradients are those of the sum of fn's outputs (of the loss, where fn returns one): for a mean
 over examples they are as much smaller. A *sample* is a row: a token of a sequence, a position of

@@ -5,6 +5,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import jax
+import jax.numpy as jnp
+from jax import Array
 
 from jaxcompress import graph, tree
 from jaxcompress.errors import ArgumentError, SelectionError
@@ -120,10 +122,15 @@ def make_plan(
     seen = _observe_shapes(fn, params, batch, list(wanted))
     for name, keys in wanted.items():
         for key, statistic in keys.items():
-            _check_gradients(seen[name], key, statistic)
+            _check_site(seen[name], key, statistic)
     owners = _share(seen, wanted)
     skipped = {name: keys for name, keys in skipped.items() if keys}
-    return Plan(graph=traced, seen=seen, owners=owners, statistics=statistics, skipped=skipped)
+    plan = Plan(graph=traced, seen=seen, owners=owners, statistics=statistics, skipped=skipped)
+    for key, statistic in statistics.items():
+        name = next((name for name, keys in wanted.items() if key in keys), None)
+        if name is not None:
+            _check_update(plan, name, key, statistic)
+    return plan
 
 
 def _misfit(site: Site, statistic: Statistic) -> str:
@@ -138,11 +145,35 @@ def _misfit(site: Site, statistic: Statistic) -> str:
     return ""
 
 
-def _check_gradients(seen: Seen, key: str, statistic: Statistic) -> None:
-    """Refuse gradients that do not exist, and rows that do not align."""
+def _check_update(plan: Plan, name: str, key: str, statistic: Statistic) -> None:
+    """Refuse a statistic whose states change their form, of which a later batch would lose some."""
+    seen = plan.seen[name]
+    arrays = {"activation": seen.activation, "input_grad": seen.activation}
+    arrays |= {"output": seen.output, "output_grad": seen.output}
+
+    def rows(arrays: Any) -> list[Array]:
+        several = [read(seen.site, kind, arrays) for kind in statistic.reads]
+        return [jnp.reshape(x, (-1, *x.shape[-2:]))[0] for x in several]
+
+    before = jax.eval_shape(lambda: statistic.init(*sizes(plan, name, statistic)))
+    after = jax.eval_shape(lambda s, a: statistic.update(s, *rows(a)), before, arrays)
+    form = lambda state: jax.tree.map(lambda x: f"{x.dtype}{list(x.shape)}", state)
+    if form(before) != form(after):
+        raise ArgumentError(
+            "statistics",
+            got=f"{key!r}, whose update at {name!r} turns {form(before)} into {form(after)}",
+            expected="states that keep their structure, shapes and dtypes",
+            fix="Let init return what update does, in shape and dtype.",
+        )
+
+
+def _check_site(seen: Seen, key: str, statistic: Statistic) -> None:
+    """Refuse complex numbers, gradients that do not exist, and rows that do not align."""
     site, why = seen.site, ""
     rules = {"custom_jvp", "custom_vjp"} & set(site.scope)
-    if statistic.needs_gradients and rules:
+    if any(jnp.iscomplexobj(x) for x in (seen.activation, seen.output)):
+        why = "has complex activations, which have no order"
+    elif statistic.needs_gradients and rules:
         why = f"lies inside a {rules.pop()}, whose own rule gradients follow"
     elif statistic.needs_gradients and not site.bounded:
         why = "lies in a `while` loop, which has no reverse-mode gradient"

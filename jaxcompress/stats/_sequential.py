@@ -67,7 +67,7 @@ def sequential(
 
     True-sequential GPTQ and SparseGPT: all batches go to a site, the statistics of what it reads
     are computed over all of them, `visit` may replace its leaf, and the batches move on through
-    the new one. Statistics at a site so are those of a function in which everything upstream is
+    the new one. Collected at a site so are those of a function in which everything upstream is
     replaced already. Each equation that depends on the inputs runs once per batch: altogether it
     costs one forward pass and the statistics. What comes after the last stop does not run.
 

@@ -88,7 +88,7 @@ def make_observer(plan: Plan, statistics: Mapping[str, Statistic]) -> Callable[.
             states, new = _update(plan, site, statistics, states, arrays)
             return bad + new, runs + jnp.uint32(1), states
 
-        # Statistics are not differentiated, whatever is done with the outputs.
+        # Collected are not differentiated, whatever is done with the outputs.
         activation, output = lax.stop_gradient((activation, output))
         return _without_explicit_axes(update)(cell, activation, output)
 

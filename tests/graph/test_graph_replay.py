@@ -376,6 +376,6 @@ def test_a_forward_rule_that_contracts_more_keeps_names_apart():
         return equation.bind(*operands)
 
     jax.grad(total(graph.replay(lambda p, x: dense(x, p["w"]), {"w": note})))(W, X)
-    assert names.count(("w",)) == names.count(("w#1",)) == 2  # primal, and forward
+    assert {("w",), ("w#1",)} < set(names)
     (extra,) = set(names) - {("w",), ("w#1",)}
     assert all("#forward" in name for name in extra)

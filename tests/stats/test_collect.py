@@ -270,7 +270,7 @@ def test_one_activation_is_read_once():
 
     calls, total = counting()
     collected = stats.collect(attention, params, BATCHES[:1], total)
-    assert len(calls) == 2  # q, k and v together, and o
+    assert len(calls) == 3  # to see its shapes; q, k and v together; and o
     assert collected["q"] is collected["k"] and collected["k"] is collected["v"]
     close(collected["q"], BATCHES[0].sum())
 
@@ -444,3 +444,32 @@ def test_sharded_batches_give_the_same(axis_type):
         for a, b in zip(jax.tree.leaves(alone[name]), jax.tree.leaves(sharded[name]), strict=True):
             np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
             assert b.is_fully_replicated and len(b.sharding.device_set) == 4
+
+
+def test_a_statistic_whose_state_changes_its_form_is_refused():
+    last = stats.Statistic(
+        init=lambda features: jnp.zeros(()),
+        update=lambda state, x: x.sum(0),
+        finalize=lambda state: state,
+    )
+    with pytest.raises(ArgumentError, match=r"'mine', whose update at 'w' turns float32\[\]"):
+        stats.collect(
+            lambda p, x: x @ p["w"], {"w": jnp.ones((3, 2))}, [jnp.ones((4, 3))], {"mine": last}
+        )
+
+
+def test_complex_activations_are_refused_by_site():
+    fn = lambda p, x: (x * 1j) @ p["w"]
+    with pytest.raises(ArgumentError, match="'w', which has complex"):
+        stats.collect(fn, {"w": jnp.ones((3, 2))}, [jnp.ones((4, 3))], stats.absmax())
+
+
+def test_a_non_finite_entry_counts_once():
+    fn = lambda p, x: x @ p["w"]
+    batch = jnp.ones((4, 3)).at[1, 2].set(jnp.inf)
+    both = {"absmax": stats.absmax(), "fisher": stats.fisher()}
+    for statistics in (stats.absmax(), both):
+        found = stats.collect(
+            fn, {"w": jnp.ones((3, 2))}, [batch], statistics, allow_non_finite=True
+        )
+        assert dict(found.non_finite) == {"w": 1}
