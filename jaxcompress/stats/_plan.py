@@ -150,10 +150,12 @@ def _check_update(plan: Plan, name: str, key: str, statistic: Statistic) -> None
     seen = plan.seen[name]
     arrays = {"activation": seen.activation, "input_grad": seen.activation}
     arrays |= {"output": seen.output, "output_grad": seen.output}
+    if not all(shape[-2] for shape in row_shapes(seen, statistic)):
+        return  # an empty batch, which is refused as such
 
     def rows(arrays: Any) -> list[Array]:
         several = [read(seen.site, kind, arrays) for kind in statistic.reads]
-        return [jnp.reshape(x, (-1, *x.shape[-2:]))[0] for x in several]
+        return [x[(0,) * (x.ndim - 2)] for x in several]
 
     before = jax.eval_shape(lambda: statistic.init(*sizes(plan, name, statistic)))
     after = jax.eval_shape(lambda s, a: statistic.update(s, *rows(a)), before, arrays)
