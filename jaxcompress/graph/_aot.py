@@ -151,14 +151,16 @@ def _body(
     given = [index in donate for index, arg in enumerate(args) for _ in jax.tree.leaves(arg)]
     donated = [k for k, is_given in enumerate(given) if is_given]
 
-    def figures(steps: int) -> Mapping[str, float]:
+    def lowered(steps: int) -> Any:
         jitted = jax.jit(_aot_loops.stepped(jaxpr, loop, steps), donate_argnums=donated)
-        return _figures(jitted.lower(*jax.tree.leaves(args)).compile())
+        return jitted.lower(*jax.tree.leaves(args))
 
     try:
-        two, three = figures(2), figures(3)
-    except (NameError, TypeError, ValueError, NotImplementedError):
+        programs = lowered(2), lowered(3)
+    except (NameError, TypeError, ValueError):
         return {}  # a step that cannot be traced alone: inside shard_map, on explicit axes
+    try:
+        two, three = (_figures(program.compile()) for program in programs)
     except jax.errors.JaxRuntimeError as error:
         if not str(error).startswith("RESOURCE_EXHAUSTED"):
             raise

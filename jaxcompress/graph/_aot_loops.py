@@ -82,7 +82,7 @@ def _walk(jaxpr: Any, outer: int, depth: int) -> Iterator[Loop]:
             inside, deeper = outer * loop.length, depth + 1
         for value in eqn.params.values():
             for one in value if isinstance(value, tuple | list) else (value,):
-                if _is_jaxpr(one):
+                if _compat.is_jaxpr(one):
                     yield from _walk(one, inside, deeper)
 
 
@@ -91,10 +91,6 @@ def _loop(eqn: Any, outer: int, depth: int) -> Loop:
     unroll = eqn.params["unroll"]
     unroll = length if unroll is True else max(int(unroll), 1)
     return Loop(length, unroll, outer, depth)
-
-
-def _is_jaxpr(value: Any) -> bool:
-    return hasattr(value, "eqns") and hasattr(value, "replace")
 
 
 def stepped(jaxpr: Any, loop: Loop, steps: int) -> Callable[..., Any]:
@@ -127,9 +123,9 @@ def _rewrite_eqn(eqn: Any, loop: Loop, steps: int, outer: int, depth: int) -> An
         inside, deeper = outer * own.length, depth + 1
 
     def enter(value: Any) -> Any:
-        if isinstance(value, tuple | list) and any(map(_is_jaxpr, value)):
+        if isinstance(value, tuple | list) and any(map(_compat.is_jaxpr, value)):
             return type(value)(map(enter, value))
-        return _rewrite(value, loop, steps, inside, deeper) if _is_jaxpr(value) else value
+        return _rewrite(value, loop, steps, inside, deeper) if _compat.is_jaxpr(value) else value
 
     params = {key: enter(value) for key, value in eqn.params.items()}
     changed = any(params[key] is not value for key, value in eqn.params.items())

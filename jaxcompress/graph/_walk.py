@@ -273,7 +273,7 @@ class Walker:
             for k, results in enumerate(kept):
                 for view in rule(eqn, views, k):
                     # One number of a leaf, its norm, is a use: no site can contract it.
-                    if view is not None and (view.leaf_axes(range(len(view.axes)))):
+                    if view is not None and view.leaf_axes(range(len(view.axes))):
                         results[view.path, str(view.axes)] = view
         # A leaf that goes on by way of another operand is not lost: a scale, a mask of its own.
         followed = {path for results in kept for path, _ in results}

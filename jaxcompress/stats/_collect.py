@@ -123,15 +123,7 @@ def collect(
         (['down', 'up'], 2)
     """
     several = checked_statistics(statistics)
-    stream = map(as_inputs, iterated(batches))
-    first = next(stream, None)
-    if first is None:
-        raise ArgumentError(
-            "batches",
-            got="no batches",
-            expected="at least one",
-            fix="An iterator that was read before is empty: make it anew.",
-        )
+    first, stream = opened(batches)
     plan = make_plan(fn, params, first, several, where)
     sharding = replicated((params, first))
     # donated: the states are updated in place
@@ -177,6 +169,20 @@ def iterated(batches: Any) -> Iterator[Any]:
             fix="Pass a list of batches, or a generator.",
         )
     return iter(batches)
+
+
+def opened(batches: Any) -> tuple[tuple[Any, ...], Iterator[tuple[Any, ...]]]:
+    """Read the first batch; returns it and those after it, as tuples of inputs."""
+    stream = map(as_inputs, iterated(batches))
+    first = next(stream, None)
+    if first is None:
+        raise ArgumentError(
+            "batches",
+            got="no batches",
+            expected="at least one",
+            fix="An iterator that was read before is empty: make it anew.",
+        )
+    return first, stream
 
 
 def as_inputs(batch: Any) -> tuple[Any, ...]:

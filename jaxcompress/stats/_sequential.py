@@ -126,15 +126,7 @@ def sequential(
     """
     several = _collect.checked_statistics(statistics)
     _refuse_gradients(several)
-    stream = map(_collect.as_inputs, _collect.iterated(batches))
-    first = next(stream, None)
-    if first is None:
-        raise ArgumentError(
-            "batches",
-            got="no batches",
-            expected="at least one",
-            fix="An iterator that was read before is empty: make it anew.",
-        )
+    first, stream = _collect.opened(batches)
     stages = Stages(fn, where, host=host, sharding=_collect.replicated((params, first)))
     flights = [stages.course(params, first).start(first)]
     plan = make_plan(fn, params, first, several, where)

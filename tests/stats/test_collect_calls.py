@@ -1,9 +1,9 @@
 """What `collect` refuses, reports and shows."""
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
+from stats_mlp import BATCHES, MLP, mlp, normal
 
 from jaxcompress import stats
 from jaxcompress.errors import (
@@ -13,25 +13,6 @@ from jaxcompress.errors import (
     SelectionError,
     StructureError,
 )
-
-RNG = np.random.default_rng(0)
-
-
-def normal(*shape, dtype=np.float32):
-    return RNG.normal(size=shape).astype(dtype)
-
-
-MLP = {
-    "up": {"kernel": normal(4, 6), "bias": normal(6)},
-    "down": {"kernel": normal(6, 3), "bias": normal(3)},
-    "spare": normal(2, 2),
-}
-BATCHES = [normal(5, 4), normal(5, 4), normal(2, 4)]
-
-
-def mlp(params, x):
-    hidden = jnp.tanh(x @ params["up"]["kernel"] + params["up"]["bias"])
-    return hidden @ params["down"]["kernel"] + params["down"]["bias"]
 
 
 def test_non_finite_activations_are_named():
