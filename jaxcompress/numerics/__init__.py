@@ -6,6 +6,7 @@ from jaxcompress.numerics._granularity import Granularity as Granularity
 from jaxcompress.numerics._granularity import PerChannel as PerChannel
 from jaxcompress.numerics._granularity import PerGroup as PerGroup
 from jaxcompress.numerics._granularity import PerTensor as PerTensor
+from jaxcompress.numerics._granularity import PerToken as PerToken
 from jaxcompress.numerics._learned import dorefa_activations as dorefa_activations
 from jaxcompress.numerics._learned import dorefa_weights as dorefa_weights
 from jaxcompress.numerics._learned import lsq as lsq
@@ -13,6 +14,7 @@ from jaxcompress.numerics._learned import lsq_init as lsq_init
 from jaxcompress.numerics._learned import lsq_plus as lsq_plus
 from jaxcompress.numerics._learned import lsq_plus_init as lsq_plus_init
 from jaxcompress.numerics._learned import pact as pact
+from jaxcompress.numerics._qarray import Activation as Activation
 from jaxcompress.numerics._qarray import QArray as QArray
 from jaxcompress.numerics._qtypes import Codebook as Codebook
 from jaxcompress.numerics._qtypes import Float as Float
@@ -28,6 +30,7 @@ from jaxcompress.numerics._quantize import sqnr as sqnr
 from jaxcompress.numerics._range import MSE as MSE
 from jaxcompress.numerics._range import AbsMax as AbsMax
 from jaxcompress.numerics._range import Convention as Convention
+from jaxcompress.numerics._range import Entropy as Entropy
 from jaxcompress.numerics._range import LeastSquares as LeastSquares
 from jaxcompress.numerics._range import Percentile as Percentile
 from jaxcompress.numerics._range import Range as Range

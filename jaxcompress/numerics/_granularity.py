@@ -84,6 +84,24 @@ class PerTensor(Granularity):
 
 
 @dataclass(frozen=True)
+class PerToken(Granularity):
+    """One scale per vector of features: for activations, `(..., features)`.
+
+    At a site the features are the axes that are contracted, wherever they stand, so that each
+    row of the contraction has its own scale; at a convolution, whose windows overlap, each
+    example of the batch has one.
+    """
+
+    def obstacle(self, shape: tuple[int, ...]) -> str | None:
+        """Have no axis at all."""
+        return None if shape else "is a scalar"
+
+    def shared(self, ndim: int) -> tuple[int, ...]:
+        """The last axis."""
+        return (ndim - 1,)
+
+
+@dataclass(frozen=True)
 class PerChannel(Granularity):
     """One scale per index of the given axes.
 

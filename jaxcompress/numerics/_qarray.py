@@ -13,9 +13,31 @@ from jaxcompress.numerics._format import Format
 from jaxcompress.tree import LeafNode, bits_of
 
 
+@partial(jax.tree_util.register_dataclass, data_fields=("scale", "zero"), meta_fields=("format",))
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Activation:
+    """How an activation is rounded before it meets a quantized weight.
+
+    Attributes:
+        format: Number type, `PerTensor()` or `PerToken()`, symmetry and range method.
+        scale: float32, one for the whole array (leading axes for stacked layers or experts, as
+            the leaf has them); `None` if each call finds its own ("dynamic").
+        zero: Zero point as the scale; `None` if symmetric or dynamic.
+    """
+
+    format: Format
+    scale: Array | None = None
+    zero: Array | None = None
+
+    @property
+    def is_static(self) -> bool:
+        """Whether the scale was settled beforehand."""
+        return self.scale is not None
+
+
 @partial(
     jax.tree_util.register_dataclass,
-    data_fields=("values", "scale", "zero"),
+    data_fields=("values", "scale", "zero", "activation"),
     meta_fields=("format", "dtype"),
 )
 @dataclass(frozen=True, kw_only=True, eq=False, repr=False)
@@ -35,6 +57,8 @@ class QArray(LeafNode):
         zero: The code of the number 0 per slice, in the storage dtype; `None` if symmetric.
         format: What the codes mean.
         dtype: The dtype of the array that this stands for.
+        activation: How `quantize.execute` rounds the activations that are contracted with it;
+            `None` leaves them as they are. It does not change what this stands for.
 
     Example:
         >>> from jaxcompress.numerics import PerGroup, int4, quantize
@@ -48,6 +72,7 @@ class QArray(LeafNode):
     zero: Array | None
     format: Format
     dtype: Any
+    activation: Activation | None = None
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -66,8 +91,8 @@ class QArray(LeafNode):
 
     @property
     def nbytes(self) -> int:
-        """The bytes that XLA keeps: values, scale and zero point; int4 takes half a byte."""
-        parts = [part for part in (self.values, self.scale, self.zero) if part is not None]
+        """The bytes that XLA keeps, of all its arrays; int4 takes half a byte."""
+        parts = jax.tree.leaves(self)
         return sum(-(-math.prod(part.shape) * bits_of(part.dtype) // 8) for part in parts)
 
     def __repr__(self) -> str:

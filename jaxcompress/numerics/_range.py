@@ -164,6 +164,28 @@ class MSE(Range):
 
 
 @dataclass(frozen=True)
+class Entropy(Range):
+    """Clip where the distribution of the codes diverges least from that of the numbers.
+
+    For static ranges of activations: `quantize.ptq` finds it from a histogram over all batches
+    (`stats.Histogram.entropy_range`). A single array has too few entries for it.
+    """
+
+    def fit(self, x: Array, *, shared: tuple[int, ...], format: "Format") -> Fit:
+        """Refuse.
+
+        Raises:
+            ArgumentError: Always.
+        """
+        raise ArgumentError(
+            "range",
+            got="Entropy() where the range of one array is looked for",
+            expected="a range method for single arrays",
+            fix="Use it for activations, with Rule(static=True), or take MSE().",
+        )
+
+
+@dataclass(frozen=True)
 class LeastSquares(Range):
     r"""Choose codes and scale in turn, each the best for the other (Lloyd's iteration).
 

@@ -6,7 +6,8 @@ from typing import Any
 
 from jaxcompress import numerics, tree
 from jaxcompress.errors import ArgumentError, ArgumentTypeError, SelectionError
-from jaxcompress.numerics import Format, QArray
+from jaxcompress.numerics import Entropy, Format, PerTensor, PerToken, QArray
+from jaxcompress.quantize._method import Method, RoundToNearest
 from jaxcompress.tree import LeafNode, Params, Where
 
 
@@ -17,21 +18,75 @@ class Rule:
     Attributes:
         where: Which leaves; see `tree.matches`.
         weights: The format to bring them into; `None` leaves them alone, on purpose.
+        activations: The format of the activations that are contracted with them, `PerTensor()` or
+            `PerToken()`; `None` leaves these as they are. Functions of params alone
+            (`fake_quant`, `pack`) do not look at it.
+        static: Whether the range of activations is settled once, by `ptq` over its batches,
+            rather than found anew in each call.
+        method: How the codes of the weights are chosen.
 
     Raises:
-        ArgumentTypeError: If `weights` is neither.
+        ArgumentTypeError: If a format is none, or the method is no `Method`.
+        ArgumentError: If activations have a granularity that no contraction can take, or parts
+            do not go together.
     """
 
     where: Where = tree.weights
     weights: Format | None
+    activations: Format | None = None
+    static: bool = False
+    method: Method = field(default_factory=RoundToNearest)
 
     def __post_init__(self):
-        if not isinstance(self.weights, Format | None):
+        for name, format in (("weights", self.weights), ("activations", self.activations)):
+            if not isinstance(format, Format | None):
+                raise ArgumentTypeError(
+                    name,
+                    got=type(format).__name__,
+                    expected="a numerics.Format, or None to leave them alone",
+                    fix="For example Format(int8, PerChannel()).",
+                )
+        if not isinstance(self.method, Method):
             raise ArgumentTypeError(
-                "weights",
-                got=type(self.weights).__name__,
-                expected="a numerics.Format, or None to leave the leaves alone",
-                fix="For example Format(int8, PerChannel()).",
+                "method",
+                got=repr(self.method),
+                expected="an instance of a quantize.Method",
+                fix="For example quantize.GPTQ(), called.",
+            )
+        self._check_activations()
+
+    def _check_activations(self) -> None:
+        if self.activations is None:
+            if self.static:
+                raise ArgumentError(
+                    "static",
+                    got="True without a format for activations",
+                    expected="activations=Format(...) where their range is to be settled",
+                    fix="Leave `static` out, or give `activations`.",
+                )
+            return
+        if self.weights is None:
+            raise ArgumentError(
+                "activations",
+                got="a format in a rule with weights=None",
+                expected="a format for the weights too: both are contracted together",
+                fix="Give `weights`, or leave `activations` out.",
+            )
+        kinds = (PerTensor,) if self.static else (PerTensor, PerToken)
+        if not isinstance(self.activations.granularity, kinds):
+            raise ArgumentError(
+                "activations",
+                got=f"{self.activations.granularity} with static={self.static}",
+                expected=f"a format with {' or '.join(f'{k.__name__}()' for k in kinds)}",
+                fix="Tokens that have not come yet have no range; other slices would have to be "
+                "scaled inside the sum.",
+            )
+        if isinstance(self.activations.range, Entropy) and not self.static:
+            raise ArgumentError(
+                "activations",
+                got="Entropy() with static=False",
+                expected="a range method for single arrays where each call finds the range",
+                fix="Pass static=True, or take AbsMax(), Percentile() or MSE().",
             )
 
 
