@@ -20,8 +20,9 @@ class Activation:
 
     Attributes:
         format: Number type, `PerTensor()` or `PerToken()`, symmetry and range method.
-        scale: float32, one for the whole array (leading axes for stacked layers or experts, as
-            the leaf has them); `None` if each call finds its own ("dynamic").
+        scale: float32, one for the whole activation of a site: as many axes as the weight, of
+            length 1 but for those that tell stacked layers apart. `None` if each call finds its
+            own ("dynamic").
         zero: Zero point as the scale; `None` if symmetric or dynamic.
     """
 
