@@ -191,5 +191,13 @@ def jit_like(eqn: Any, body: Callable[..., Any]) -> Callable[..., Any]:
     return jax.jit(body, **options)
 
 
+def is_placed(eqn: Any) -> bool:
+    """Tell whether a `jit` says where its operands or results live, array by array."""
+    names = ("in_shardings", "out_shardings")
+    placed = [s for name in names for s in eqn.params.get(name, ()) if s is not UNSPECIFIED]
+    layouts = [eqn.params.get(name, ()) for name in ("in_layouts", "out_layouts")]
+    return bool(placed) or any(any(each) for each in layouts)
+
+
 def _placement(sharding: Any, layout: Any) -> Any:
     return sharding if layout is None else Format(layout, sharding)

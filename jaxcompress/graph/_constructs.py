@@ -90,7 +90,12 @@ class Enter(Protocol):
 
 
 class Construct(Protocol):
-    """What `graph` knows of a primitive that runs jaxprs."""
+    """What `graph` knows of a primitive that runs jaxprs.
+
+    Two optional attributes say what becomes of operands that are pytrees, such as quantized
+    leaves: `holds_nodes`, whether `rebuild` takes them (where `Body.inputs` does not carry them),
+    and `returns_nodes`, whether it can return them too. Without, they are made arrays first.
+    """
 
     def bodies(self, eqn: Any) -> list[Body]:
         """List the jaxprs of an equation."""
@@ -130,6 +135,9 @@ def construct(primitive: str) -> Construct | None:
 
 @register_construct("jit")
 class _Jit:
+    holds_nodes = True
+    returns_nodes = True
+
     def bodies(self, eqn: Any) -> list[Body]:
         return [Body.of(f"jit({eqn.params['name']})", eqn.params["jaxpr"])]
 
@@ -145,6 +153,9 @@ class _Jit:
 
 @register_construct("remat2")
 class _Remat:
+    holds_nodes = True
+    returns_nodes = True
+
     def bodies(self, eqn: Any) -> list[Body]:
         return [Body.of("remat", eqn.params["jaxpr"])]
 
@@ -198,6 +209,8 @@ def _beside(eqn: Any, operands: Sequence[Any], cells: Cells, enter: Enter) -> tu
 
 @register_construct("scan")
 class _Scan:
+    holds_nodes = True
+
     def bodies(self, eqn: Any) -> list[Body]:
         consts, carry = _compat.scan_counts(eqn)
         length, program = eqn.params["length"], _compat.program(eqn.params["jaxpr"])
@@ -242,6 +255,8 @@ def _roles(same: int, carry: int, total: int) -> list[Role]:
 
 @register_construct("while")
 class _While:
+    holds_nodes = True
+
     def bodies(self, eqn: Any) -> list[Body]:
         n_cond, n_body = eqn.params["cond_nconsts"], eqn.params["body_nconsts"]
         n_carry = len(eqn.outvars)
@@ -284,6 +299,8 @@ class _While:
 
 @register_construct("cond")
 class _Cond:
+    holds_nodes = True
+
     def bodies(self, eqn: Any) -> list[Body]:
         bodies = []
         for k, jaxpr in enumerate(eqn.params["branches"]):

@@ -4,7 +4,7 @@ import functools
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, TypeAlias
+from typing import Any, Protocol, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +13,7 @@ from jaxcompress import tree
 from jaxcompress.errors import ArgumentError, ArgumentTypeError, SelectionError
 from jaxcompress.graph import _compat
 from jaxcompress.graph._compat import Primitive, Program
-from jaxcompress.graph._constructs import Cells, construct
+from jaxcompress.graph._constructs import Cells, Construct, construct
 from jaxcompress.graph._sites import Site
 from jaxcompress.graph._trace import Traced, capture, no_sites
 from jaxcompress.graph._walk import Found, Place, Position, Record, Walker
@@ -33,6 +33,11 @@ class Equation:
     params: Mapping[str, Any]
     sites: tuple[Site, ...]
     _eqn: Any = field(repr=False)
+
+    @property
+    def result_dtype(self) -> Any:
+        """The dtype of its (first) result."""
+        return self._eqn.outvars[0].aval.dtype
 
     def bind(self, *operands: Any, **changes: Any) -> Any:
         """Do what the equation does, on the given operands.
@@ -56,6 +61,30 @@ Visit: TypeAlias = Callable[[Equation, Sequence[Any], Cells], tuple[list, Cells]
 """What the interpreter calls: `(equation, operands, cells) -> (results, filled cells)`."""
 
 
+class Carrier(Protocol):
+    """Takes leaves that are no arrays through a program, as far as they can go.
+
+    A `LeafNode` such as a quantized leaf is traced as the array that it stands for, and flows
+    through the interpreter itself: into visits, through equations that the carrier follows, and
+    into constructs that can hold pytrees.
+    """
+
+    def follow(self, equation: Equation, operands: Sequence[Any]) -> list[Any] | None:
+        """Run an equation on operands some of which are nodes; `None` if it takes only arrays."""
+        ...
+
+    def sliced(self, node: tree.LeafNode) -> tree.LeafNode | None:
+        """Describe the slices of a node along its first axis, its arrays left whole.
+
+        `None` if some array of it cannot be sliced there.
+        """
+        ...
+
+    def array(self, node: tree.LeafNode, why: str) -> Any:
+        """Give the array that a node stands for; `why` says what the node could not enter."""
+        ...
+
+
 @dataclass(frozen=True)
 class Plan:
     """Which equations of a program are visited, by position.
@@ -66,12 +95,14 @@ class Plan:
         forward: `(position, program) -> plan` of the forward program of a `custom_vjp`, which
             is only known under differentiation.
         fills: Whether visits fill cells, named as the sites they visit.
+        carrier: What takes nodes through the program, if any are among the arguments.
     """
 
     visits: Mapping[Position, Visit]
     sites: Mapping[Position, tuple[Site, ...]]
     forward: Callable[[Position, Program], "Plan"]
     fills: bool = False
+    carrier: Carrier | None = None
 
     @functools.cached_property
     def cells(self) -> Mapping[Position, frozenset[str]]:
@@ -87,14 +118,22 @@ class Plan:
 class Entry:
     """Runs the bodies of one construct under a plan; see `_constructs.Enter`."""
 
-    def __init__(self, bodies: Callable[[], Sequence[Any]], plan: Plan, position: Position):
+    def __init__(
+        self,
+        bodies: Callable[[], Sequence[Any]],
+        plan: Plan,
+        position: Position,
+        *,
+        returns_nodes: bool = False,
+    ):
         self._programs = [body.program for body in bodies()]
-        self._plan, self._position = plan, position
-        self.fills = plan.fills and bool(plan.cells[position])
+        self._plan, self._position, self._returns_nodes = plan, position, returns_nodes
+        self.fills = plan.fills and bool(plan.cells.get(position))
 
     def __call__(self, body: int, operands: Sequence[Any], cells: Cells) -> tuple[list, Cells]:
         position = (*self._position, body)
-        return run(self._programs[body], operands, self._plan, cells, position)
+        program, plan, keep = self._programs[body], self._plan, self._returns_nodes
+        return run(program, operands, plan, cells, position, keep_nodes=keep)
 
     def forward(self, program: Program, operands: Sequence[Any]) -> list:
         """Run the forward program of a `custom_vjp` under the same handlers."""
@@ -110,7 +149,13 @@ class Entry:
 
 
 def run(
-    program: Program, args: Sequence[Any], plan: Plan, cells: Cells, position: Position = ()
+    program: Program,
+    args: Sequence[Any],
+    plan: Plan,
+    cells: Cells,
+    position: Position = (),
+    *,
+    keep_nodes: bool = False,
 ) -> tuple[list, Cells]:
     """Interpret a program, visiting the planned equations and binding all others whole."""
     env: dict[Any, Any] = dict(zip(program.constvars, program.consts, strict=True))
@@ -124,23 +169,70 @@ def run(
     for number, eqn in enumerate(program.eqns):
         here = (*position, number)
         operands = [read(atom) for atom in eqn.invars]
+        nodes = any(isinstance(x, tree.LeafNode) for x in operands)
+        rule = construct(eqn.primitive.name)
         if here in plan.visits:
             equation = Equation(eqn.primitive, eqn.params, plan.sites.get(here, ()), eqn)
             results, new = plan.visits[here](equation, operands, cells)
             filled |= new
-        elif here in plan.cells:
-            rule = construct(eqn.primitive.name)
-            assert rule is not None, "only constructs have positions below them"
-            inside = {name: cells[name] for name in sorted(plan.cells[here]) if name in cells}
-            enter = Entry(functools.partial(rule.bodies, eqn), plan, here)
+        elif rule is not None and (here in plan.cells or (nodes and _passes(eqn, rule))):
+            below = sorted(plan.cells.get(here, ()))
+            inside = {name: cells[name] for name in below if name in cells}
+            bodies, passes = functools.partial(rule.bodies, eqn), _passes(eqn, rule)
+            enter = Entry(bodies, plan, here, returns_nodes=passes)
+            operands = _entering(eqn, rule, operands, plan.carrier) if nodes else operands
             results, new = rule.rebuild(eqn, operands, inside, enter)
             filled |= new
         else:
-            results = _compat.bind(eqn, operands)
+            results = None
+            if nodes and plan.carrier is not None:
+                results = plan.carrier.follow(
+                    Equation(eqn.primitive, eqn.params, (), eqn), operands
+                )
+            if results is None:
+                why = eqn.primitive.name
+                results = _compat.bind(eqn, [_dense(x, plan.carrier, why) for x in operands])
         env.update(zip(eqn.outvars, results, strict=True))
         for var in dying[number]:
             env.pop(var, None)
-    return [read(atom) for atom in program.outvars], filled
+    results = [read(atom) for atom in program.outvars]
+    if not keep_nodes:
+        results = [_dense(x, plan.carrier, "a result") for x in results]
+    return results, filled
+
+
+def _dense(x: Any, carrier: Carrier | None, why: str) -> Any:
+    if not isinstance(x, tree.LeafNode):
+        return x
+    assert carrier is not None, "nodes among the arguments come with a carrier"
+    return carrier.array(x, why)
+
+
+def _passes(eqn: Any, rule: Construct) -> bool:
+    """Tell whether nodes can enter a construct and come out of it: a plain call."""
+    return getattr(rule, "returns_nodes", False) and not _compat.is_placed(eqn)
+
+
+def _entering(
+    eqn: Any, rule: Construct, operands: Sequence[Any], carrier: Carrier | None
+) -> list[Any]:
+    """Prepare nodes for a construct: whole, as slices, or as arrays where they cannot enter."""
+    assert carrier is not None, "nodes among the arguments come with a carrier"
+    roles: dict[int, set[str]] = {}
+    for body in rule.bodies(eqn):
+        for k, role in body.inputs:
+            roles.setdefault(k, set()).add(role)
+    holds = getattr(rule, "holds_nodes", False) and not _compat.is_placed(eqn)
+    entering = []
+    for k, x in enumerate(operands):
+        if isinstance(x, tree.LeafNode):
+            mine = roles.get(k, {"carry"}) if holds else {"carry"}
+            node = x if mine == {"same"} else None
+            node = carrier.sliced(x) if mine == {"slice"} else node
+            entering.append(carrier.array(x, eqn.primitive.name) if node is None else node)
+        else:
+            entering.append(x)
+    return entering
 
 
 def _last_uses(program: Program) -> list[list[Any]]:
@@ -156,8 +248,12 @@ def _last_uses(program: Program) -> list[list[Any]]:
 
 
 def execute(traced: Traced, plan: Plan, args: Any, cells: Cells) -> tuple[Any, Cells]:
-    """Run a captured call under a plan; returns fn's outputs and the filled cells."""
-    results, filled = run(traced.program, jax.tree.leaves(args), plan, cells)
+    """Run a captured call under a plan; returns fn's outputs and the filled cells.
+
+    With a carrier, a node among the arguments is the argument for the array it stands for.
+    """
+    is_leaf = None if plan.carrier is None else (lambda x: isinstance(x, tree.LeafNode))
+    results, filled = run(traced.program, jax.tree.leaves(args, is_leaf=is_leaf), plan, cells)
     results = [x if isinstance(x, jax.Array) else jnp.asarray(x) for x in results]
     return jax.tree.unflatten(jax.tree.structure(traced.outputs), results), filled
 
@@ -168,7 +264,13 @@ Match: TypeAlias = Callable[[Program, SitesAt], Mapping[Position, Visit]]
 
 
 def make_plan(
-    program: Program, record: Record, walker: Walker, match: Match, *, fills: bool = False
+    program: Program,
+    record: Record,
+    walker: Walker,
+    match: Match,
+    *,
+    fills: bool = False,
+    carrier: Carrier | None = None,
 ) -> Plan:
     """Choose the equations to visit, here and in forward programs that come to light later."""
     sites: dict[Position, tuple[Site, ...]] = {}
@@ -181,9 +283,9 @@ def make_plan(
         found, _ = walker.walk(later, values, Place())
         known = [f.site for f in record.sites if f.position[: len(position)] == position]
         found.sites = _same_sites(found.sites, known)
-        return make_plan(later, found, walker, match, fills=fills)
+        return make_plan(later, found, walker, match, fills=fills, carrier=carrier)
 
-    return Plan(match(program, sites), sites, forward, fills)
+    return Plan(match(program, sites), sites, forward, fills, carrier)
 
 
 def _same_sites(found: list[Found], known: list[Site]) -> list[Found]:

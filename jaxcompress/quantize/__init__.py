@@ -1,6 +1,9 @@
 """Quantization of whole models: policies over params, fake quantization and packing."""
 
 from jaxcompress.quantize import presets as presets
+from jaxcompress.quantize._execute import SiteKernel as SiteKernel
+from jaxcompress.quantize._execute import execute as execute
+from jaxcompress.quantize._execute import kernels as kernels
 from jaxcompress.quantize._method import Method as Method
 from jaxcompress.quantize._method import RoundToNearest as RoundToNearest
 from jaxcompress.quantize._policy import Coverage as Coverage

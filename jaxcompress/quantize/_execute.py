@@ -1,0 +1,231 @@
+"""`execute`: run a function on quantized leaves, by codes wherever a kernel takes them."""
+
+import functools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import jax
+
+from jaxcompress import numerics, tree
+from jaxcompress.errors import ArgumentError, SelectionError
+from jaxcompress.graph import Equation
+from jaxcompress.graph._constructs import Cells
+from jaxcompress.graph._replay import SitesAt, Visit, make_plan
+from jaxcompress.graph._replay import execute as execute_plan
+from jaxcompress.graph._trace import capture
+from jaxcompress.graph._walk import Position
+from jaxcompress.numerics import QArray
+from jaxcompress.quantize import kernels as kernels_of
+from jaxcompress.quantize._carried import Carried, carried, follow, sliced
+from jaxcompress.quantize.kernels import Choice
+
+_BACKENDS = ("cpu", "gpu", "tpu")
+_CLOSED = ("custom_jvp", "custom_vjp", "shard_map")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SiteKernel:
+    """What `execute` runs in one place where a quantized leaf is read.
+
+    Attributes:
+        path: The leaf's path.
+        site: The name of the site, as in `graph.trace`; `None` for a use outside any.
+        kernel: "codes" (codes by codes, int8 or float8), "codes in groups", "codes as patches",
+            "weights" (float activations by codes, scaled after the sum), "weights in groups",
+            "rows" (a lookup) or "dequantized".
+        why: Why codes could not be used, where it is dequantized.
+    """
+
+    path: str
+    site: str | None
+    kernel: str
+    why: str = ""
+
+
+def execute(fn: Callable[..., Any], *, backend: str | None = None) -> Callable[..., Any]:
+    """Make a function that takes params with `QArray` leaves, and multiplies codes.
+
+    fn is traced on the arrays that the leaves stand for, and run with codes in their place: they
+    are transposed, reshaped and sliced as fn does its arrays, through `jit`, `checkpoint`, `scan`,
+    `cond` and `while`, until a site is reached. There one table chooses by backend and formats:
+
+    * weights and activations both quantized (`QArray.activation`): int8 by int8 summed in int32,
+      float8 by float8 in float32, group by group where scales vary along the sum; convolutions as
+      they are, or as patches and a matmul;
+    * weights alone: float activations by codes, scaled after the sum; by scaled codes over
+      `(groups, size)` at once where groups have scales;
+    * lookups: rows of codes and their scales.
+
+    Elsewhere, and at the border of functions with their own differentiation rule, a leaf is
+    dequantized; `kernels` says where and why. The result differs from fn on `unpack(params)`,
+    with activations rounded as the formats say, by float rounding.
+
+    It works under `jit`, `vmap`, `scan`, `checkpoint`, `jax.export` and shardings, and is
+    differentiable in activations and in unquantized leaves: rounding passes gradients on where it
+    does not clip.
+
+    Args:
+        fn: `fn(params, *inputs, **kwargs) -> outputs`, pure.
+        backend: "cpu", "gpu" or "tpu": what to choose kernels for, when compiling ahead of time
+            for another machine; the default backend by default.
+
+    Returns:
+        A function of the same arguments.
+
+    Raises:
+        ArgumentError: If `backend` is unknown.
+        SelectionError: When called, if params have no `QArray`.
+
+    Example:
+        >>> from jaxcompress.quantize import pack, presets
+        >>> fn = lambda params, x: x @ params["kernel"]
+        >>> params = pack({"kernel": jnp.eye(3)}, presets.int8_weights)
+        >>> execute(fn)(params, jnp.array([[1.0, 2.0, 3.0]]))
+        Array([[1., 2., 3.]], dtype=float32)
+    """
+    chosen = _checked_backend(backend)
+
+    @functools.wraps(fn)
+    def executed(params: tree.Params, *inputs: Any, **kwargs: Any) -> Any:
+        return _Run(chosen()).call(fn, params, inputs, kwargs)
+
+    return executed
+
+
+def kernels(
+    fn: Callable[..., Any],
+    params: tree.Params,
+    *inputs: Any,
+    backend: str | None = None,
+    **kwargs: Any,
+) -> tuple[SiteKernel, ...]:
+    """List what `execute(fn)` runs where it reads a quantized leaf; nothing is computed.
+
+    Args:
+        fn: `fn(params, *inputs, **kwargs) -> outputs`, pure.
+        params: Params with `QArray` leaves (shapes are enough).
+        *inputs: fn's other arguments.
+        backend: As in `execute`.
+        **kwargs: fn's keyword arguments.
+
+    Returns:
+        One entry per place, in fn's order.
+
+    Raises:
+        ArgumentError: If `backend` is unknown.
+        SelectionError: If params have no `QArray`.
+
+    Example:
+        >>> from jaxcompress.quantize import pack, presets
+        >>> fn = lambda params, x: jnp.abs(params["kernel"]).sum() + x @ params["kernel"]
+        >>> params = pack({"kernel": jnp.eye(3)}, presets.int8_weights)
+        >>> for use in kernels(fn, params, jnp.ones((1, 3))):
+        ...     print(use.kernel, use.why)
+        dequantized abs takes arrays
+        weights
+    """
+    run = _Run(_checked_backend(backend)())
+    jax.eval_shape(lambda *args: run.call(fn, *args), params, inputs, kwargs)
+    return tuple(dict.fromkeys(run.uses))
+
+
+def _checked_backend(backend: str | None) -> Callable[[], str]:
+    if backend not in (None, *_BACKENDS):
+        raise ArgumentError(
+            "backend",
+            got=repr(backend),
+            expected=f"one of {', '.join(_BACKENDS)}, or None for the default backend",
+            fix='A CUDA or ROCm device is "gpu".',
+        )
+    return jax.default_backend if backend is None else (lambda: backend)
+
+
+@dataclass
+class _Run:
+    """One call: the carrier of its quantized leaves, and a log of what was done with them."""
+
+    backend: str
+    uses: list[SiteKernel] = field(default_factory=list)
+
+    def call(self, fn: Callable[..., Any], params: Any, inputs: Any, kwargs: Any) -> Any:
+        quantized = {path for path, leaf in tree.items(params) if isinstance(leaf, QArray)}
+        if not quantized:
+            raise SelectionError(
+                "params",
+                got="params without any QArray",
+                expected="params with quantized leaves",
+                fix="Make them with quantize.ptq or quantize.pack.",
+            )
+        dense = tree.map_with_path(
+            lambda _, x: _stand_in(x) if isinstance(x, QArray) else x, params
+        )
+        traced = capture(fn, dense, inputs, kwargs)
+        plan = make_plan(
+            traced.program,
+            traced.record,
+            traced.walker,
+            lambda program, sites: self._visits(sites, quantized),
+            carrier=self,
+        )
+        args = tree.map_with_path(self._start, params), inputs, kwargs
+        return execute_plan(traced, plan, args, {})[0]
+
+    def _start(self, path: str, leaf: Any) -> Any:
+        if not isinstance(leaf, QArray):
+            return leaf
+        node = carried(leaf, path)
+        if node is not None:
+            return node
+        self._log(path, None, Choice("dequantized", f"{leaf.format.qtype.name} has no kernel"))
+        return numerics.dequantize(leaf)
+
+    def _visits(self, sites: SitesAt, quantized: set[str]) -> dict[Position, Visit]:
+        return {
+            position: self._visit
+            for position, found in sites.items()
+            if any(s.path in quantized and not {*s.scope} & {*_CLOSED} for s in found)
+        }
+
+    def _visit(
+        self, equation: Equation, operands: Sequence[Any], cells: Cells
+    ) -> tuple[list, Cells]:
+        nodes = [k for k, x in enumerate(operands) if isinstance(x, Carried)]
+        if not nodes:  # dequantized on the way
+            return [equation.bind(*operands)], {}
+        first, *others = nodes
+        operands = list(operands)
+        for k in others:
+            operands[k] = self.array(operands[k], "a contraction of two quantized leaves")
+        moved = follow(equation, operands)  # a slice at a traced index looks rows up
+        if moved is not None:
+            return moved, {}
+        return [self.site(equation, operands, first)], {}
+
+    def site(self, equation: Equation, operands: Sequence[Any], operand: int) -> Any:
+        """Run a site."""
+        node, name = operands[operand], equation.primitive.name
+        x = operands[1 - operand]
+        choice = kernels_of.choose(name, equation.params, operand, node, x, self.backend)
+        names = [s.name for s in equation.sites if s.path == node.path]
+        self._log(node.path, names[0] if names else None, choice)
+        return kernels_of.run(equation, operands, operand, choice, self.backend)
+
+    # --- what a carrier does; see `graph._replay.Carrier` ---
+
+    def follow(self, equation: Equation, operands: Sequence[Any]) -> list[Any] | None:
+        return follow(equation, operands)
+
+    def sliced(self, node: Any) -> Any:
+        return sliced(node)
+
+    def array(self, node: Any, why: str) -> Any:
+        self._log(node.path, None, Choice("dequantized", f"{why} takes arrays"))
+        return node.array() if node.original is None else node.original
+
+    def _log(self, path: str, site: str | None, choice: Choice) -> None:
+        self.uses.append(SiteKernel(path=path, site=site, kernel=choice.kernel, why=choice.why))
+
+
+def _stand_in(q: QArray) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(q.shape, q.dtype)

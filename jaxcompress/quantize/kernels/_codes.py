@@ -1,0 +1,68 @@
+"""Which contractions multiply codes, and how an activation becomes codes that they can take."""
+
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+from jax import Array
+
+from jaxcompress.numerics import Activation, Float, Format, Int
+from jaxcompress.quantize import _activations as activations
+
+
+class Operand(NamedTuple):
+    """One side of a contraction of codes.
+
+    Attributes:
+        codes: int8, or a float8 type (or bfloat16, which holds both float8 types exactly).
+        scale: float32, of the same rank.
+        zero: int32 zero point, or `None`.
+    """
+
+    codes: Array
+    scale: Array
+    zero: Array | None
+
+
+def obstacle(weights: Format, activation: Format) -> str | None:
+    """Say why codes of two formats cannot be multiplied with each other; `None` if they can."""
+    w, x = weights.qtype, activation.qtype
+    if isinstance(w, Int) and isinstance(x, Int):
+        return None
+    if isinstance(w, Float) and isinstance(x, Float) and w.bits == x.bits == 8:
+        return None
+    return f"no unit multiplies {x.name} activations by {w.name} weights"
+
+
+def accumulator(weights: Format) -> Any:
+    """Give the dtype in which products of codes are summed."""
+    return jnp.int32 if isinstance(weights.qtype, Int) else jnp.float32
+
+
+def operand(
+    values: Array, scale: Array, zero: Array | None, format: Format, backend: str
+) -> Operand:
+    """Bring codes into the type that the backend multiplies.
+
+    Unsigned integers are shifted by half their range, to fit int8. float8 goes in as it is on
+    GPUs; elsewhere as bfloat16, in which its products are the same.
+    """
+    qtype = format.qtype
+    if isinstance(qtype, Float):
+        codes = values if backend in ("gpu", "cuda", "rocm") else values.astype(jnp.bfloat16)
+        return Operand(codes, scale, None)
+    assert isinstance(qtype, Int)
+    zero = None if zero is None else zero.astype(jnp.int32)
+    if qtype.signed:
+        return Operand(values.astype(jnp.int8), scale, zero)
+    shift = 2 ** (qtype.bits - 1)
+    codes = (values.astype(jnp.int16) - jnp.int16(shift)).astype(jnp.int8)
+    ones = (1,) * values.ndim
+    zero = jnp.zeros(ones, jnp.int32) if zero is None else zero
+    return Operand(codes, scale, zero - jnp.int32(shift))
+
+
+def encoded(x: Array, activation: Activation, shared: tuple[int, ...], backend: str) -> Operand:
+    """Round an activation to codes; see `activations.fit`."""
+    scale, zero = activations.fit(x, activation, shared)
+    values = activations.to_codes(x, scale, zero, activation)
+    return operand(values, scale, zero, activation.format, backend)

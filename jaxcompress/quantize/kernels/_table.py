@@ -1,0 +1,207 @@
+"""The table of kernels: what runs at a site, by backend, primitive and formats."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from jaxcompress.quantize import _activations as activations
+from jaxcompress.quantize._carried import Carried
+from jaxcompress.quantize.kernels import _codes, _conv, _dot, _rows
+
+_PATCHES: Mapping[str, int] = {"cpu": 16}
+"""Input channels up to which gathering windows beats an integer convolution, measured."""
+
+_GROUPED: Mapping[str, bool] = {"cpu": False}
+"""Whether convolutions of codes with several feature groups are worth it; true elsewhere."""
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What runs at a site.
+
+    Attributes:
+        kernel: "codes" (codes by codes), "codes in groups", "codes as patches", "weights" (a
+            float activation by codes, scaled after the sum), "weights in groups" (by scaled
+            codes, over two axes at once), "rows" (a lookup) or "dequantized".
+        why: Why the last, else empty.
+    """
+
+    kernel: str
+    why: str = ""
+
+
+Kernel: TypeAlias = Callable[[Any, int, Carried, Sequence[Any], str], Array]
+"""`(params, which operand, node, operands, backend) -> result`."""
+
+
+def choose(name: str, params: Any, operand: int, node: Carried, x: Any, backend: str) -> Choice:
+    """Look a site up in the table.
+
+    Args:
+        name: The primitive's name.
+        params: The equation's parameters.
+        operand: Which operand is quantized.
+        node: The quantized operand.
+        x: The activation (indices, for a lookup).
+        backend: "cpu", "gpu" or "tpu".
+
+    Returns:
+        The choice.
+    """
+    rule = {
+        "dot_general": _choose_dot,
+        "conv_general_dilated": _choose_conv,
+        "gather": _choose_rows,
+        "ragged_dot_general": _choose_ragged,
+    }.get(name)
+    if rule is None:
+        return Choice("dequantized", f"there is no kernel for {name}")
+    return rule(params, operand, node, x, backend)
+
+
+def _against(node: Carried) -> str | None:
+    """Say why codes of weights and activations cannot be multiplied, if so."""
+    assert node.activation_format is not None
+    return _codes.obstacle(node.format, node.activation_format)
+
+
+def _choose_dot(params: Any, operand: int, node: Carried, x: Any, backend: str) -> Choice:
+    grouped = any(_dot.arrange(params, operand, node, x).grouped)
+    if node.activation_format is None:
+        return Choice("weights in groups" if grouped else "weights")
+    why = _against(node)
+    if why:
+        return Choice("dequantized", why)
+    return Choice("codes in groups" if grouped else "codes")
+
+
+def _choose_conv(params: Any, operand: int, node: Carried, x: Any, backend: str) -> Choice:
+    why = _conv.obstacle(params, operand, node)
+    if why is None and node.activation_format is None:
+        return Choice("weights")
+    why = why or _against(node)
+    if why is None and node.zero is not None:
+        why = "the kernel has zero points, which meet windows of varying sums"
+    grouped = params["feature_group_count"] > 1
+    if why is None and grouped and not _GROUPED.get(backend, True):
+        why = f"convolutions of codes with feature groups are slower than float32 on {backend}"
+    if why:
+        return Choice("dequantized", why)
+    channels = x.shape[params["dimension_numbers"].lhs_spec[1]]
+    gathered = not grouped and channels <= _PATCHES.get(backend, 0)
+    return Choice("codes as patches" if gathered else "codes")
+
+
+def _choose_rows(params: Any, operand: int, node: Carried, x: Any, backend: str) -> Choice:
+    why = "the indices are quantized" if operand else _rows.lookup_obstacle(params, node)
+    return Choice("dequantized", why) if why else Choice("rows")
+
+
+def _choose_ragged(params: Any, operand: int, node: Carried, x: Any, backend: str) -> Choice:
+    why = _rows.ragged_obstacle(params, operand, node)
+    if why is None and node.activation_format is not None:
+        why = _against(node)
+        if why is None and (node.zero is not None or node.activation_format.symmetric is False):
+            why = "zero points in a ragged_dot"
+    if why:
+        return Choice("dequantized", why)
+    return Choice("weights" if node.activation_format is None else "codes")
+
+
+def run(
+    equation: Any, operands: Sequence[Any], operand: int, choice: Choice, backend: str
+) -> Array:
+    """Run an equation one of whose operands is quantized.
+
+    Args:
+        equation: A `graph.Equation`.
+        operands: Its operands; the others are arrays.
+        operand: Which one is quantized.
+        choice: What `choose` said.
+        backend: What it runs on.
+
+    Returns:
+        Its result, in its dtype.
+    """
+    node, name, params = operands[operand], equation.primitive.name, equation.params
+    if choice.kernel == "rows":
+        return _rows.lookup(params, node, operands[1])
+    x = operands[1 - operand]
+    if choice.kernel == "dequantized":
+        return equation.bind(*_exchanged(operands, operand, _rounded(equation, operand, node, x)))
+    by_codes = choice.kernel.startswith("codes")
+
+    def kernel(x: Array, node: Carried) -> Array:
+        if name == "dot_general":
+            if by_codes:
+                return _dot.by_codes(params, operand, node, x, backend)
+            return _dot.by_weights(params, operand, node, x)
+        if name == "conv_general_dilated":
+            if by_codes:
+                patches = choice.kernel == "codes as patches"
+                return _conv.by_codes(params, node, x, backend, patches=patches)
+            return _conv.by_weights(params, node, x)
+        return _rows.ragged(params, node, x, operands[2], backend)
+
+    dtype = equation.result_dtype
+    if not by_codes:
+        return kernel(x, node).astype(dtype)
+    through = _straight_through(
+        lambda x, node: kernel(x, node).astype(dtype),
+        lambda x, node: equation.bind(*_exchanged(operands, operand, (x, node.array()))),
+        _shared(equation, operand, node, x),
+    )
+    return through(x, node)
+
+
+def _exchanged(operands: Sequence[Any], operand: int, pair: tuple[Any, Any]) -> list[Any]:
+    """Put an activation and weights in their places among the operands."""
+    new = list(operands)
+    new[1 - operand], new[operand] = pair
+    return new
+
+
+def _shared(equation: Any, operand: int, node: Carried, x: Any) -> tuple[int, ...]:
+    activation = node.activation
+    assert activation is not None
+    name, params = equation.primitive.name, equation.params
+    return activations.shared_axes(name, params, 1 - operand, activation, x.ndim)
+
+
+def _rounded(equation: Any, operand: int, node: Carried, x: Any) -> tuple[Any, Array]:
+    """Give what codes would stand for, on both sides."""
+    if node.activation is not None:
+        shared = _shared(equation, operand, node, x)
+        scale, zero = activations.fit(x, node.activation, shared)
+        x = activations.round_through(x, scale, zero, node.activation)
+    return x, node.array()
+
+
+def _straight_through(
+    by_codes: Callable[[Array, Carried], Array],
+    linear: Callable[[Array, Carried], Array],
+    shared: tuple[int, ...],
+) -> Callable[[Array, Carried], Array]:
+    """Give a function of codes the gradient of the contraction, where the activation was rounded.
+
+    The weights are constants.
+    """
+
+    @jax.custom_jvp
+    def call(x: Array, node: Carried) -> Array:
+        return by_codes(x, node)
+
+    @call.defjvp
+    def _(primals: Any, tangents: Any) -> tuple[Array, Array]:
+        x, node = primals
+        format = node.activation.format
+        scale, zero = activations.fit(x, node.activation, shared)
+        inside = format.qtype.inside(x.astype(jnp.float32), scale, zero, limits=format.limits)
+        tangent = jnp.where(inside, tangents[0], jnp.zeros_like(tangents[0]))
+        return call(x, node), linear(tangent, node)
+
+    return call
