@@ -49,14 +49,27 @@ def program(jaxpr: Any) -> Program:
     )
 
 
-def capture(fn: Callable[..., Any], args: Sequence[Any]) -> tuple[Program, Any]:
+def capture(
+    fn: Callable[..., Any], args: Sequence[Any], *, prune: bool = False
+) -> tuple[Program, Any]:
     """Trace `fn(*args)`; arguments may be abstract.
+
+    Args:
+        fn: The function.
+        args: Its arguments.
+        prune: Leave out what no result depends on, inside constructs too.
 
     Returns:
         The program over the flattened arguments, and the tree of the results' shapes.
     """
     jaxpr, shapes = jax.make_jaxpr(fn, return_shape=True)(*args)
-    return program(jaxpr), shapes
+    captured = program(jaxpr)
+    if not prune:
+        return captured, shapes
+    inner = getattr(jaxpr, "jaxpr", jaxpr)
+    live, _ = partial_eval.dce_jaxpr(inner, [True] * len(inner.outvars), instantiate=True)
+    live = program(live)
+    return captured._replace(eqns=live.eqns, outvars=live.outvars), shapes
 
 
 def is_jaxpr(value: Any) -> bool:

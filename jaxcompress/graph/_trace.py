@@ -36,13 +36,17 @@ class Traced(NamedTuple):
     walker: Walker
 
 
-def capture(fn: Callable[..., Any], params: Any, inputs: Any, kwargs: Any) -> Traced:
+def capture(
+    fn: Callable[..., Any], params: Any, inputs: Any, kwargs: Any, *, prune: bool = False
+) -> Traced:
     leaves = _checked_leaves(params)
     _check_inputs(inputs, kwargs)
     _check_call(fn, params, inputs, kwargs)
     try:
         program, outputs = _compat.capture(
-            lambda params, inputs, kwargs: fn(params, *inputs, **kwargs), (params, inputs, kwargs)
+            lambda params, inputs, kwargs: fn(params, *inputs, **kwargs),
+            (params, inputs, kwargs),
+            prune=prune,
         )
     except jax.errors.JAXTypeError as error:
         raise ArgumentTypeError(

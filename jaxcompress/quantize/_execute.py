@@ -160,7 +160,7 @@ class _Run:
         dense = tree.map_with_path(
             lambda _, x: _stand_in(x) if isinstance(x, QArray) else x, params
         )
-        traced = capture(fn, dense, inputs, kwargs)
+        traced = capture(fn, dense, inputs, kwargs, prune=True)
         plan = make_plan(
             traced.program,
             traced.record,
