@@ -1,6 +1,13 @@
 """Number types, formats, and the quantized form of one array."""
 
 from jaxcompress.numerics._basis import Basis as Basis
+from jaxcompress.numerics._blocks import mxfp4 as mxfp4
+from jaxcompress.numerics._blocks import mxfp8 as mxfp8
+from jaxcompress.numerics._blocks import mxfp8_e5m2 as mxfp8_e5m2
+from jaxcompress.numerics._blocks import mxint8 as mxint8
+from jaxcompress.numerics._blocks import nvfp4 as nvfp4
+from jaxcompress.numerics._fit import fit_global_scale as fit_global_scale
+from jaxcompress.numerics._fit import fit_scale as fit_scale
 from jaxcompress.numerics._format import Format as Format
 from jaxcompress.numerics._granularity import Granularity as Granularity
 from jaxcompress.numerics._granularity import PerChannel as PerChannel
@@ -22,6 +29,7 @@ from jaxcompress.numerics._qtypes import Int as Int
 from jaxcompress.numerics._qtypes import QType as QType
 from jaxcompress.numerics._qtypes import Scaled as Scaled
 from jaxcompress.numerics._quantize import dequantize as dequantize
+from jaxcompress.numerics._quantize import effective_scale as effective_scale
 from jaxcompress.numerics._quantize import fake_quant as fake_quant
 from jaxcompress.numerics._quantize import quantize as quantize
 from jaxcompress.numerics._quantize import relative_error as relative_error
@@ -36,6 +44,7 @@ from jaxcompress.numerics._range import Percentile as Percentile
 from jaxcompress.numerics._range import Range as Range
 from jaxcompress.numerics._types import binary as binary
 from jaxcompress.numerics._types import binary_basis as binary_basis
+from jaxcompress.numerics._types import float4_e2m1fn as float4_e2m1fn
 from jaxcompress.numerics._types import float8_e4m3fn as float8_e4m3fn
 from jaxcompress.numerics._types import float8_e5m2 as float8_e5m2
 from jaxcompress.numerics._types import int2 as int2

@@ -11,11 +11,12 @@ from jaxcompress.numerics._basis import Basis
 from jaxcompress.numerics._granularity import Granularity, PerTensor
 from jaxcompress.numerics._qtypes import Int, Limits, QType, Scaled
 from jaxcompress.numerics._range import AbsMax, Convention, LeastSquares, Range
+from jaxcompress.numerics._scales import NARROW, POWERS, WIDE
 
 
 @dataclass(frozen=True)
 class Format:
-    """A number type, granularity, symmetry, range method, scale dtype and convention.
+    """A number type, granularity, symmetry, range method, scale dtypes and convention.
 
     Invariant: `range` and `convention` are never left to the imagination; where they are not
     given, the constructor writes in what applies.
@@ -28,8 +29,14 @@ class Format:
         range: How a slice's range is found: `AbsMax()`, `MSE()`, `Percentile(p)` or
             `LeastSquares()`. By default `AbsMax()`, and `LeastSquares()` for a `Basis`.
         scale_dtype: The dtype that scales are rounded to, before anything is divided by them:
-            float32, bfloat16 or float16. Scales saturate at the ends of its normal range.
+            float32, bfloat16 or float16, or one of the two of block formats, `float8_e8m0fnu`
+            and `float8_e4m3fn`. Scales saturate at the ends of its normal range (of
+            `float8_e4m3fn`'s subnormal one), and are 1 for a slice of zeros. With
+            `float8_e8m0fnu` they are the powers of two that OCP MX prescribes: the largest code
+            has the exponent of the largest entry, and entries above the largest code saturate.
         convention: For symmetric signed integers, `Convention.NARROW` by default; else `None`.
+        global_scale: Whether a float32 scale of the whole array stands above the slices' scales,
+            for `float8_e4m3fn`, which has little range of its own; see `fit_global_scale`.
 
     Raises:
         ArgumentError: If the parts do not go together.
@@ -48,6 +55,7 @@ class Format:
     range: Range | None = None
     scale_dtype: Any = jnp.float32
     convention: Convention | None = None
+    global_scale: bool = False
 
     def __post_init__(self):
         is_basis = isinstance(self.qtype, Basis)
@@ -84,12 +92,35 @@ class Format:
                 expected="a symmetric signed integer format where a convention is chosen",
                 fix="Leave `convention` out.",
             )
-        if self.scale_dtype not in (jnp.float32, jnp.bfloat16, jnp.float16):
+        self._check_scales()
+
+    def _check_scales(self) -> None:
+        if self.scale_dtype not in (*WIDE, POWERS, NARROW):
             raise ArgumentError(
                 "scale_dtype",
                 got=self.scale_dtype,
-                expected="float32, bfloat16 or float16",
-                fix="float32 is the default; 16 bits save 2 bytes per slice.",
+                expected="float32, bfloat16, float16, float8_e8m0fnu or float8_e4m3fn",
+                fix="float32 is the default; 16 bits save 2 bytes per slice, 8 bits 3.",
+            )
+        if self.global_scale and self.scale_dtype != NARROW:
+            raise ArgumentError(
+                "global_scale",
+                got=f"True with scale_dtype={self.scale_dtype}",
+                expected="scale_dtype=float8_e4m3fn where a global scale is asked for",
+                fix="The other dtypes have the range to do without: leave `global_scale` out.",
+            )
+        if self.scale_dtype == POWERS and (
+            not self.symmetric
+            or self.convention is Convention.SIGNED
+            or isinstance(self.range, LeastSquares)
+        ):
+            raise ArgumentError(
+                "scale_dtype",
+                got=f"{self.scale_dtype} with symmetric={self.symmetric}, "
+                f"convention={self.convention}, range={self.range}",
+                expected="a symmetric format, positive scales, and a range that is not solved for, "
+                "where scales are powers of two",
+                fix="Take AbsMax() or MSE(), or another `scale_dtype`.",
             )
 
     @property

@@ -12,10 +12,11 @@ from jax import Array
 from jax.typing import ArrayLike
 
 from jaxcompress.errors import ArgumentError
+from jaxcompress.numerics._checks import checked
 from jaxcompress.numerics._format import Format
 from jaxcompress.numerics._qtypes import Int, Limits
-from jaxcompress.numerics._quantize import checked, scale_shape
-from jaxcompress.numerics._range import rounded
+from jaxcompress.numerics._quantize import scale_shape
+from jaxcompress.numerics._scales import rounded
 
 
 def lsq(x: ArrayLike, step: ArrayLike, format: Format) -> Array:
@@ -291,6 +292,13 @@ def _prepared(x: ArrayLike, format: Format, *, symmetric: bool) -> tuple[Array, 
             got=f"{format.qtype.name}, symmetric={format.symmetric}",
             expected=f"an integer type with symmetric={symmetric}",
             fix="For example Format(int8, symmetric=...): lsq is symmetric, lsq_plus is not.",
+        )
+    if format.global_scale:
+        raise ArgumentError(
+            "format",
+            got="one with global_scale=True",
+            expected="a format whose steps are all that is learned",
+            fix="Leave `global_scale` out, or use fake_quant.",
         )
     assert format.limits is not None
     return x, format.limits

@@ -38,19 +38,22 @@ class Activation:
 
 @partial(
     jax.tree_util.register_dataclass,
-    data_fields=("values", "scale", "zero", "activation"),
+    data_fields=("values", "scale", "zero", "global_scale", "activation"),
     meta_fields=("format", "dtype"),
 )
 @dataclass(frozen=True, kw_only=True, eq=False, repr=False)
 class QArray(LeafNode):
     """An array in stored form: values, scale and zero point, with the format beside them.
 
-    It is a pytree node of up to three arrays, so `jit`, donation, sharding and checkpoints see
+    It is a pytree node of a few arrays, so `jit`, donation, sharding and checkpoints see
     through it; `jaxcompress.tree` counts it as one leaf.
 
     Invariants: `values` has the storage dtype of `format.qtype` and the blocked shape of
     `format.granularity`; `scale` and `zero` have as many axes (`scale` one more for a `Basis`),
-    with 1 where entries share. Under `tree.map` the three may be anything at all.
+    with 1 where entries share. `global_scale` is there exactly if `format.global_scale`, and has
+    the scale's number of axes, each of one entry until `vmap` or a stack of layers adds longer
+    ones in front; what a slice's codes are multiplied by is `effective_scale(q)`. Under
+    `tree.map` all of them may be anything at all.
 
     Attributes:
         values: The stored codes.
@@ -58,6 +61,7 @@ class QArray(LeafNode):
         zero: The code of the number 0 per slice, in the storage dtype; `None` if symmetric.
         format: What the codes mean.
         dtype: The dtype of the array that this stands for.
+        global_scale: float32, one for the whole array; `None` if the format has none.
         activation: How `quantize.execute` rounds the activations that are contracted with it;
             `None` leaves them as they are. It does not change what this stands for.
 
@@ -73,6 +77,7 @@ class QArray(LeafNode):
     zero: Array | None
     format: Format
     dtype: Any
+    global_scale: Array | None = None
     activation: Activation | None = None
 
     @property

@@ -1,7 +1,8 @@
 """Quantize, dequantize and fake-quantize one array."""
 
+import dataclasses
 import functools
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -10,11 +11,13 @@ from jax import Array
 from jax.core import Tracer
 from jax.typing import ArrayLike
 
-from jaxcompress.errors import ArgumentError, ArgumentTypeError, NonFiniteError
+from jaxcompress.errors import ArgumentError, ArgumentTypeError
+from jaxcompress.numerics._checks import checked, require_finite, require_no_obstacle
+from jaxcompress.numerics._fit import fit_scale, global_scale_of
 from jaxcompress.numerics._format import Format
 from jaxcompress.numerics._qarray import QArray
 from jaxcompress.numerics._qtypes import Scaled
-from jaxcompress.numerics._range import rounded
+from jaxcompress.numerics._scales import effective, rounded
 
 
 def quantize(
@@ -23,12 +26,13 @@ def quantize(
     *,
     scale: ArrayLike | None = None,
     zero: ArrayLike | None = None,
+    global_scale: ArrayLike | None = None,
     key: Array | None = None,
 ) -> QArray:
     r"""Bring an array into stored form.
 
     $q = \mathrm{round}(x / s) + z$, clipped to the format's limits, with scale s and zero point z
-    per slice as `format.range` finds them.
+    per slice as `format.range` finds them. With a global scale g, s g takes the place of s.
 
     Args:
         x: Floating-point array; bfloat16 and float16 are computed in float32.
@@ -36,6 +40,9 @@ def quantize(
         scale: Use this scale instead of looking for one, such as a learned step; of the shape
             that `QArray.scale` has.
         zero: The zero point to use with `scale`, if the format is not symmetric.
+        global_scale: The global scale, if the format has one: needed beside `scale`, which is
+            stored as it is given, without it; alone, the scales are found for it. Of the shape
+            that `QArray.global_scale` has.
         key: Round stochastically with this key, without bias: the mean over keys of the result
             is x, inside the limits. By default round to the nearest.
 
@@ -44,7 +51,7 @@ def quantize(
 
     Raises:
         ArgumentTypeError: If x is not floating point.
-        ArgumentError: If the format does not fit x's shape.
+        ArgumentError: If the format does not fit x's shape, or the given parts do not fit it.
         NonFiniteError: If x is concrete and holds NaN or infinity. Under `jit` they poison the
             scale instead.
 
@@ -61,10 +68,10 @@ def quantize(
             expected="a type with one scale per slice where rounding is stochastic",
             fix="Leave `key` out.",
         )
-    given = _given_fit(x, format, scale, zero)
-    values, fitted_scale, fitted_zero, finite = _quantize(x, format, given, key)
-    _require_finite(finite)
-    return QArray(values=values, scale=fitted_scale, zero=fitted_zero, format=format, dtype=x.dtype)
+    given = _given_fit(x, format, scale, zero, global_scale)
+    q, finite = _quantize(x, format, given, key)
+    require_finite(finite)
+    return q
 
 
 def dequantize(q: QArray) -> Array:
@@ -88,7 +95,26 @@ def dequantize(q: QArray) -> Array:
         raise ArgumentTypeError(
             "q", got=type(q).__name__, expected="a QArray", fix="Make one with `quantize`."
         )
-    return _dequantize(q.values, q.scale, q.zero, q.format, q.dtype)
+    return _dequantize(dataclasses.replace(q, activation=None))
+
+
+def effective_scale(q: QArray) -> Array:
+    r"""Give what the codes of each slice are multiplied by: $s$, or $s g$ with a global scale.
+
+    Args:
+        q: The stored form.
+
+    Returns:
+        float32, of the scale's shape: it broadcasts to `q.values` (a `Basis` has its k numbers
+        along an extra last axis).
+
+    Example:
+        >>> from jaxcompress.numerics import nvfp4
+        >>> q = quantize(jnp.full((32, 2), 5376.0), nvfp4)
+        >>> q.scale.dtype.name, effective_scale(q).shape, float(effective_scale(q).max())
+        ('float8_e4m3fn', (2, 1, 2), 896.0)
+    """
+    return effective(q.scale.astype(jnp.float32), q.global_scale)
 
 
 def fake_quant(x: ArrayLike, format: Format) -> Array:
@@ -119,7 +145,7 @@ def fake_quant(x: ArrayLike, format: Format) -> Array:
     """
     x = checked(x, format)
     if not isinstance(x, Tracer):
-        _require_finite(jnp.isfinite(x).all())
+        require_finite(jnp.isfinite(x).all())
     return _fake_quant(x, format)
 
 
@@ -141,7 +167,7 @@ def scale_shape(shape: tuple[int, ...], format: Format) -> tuple[int, ...]:
         >>> scale_shape((64, 10), Format(int4, PerGroup(32)))
         (2, 1, 10)
     """
-    _require_no_obstacle(format, shape, jnp.float32)
+    require_no_obstacle(format, shape, jnp.float32)
     block = jax.eval_shape(format.granularity.block, jax.ShapeDtypeStruct(shape, jnp.float32))
     shared = format.granularity.shared(len(shape))
     tail = () if isinstance(format.qtype, Scaled) else (format.qtype.bits,)
@@ -191,47 +217,64 @@ def sqnr(x: ArrayLike, approximation: QArray | ArrayLike) -> Array:
 # --- The mathematics, on checked arguments ----------------------------------------------------
 
 
-def _fit(x: Array, format: Format, given: Any) -> tuple[Array, Array, Array | None]:
-    """Block x, in float32, and find (or take) its scale and zero point."""
+class _Given(NamedTuple):
+    """Parts of a fit that the caller brought along."""
+
+    scale: Array | None = None
+    zero: Array | None = None
+    global_scale: Array | None = None
+
+
+def _fit(x: Array, format: Format, given: _Given) -> tuple[Array, _Given]:
+    """Block x, in float32, and find what is not given of its scale, zero point, global scale."""
     blocked = format.granularity.block(x.astype(jnp.float32))
-    if given is not None:
-        return blocked, *given
-    shared = format.granularity.shared(x.ndim)
-    assert format.range is not None
-    return blocked, *format.range.fit(blocked, shared=shared, format=format)
+    scale, zero, global_scale = given
+    if global_scale is None:
+        global_scale = global_scale_of(blocked, format)
+    if scale is None:
+        shared = format.granularity.shared(x.ndim)
+        scale, zero = fit_scale(blocked, format, shared=shared, global_scale=global_scale)
+    return blocked, _Given(scale, zero, global_scale)
 
 
 @functools.partial(jax.jit, static_argnums=1)
-def _quantize(
-    x: Array, format: Format, given: Any, key: Array | None
-) -> tuple[Array, Array, Array | None, Array]:
-    blocked, scale, zero = _fit(x, format, given)
+def _quantize(x: Array, format: Format, given: _Given, key: Array | None) -> tuple[QArray, Array]:
+    blocked, (scale, zero, global_scale) = _fit(x, format, given)
+    assert scale is not None
     noise = None if key is None else jax.random.uniform(key, blocked.shape)
-    values = format.qtype.to_values(blocked, scale, zero, limits=format.limits, noise=noise)
-    stored_zero = None if zero is None else zero.astype(format.qtype.storage)
-    return values, scale.astype(format.scale_dtype), stored_zero, jnp.isfinite(x).all()
+    product = effective(scale, global_scale)
+    values = format.qtype.to_values(blocked, product, zero, limits=format.limits, noise=noise)
+    q = QArray(
+        values=values,
+        scale=scale.astype(format.scale_dtype),
+        zero=None if zero is None else zero.astype(format.qtype.storage),
+        global_scale=global_scale,
+        format=format,
+        dtype=x.dtype,
+    )
+    return q, jnp.isfinite(x).all()
 
 
-@functools.partial(jax.jit, static_argnums=(3, 4))
-def _dequantize(
-    values: Array, scale: Array, zero: Array | None, format: Format, dtype: Any
-) -> Array:
-    scale, zero = jax.tree.map(lambda part: part.astype(jnp.float32), (scale, zero))
-    numbers = format.qtype.to_numbers(values, scale, zero)
-    return format.granularity.unblock(numbers).astype(dtype)
+@jax.jit
+def _dequantize(q: QArray) -> Array:
+    zero = None if q.zero is None else q.zero.astype(jnp.float32)
+    numbers = q.format.qtype.to_numbers(q.values, effective_scale(q), zero)
+    return q.format.granularity.unblock(numbers).astype(q.dtype)
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(1,))
 def _straight_through(x: Array, format: Format) -> Array:
-    values, scale, zero, _ = _quantize(x, format, None, None)
-    return _dequantize(values, scale, zero, format, x.dtype)
+    q, _ = _quantize(x, format, _Given(), None)
+    return _dequantize(q)
 
 
 @_straight_through.defjvp
 def _straight_through_jvp(format: Format, primals: Any, tangents: Any) -> tuple[Array, Array]:
     (x,), (tangent,) = primals, tangents
-    blocked, scale, zero = _fit(jax.lax.stop_gradient(x), format, None)
-    inside = format.qtype.inside(blocked, scale, zero, limits=format.limits)
+    blocked, (scale, zero, global_scale) = _fit(jax.lax.stop_gradient(x), format, _Given())
+    assert scale is not None
+    product = effective(scale, global_scale)
+    inside = format.qtype.inside(blocked, product, zero, limits=format.limits)
     inside = format.granularity.unblock(inside)
     return _fake_quant(x, format), jnp.where(inside, tangent, jnp.zeros_like(tangent))
 
@@ -242,61 +285,37 @@ _fake_quant = jax.jit(_straight_through, static_argnums=1)
 # --- Checks -----------------------------------------------------------------------------------
 
 
-def checked(x: ArrayLike, format: Format) -> Array:
-    """Refuse what cannot be brought into the format; value checks are left to the caller."""
-    if not isinstance(format, Format):
-        raise ArgumentTypeError(
-            "format",
-            got=type(format).__name__,
-            expected="a numerics.Format",
-            fix="For example Format(int8, PerChannel()).",
-        )
-    x = x if isinstance(x, jax.Array) else jnp.asarray(x)
-    if not jnp.issubdtype(x.dtype, jnp.floating):
-        raise ArgumentTypeError(
-            "x", got=f"dtype {x.dtype}", expected="a floating-point array", fix="Cast it first."
-        )
-    _require_no_obstacle(format, x.shape, x.dtype)
-    return x
-
-
-def _require_no_obstacle(format: Format, shape: tuple[int, ...], dtype: Any) -> None:
-    obstacle = format.obstacle(shape, dtype)
-    if obstacle is not None:
-        raise ArgumentError(
-            "x",
-            got=f"an array that {obstacle}",
-            expected=f"an array that {format.granularity} can split",
-            fix="Choose another granularity, or leave this array alone.",
-        )
-
-
-def _require_finite(finite: Array) -> None:
-    if not isinstance(finite, Tracer) and not finite:
-        raise NonFiniteError(
-            "x",
-            got="NaN or infinity among the entries",
-            expected="finite numbers",
-            fix="Find where they come from; quantizing would spread them over whole slices.",
-        )
-
-
 def _given_fit(
-    x: Array, format: Format, scale: ArrayLike | None, zero: ArrayLike | None
-) -> tuple[Array, Array | None] | None:
-    if scale is None and zero is None:
-        return None
-    expected = scale_shape(x.shape, format)
-    wanted = {"scale": (scale, True), "zero": (zero, not format.symmetric)}
-    for name, (part, needed) in wanted.items():
-        shape = None if part is None else np.shape(part)
-        if shape != (expected if needed else None):
+    x: Array,
+    format: Format,
+    scale: ArrayLike | None,
+    zero: ArrayLike | None,
+    global_scale: ArrayLike | None,
+) -> _Given:
+    shape = scale_shape(x.shape, format)
+    scaled = scale is not None or zero is not None
+    wanted = {
+        "scale": (scale, shape if scaled else None),
+        "zero": (zero, shape if scaled and not format.symmetric else None),
+        "global_scale": (global_scale, (1,) * len(shape) if format.global_scale else None),
+    }
+    if not scaled and global_scale is None:
+        return _Given()
+    for name, (part, expected) in wanted.items():
+        got = None if part is None else np.shape(part)
+        if got != expected:
             raise ArgumentError(
                 name,
-                got="nothing" if shape is None else f"an array of shape {shape}",
-                expected=f"an array of shape {expected}" if needed else "nothing",
-                fix="Give both for an asymmetric format, and the scale alone for a symmetric one.",
+                got="nothing" if got is None else f"an array of shape {got}",
+                expected="nothing" if expected is None else f"an array of shape {expected}",
+                fix="Give every part that the format has: a scale, a zero point if it is not "
+                "symmetric, a global scale if it has one; or a global scale alone.",
             )
-    assert scale is not None
-    wide_zero = None if zero is None else jnp.asarray(zero).astype(jnp.float32)
-    return rounded(jnp.asarray(scale).astype(jnp.float32), format), wide_zero
+    wide = [
+        None if part is None else jnp.asarray(part).astype(jnp.float32)
+        for part in (scale, zero, global_scale)
+    ]
+    given = _Given(*wide)
+    if given.scale is None:
+        return given
+    return given._replace(scale=rounded(given.scale, format))

@@ -14,6 +14,15 @@ from jax import Array
 
 from jaxcompress.errors import ArgumentError
 from jaxcompress.numerics._basis import Basis
+from jaxcompress.numerics._scales import (
+    POWERS,
+    bounds,
+    effective,
+    microscale,
+    require_global_scale,
+    rounded,
+    settle,
+)
 
 if TYPE_CHECKING:
     from jaxcompress.numerics._format import Format
@@ -45,17 +54,27 @@ class Range(abc.ABC):
     """How a slice's scale is found: the base class of the methods below."""
 
     @abc.abstractmethod
-    def fit(self, x: Array, *, shared: tuple[int, ...], format: "Format") -> Fit:
+    def fit(
+        self,
+        x: Array,
+        *,
+        shared: tuple[int, ...],
+        format: "Format",
+        global_scale: Array | None = None,
+    ) -> Fit:
         """Find the scale and zero point of every slice.
 
         Args:
             x: float32 numbers, blocked.
             shared: The axes that make up a slice.
             format: The format that the range is for.
+            global_scale: The array's global scale, float32, of one entry along every axis; given
+                exactly if the format has one.
 
         Returns:
             `(scale, zero)`, float32 numbers that `scale_dtype` can hold; x's shape with 1 for
-            the shared axes. `zero` is `None` for a symmetric format.
+            the shared axes. `zero` is `None` for a symmetric format. The global scale is divided
+            out of `scale`.
         """
 
 
@@ -63,9 +82,17 @@ class Range(abc.ABC):
 class AbsMax(Range):
     """The whole range: no entry is clipped (but see `Convention.HALF`)."""
 
-    def fit(self, x: Array, *, shared: tuple[int, ...], format: "Format") -> Fit:
+    def fit(
+        self,
+        x: Array,
+        *,
+        shared: tuple[int, ...],
+        format: "Format",
+        global_scale: Array | None = None,
+    ) -> Fit:
         """Take the smallest and largest entries."""
-        return _from_range(*_extremes(x, shared, format), format)
+        require_global_scale(format, global_scale)
+        return _from_range(*_extremes(x, shared, format), format, global_scale)
 
 
 @dataclass(frozen=True)
@@ -91,12 +118,20 @@ class Percentile(Range):
                 "percent", got=self.percent, expected="a number in (0, 100]", fix="Try 99.9."
             )
 
-    def fit(self, x: Array, *, shared: tuple[int, ...], format: "Format") -> Fit:
+    def fit(
+        self,
+        x: Array,
+        *,
+        shared: tuple[int, ...],
+        format: "Format",
+        global_scale: Array | None = None,
+    ) -> Fit:
         """Cut the range of each slice at its percentile."""
+        require_global_scale(format, global_scale)
         low, high = _extremes(x, shared, format)
         cut = self._cut(jnp.abs(x), shared)
         cut = jnp.where(cut > 0, cut, jnp.inf)
-        return _from_range(jnp.maximum(low, -cut), jnp.minimum(high, cut), format)
+        return _from_range(jnp.maximum(low, -cut), jnp.minimum(high, cut), format, global_scale)
 
     def _cut(self, sizes: Array, shared: tuple[int, ...]) -> Array:
         """Bisect the bit pattern, which orders like the number: no sort, nothing gathered."""
@@ -121,6 +156,9 @@ class Percentile(Range):
 class MSE(Range):
     """Clip where the rounding error is least, on a grid of fractions of the whole range.
 
+    Where scales are powers of two (`float8_e8m0fnu`), these are the fractions: 2, since the
+    scale of the whole range may clip there, 1, and halves down to `lowest`.
+
     Attributes:
         lowest: The smallest fraction, in (0, 1].
         points: Fractions tried, evenly from `lowest` to 1.
@@ -143,24 +181,39 @@ class MSE(Range):
                 fix="Try MSE().",
             )
 
-    def fit(self, x: Array, *, shared: tuple[int, ...], format: "Format") -> Fit:
+    def fit(
+        self,
+        x: Array,
+        *,
+        shared: tuple[int, ...],
+        format: "Format",
+        global_scale: Array | None = None,
+    ) -> Fit:
         """Try every fraction, and keep each slice's best."""
+        require_global_scale(format, global_scale)
         low, high = _extremes(x, shared, format)
-        peak = _peak(low, high)
-        unit, unit_low, unit_high = x / peak, low / peak, high / peak  # squares must not overflow
+        peak = _power_below(_peak(low, high))  # dividing by it is exact
+        unit = x / peak  # squares must not overflow
 
         def attempt(best: tuple[Array, Array], fraction: Array) -> tuple[tuple[Array, Array], None]:
-            scale, zero = _from_range(unit_low * fraction, unit_high * fraction, format)
+            scale, zero = _from_fraction(low, high, fraction, format, global_scale)
+            # In a slice far below the global scale this is infinite, and the error NaN: no better.
+            scale = effective(scale, global_scale) / peak
             off = jnp.abs(_round_trip(unit, scale, zero, format) - unit)
             off = jnp.square(off) if self.norm == 2 else off**self.norm
             error = off.sum(shared, keepdims=True)
             better = error < best[0]
             return (jnp.where(better, error, best[0]), jnp.where(better, fraction, best[1])), None
 
-        fractions = np.linspace(1, self.lowest, self.points, dtype=np.float32)
         start = (jnp.full_like(peak, jnp.inf), jnp.ones_like(peak))
-        (_, fraction), _ = jax.lax.scan(attempt, start, jnp.asarray(fractions))
-        return _from_range(low * fraction, high * fraction, format)
+        (_, fraction), _ = jax.lax.scan(attempt, start, jnp.asarray(self._fractions(format)))
+        return _from_fraction(low, high, fraction, format, global_scale)
+
+    def _fractions(self, format: "Format") -> np.ndarray:
+        if format.scale_dtype != POWERS:
+            return np.linspace(1, self.lowest, self.points, dtype=np.float32)
+        least = math.ceil(math.log2(self.lowest))
+        return np.exp2([0, 1, *range(-1, least - 1, -1)]).astype(np.float32)  # on ties: the range
 
 
 @dataclass(frozen=True)
@@ -171,7 +224,14 @@ class Entropy(Range):
     (`stats.Histogram.entropy_range`). A single array has too few entries for it.
     """
 
-    def fit(self, x: Array, *, shared: tuple[int, ...], format: "Format") -> Fit:
+    def fit(
+        self,
+        x: Array,
+        *,
+        shared: tuple[int, ...],
+        format: "Format",
+        global_scale: Array | None = None,
+    ) -> Fit:
         """Refuse.
 
         Raises:
@@ -208,14 +268,25 @@ class LeastSquares(Range):
                 "iterations", got=self.iterations, expected="at least 1", fix="Try 10."
             )
 
-    def fit(self, x: Array, *, shared: tuple[int, ...], format: "Format") -> Fit:
+    def fit(
+        self,
+        x: Array,
+        *,
+        shared: tuple[int, ...],
+        format: "Format",
+        global_scale: Array | None = None,
+    ) -> Fit:
         """Refine the scale of each slice."""
+        require_global_scale(format, global_scale)
         peak = _peak(x.min(shared, keepdims=True), x.max(shared, keepdims=True))
         if isinstance(format.qtype, Basis):
             unit = format.qtype.fit(x / peak, shared=shared, iterations=self.iterations)
+            alphas = unit * peak[..., None]
+            if global_scale is not None:
+                alphas = alphas * (1 / global_scale)
             largest = float(jnp.finfo(format.scale_dtype).max)
-            return rounded(jnp.clip(unit * peak[..., None], -largest, largest), format), None
-        scale, zero = MSE().fit(x, shared=shared, format=format)
+            return rounded(jnp.clip(alphas, -largest, largest), format), None
+        start, zero = MSE().fit(x, shared=shared, format=format, global_scale=global_scale)
         unit = x / peak
 
         def refine(_: int, scale: Array) -> Array:
@@ -225,8 +296,9 @@ class LeastSquares(Range):
             refit = (unit * codes).sum(shared, keepdims=True) / jnp.where(power > 0, power, 1)
             return jnp.where(refit == 0, scale, refit)
 
-        unit_scale = jax.lax.fori_loop(0, self.iterations, refine, scale / peak)
-        return _settle(unit_scale * peak, format), zero
+        start = effective(start, global_scale) / peak
+        unit_scale = jax.lax.fori_loop(0, self.iterations, refine, start)
+        return settle(unit_scale * peak, format, global_scale), zero
 
 
 def _extremes(x: Array, shared: tuple[int, ...], format: "Format") -> tuple[Array, Array]:
@@ -244,7 +316,13 @@ def _peak(low: Array, high: Array) -> Array:
     return jnp.where(peak == 0, 1, jnp.maximum(peak, jnp.finfo(jnp.float32).smallest_normal))
 
 
-def _from_range(low: Array, high: Array, format: "Format") -> Fit:
+def _power_below(x: Array) -> Array:
+    """Clear the mantissa of positive normal numbers."""
+    bits = jax.lax.bitcast_convert_type(x, jnp.int32)
+    return jax.lax.bitcast_convert_type(bits & 0x7F80_0000, jnp.float32)
+
+
+def _from_range(low: Array, high: Array, format: "Format", global_scale: Array | None) -> Fit:
     """Turn a range `low <= 0 <= high` into a scale and zero point.
 
     Products with reciprocal constants and nothing that could be contracted to a fused
@@ -252,36 +330,32 @@ def _from_range(low: Array, high: Array, format: "Format") -> Fit:
     """
     assert format.limits is not None
     least, most = format.limits
+    if format.scale_dtype == POWERS:
+        return microscale(low, high, (least, most)), None
     if not format.symmetric:
-        scale = _settle((high * 0.5 - low * 0.5) * np.float32(2 / (most - least)), format)
-        zero = jnp.round(-low * (1 / scale)) + least
+        scale = (high * 0.5 - low * 0.5) * np.float32(2 / (most - least))
+        scale = settle(scale, format, global_scale)
+        zero = jnp.round(-low * (1 / effective(scale, global_scale))) + least
         return scale, jnp.clip(zero, least, most)
     if format.convention is Convention.HALF:
-        return _settle(high * np.float32(2 / (most - least)), format), None
+        return settle(high * np.float32(2 / (most - least)), format, global_scale), None
     if format.convention is Convention.SIGNED:
         extreme = jnp.where(-low >= high, low, high)
-        return _settle(extreme * np.float32(1 / least), format), None
+        return settle(extreme * np.float32(1 / least), format, global_scale), None
     scale = high * np.float32(1 / most)
     if least < 0:
         scale = jnp.maximum(scale, low * np.float32(1 / least))
-    return _settle(scale, format), None
+    return settle(scale, format, global_scale), None
 
 
-def _settle(scale: Array, format: "Format") -> Array:
-    """Bring a scale to what `scale_dtype` holds and what has a reciprocal; 1 for an empty range."""
-    info = jnp.finfo(format.scale_dtype)
-    # The selects also keep XLA on CPU from fusing the slice's reduction with the rounding that
-    # follows, which would write a float32 temporary and take four times as long.
-    size = jnp.clip(jnp.abs(scale), float(info.smallest_normal), min(float(info.max), 2.0**126))
-    return rounded(jnp.where(scale == 0, 1, jnp.where(scale < 0, -size, size)), format)
-
-
-def rounded(scale: Array, format: "Format") -> Array:
-    if format.scale_dtype == jnp.float32:
-        return scale
-    info = jnp.finfo(format.scale_dtype)
-    # Not a pair of casts, which XLA may drop as excess precision.
-    return jax.lax.reduce_precision(scale, info.nexp, info.nmant)
+def _from_fraction(
+    low: Array, high: Array, fraction: Array, format: "Format", global_scale: Array | None
+) -> Fit:
+    """Turn a fraction of a range into a scale and zero point."""
+    if format.scale_dtype == POWERS:  # twice the range may be past float32
+        scale, _ = _from_range(low, high, format, global_scale)
+        return jnp.clip(scale * fraction, *bounds(POWERS)), None
+    return _from_range(low * fraction, high * fraction, format, global_scale)
 
 
 def _round_trip(x: Array, scale: Array, zero: Array | None, format: "Format") -> Array:

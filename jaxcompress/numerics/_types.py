@@ -9,6 +9,7 @@ from jaxcompress.numerics._qtypes import Codebook, Float, Int
 int2, int3, int4, int5, int6, int7, int8 = (Int(name=f"int{b}", bits=b) for b in range(2, 9))
 uint4, uint8 = (Int(name=f"uint{b}", bits=b, signed=False) for b in (4, 8))
 
+float4_e2m1fn = Float(name="float4_e2m1fn", bits=4)  # 0, 0.5, 1, 1.5, 2, 3, 4, 6, and negative
 float8_e4m3fn = Float(name="float8_e4m3fn", bits=8)
 float8_e5m2 = Float(name="float8_e5m2", bits=8)
 
