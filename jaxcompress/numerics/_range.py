@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
+from jax.typing import ArrayLike
 
 from jaxcompress.errors import ArgumentError
 from jaxcompress.numerics._basis import Basis
@@ -299,6 +300,33 @@ class LeastSquares(Range):
         start = effective(start, global_scale) / peak
         unit_scale = jax.lax.fori_loop(0, self.iterations, refine, start)
         return settle(unit_scale * peak, format, global_scale), zero
+
+
+def scale_of_range(low: ArrayLike, high: ArrayLike, format: "Format") -> Fit:
+    """Give the scale (and zero point) of a known range: a static one, say.
+
+    Args:
+        low: Lower ends, float32; the range is made to include 0.
+        high: Upper ends, likewise.
+        format: The format that the range is for.
+
+    Returns:
+        `(scale, zero)`, float32, of the shape of the ends; `zero` is `None` for a symmetric
+        format. 1 for an empty range.
+
+    Example:
+        >>> from jaxcompress.numerics import Format, int8
+        >>> scale, _ = scale_of_range(-1.0, 254.0, Format(int8))
+        >>> float(scale)
+        2.0
+    """
+    low = jnp.minimum(jnp.asarray(low, jnp.float32), 0)
+    high = jnp.maximum(jnp.asarray(high, jnp.float32), 0)
+    low_limit, high_limit = format.limits or (-1.0, 1.0)
+    if (format.symmetric and -low_limit == high_limit) or format.convention is Convention.HALF:
+        high = jnp.maximum(-low, high)
+        low = -high
+    return _from_range(low, high, format, None)
 
 
 def _extremes(x: Array, shared: tuple[int, ...], format: "Format") -> tuple[Array, Array]:

@@ -13,3 +13,7 @@ from jaxcompress.quantize._policy import coverage as coverage
 from jaxcompress.quantize._policy import fake_quant as fake_quant
 from jaxcompress.quantize._policy import pack as pack
 from jaxcompress.quantize._policy import unpack as unpack
+from jaxcompress.quantize._ptq import QResult as QResult
+from jaxcompress.quantize._ptq import ptq as ptq
+from jaxcompress.quantize._report import QLeaf as QLeaf
+from jaxcompress.quantize._report import QReport as QReport

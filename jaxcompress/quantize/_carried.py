@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
+from jaxcompress import numerics
 from jaxcompress.numerics import Activation, Format, PerGroup, QArray, Scaled
 from jaxcompress.tree import LeafNode
 
@@ -133,7 +134,7 @@ def carried(q: QArray, path: str, original: Array | None = None) -> Carried | No
 
     return Carried(
         values=q.values,
-        scale=q.scale.astype(jnp.float32),
+        scale=numerics.effective_scale(q),
         zero=None if q.zero is None else q.zero.astype(jnp.float32),
         activation_scale=None if static is None else stored(static.scale),
         activation_zero=None if static is None else stored(static.zero),

@@ -3,9 +3,11 @@
 import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 
 from jaxcompress import numerics, tree
 from jaxcompress.errors import ArgumentError, SelectionError
@@ -147,6 +149,7 @@ class _Run:
 
     backend: str
     uses: list[SiteKernel] = field(default_factory=list)
+    fills: ClassVar[bool] = False
 
     def call(self, fn: Callable[..., Any], params: Any, inputs: Any, kwargs: Any) -> Any:
         quantized = {path for path, leaf in tree.items(params) if isinstance(leaf, QArray)}
@@ -166,10 +169,14 @@ class _Run:
             traced.record,
             traced.walker,
             lambda program, sites: self._visits(sites, quantized),
+            fills=self.fills,
             carrier=self,
         )
         args = tree.map_with_path(self._start, params), inputs, kwargs
-        return execute_plan(traced, plan, args, {})[0]
+        return self._outputs(*execute_plan(traced, plan, args, {}))
+
+    def _outputs(self, outputs: Any, filled: Cells) -> Any:
+        return outputs
 
     def _start(self, path: str, leaf: Any) -> Any:
         if not isinstance(leaf, QArray):
@@ -200,16 +207,17 @@ class _Run:
         moved = follow(equation, operands)  # a slice at a traced index looks rows up
         if moved is not None:
             return moved, {}
-        return [self.site(equation, operands, first)], {}
+        result, filled = self._site(equation, operands, first)
+        return [result], filled
 
-    def site(self, equation: Equation, operands: Sequence[Any], operand: int) -> Any:
+    def _site(self, equation: Equation, operands: Sequence[Any], operand: int) -> tuple[Any, Cells]:
         """Run a site."""
         node, name = operands[operand], equation.primitive.name
         x = operands[1 - operand]
         choice = kernels_of.choose(name, equation.params, operand, node, x, self.backend)
         names = [s.name for s in equation.sites if s.path == node.path]
         self._log(node.path, names[0] if names else None, choice)
-        return kernels_of.run(equation, operands, operand, choice, self.backend)
+        return kernels_of.run(equation, operands, operand, choice, self.backend), {}
 
     # --- what a carrier does; see `graph._replay.Carrier` ---
 
@@ -229,3 +237,60 @@ class _Run:
 
 def _stand_in(q: QArray) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(q.shape, q.dtype)
+
+
+def measure(
+    fn: Callable[..., Any],
+    params: tree.Params,
+    quantized: tree.Params,
+    inputs: Sequence[Any],
+    *,
+    backend: str | None = None,
+) -> tuple[dict[str, float], tuple[SiteKernel, ...]]:
+    """Run fn on params, and at each site the kernel of the quantized leaf beside it.
+
+    Args:
+        fn: `fn(params, *inputs) -> outputs`, pure.
+        params: Params of arrays.
+        quantized: The same with `QArray` leaves.
+        inputs: One batch.
+        backend: As in `execute`.
+
+    Returns:
+        `{Site.name: dB}`, the signal-to-quantization-noise ratio of each site's result; and what
+        was run.
+    """
+    run = _Measured(_checked_backend(backend)(), originals=dict(tree.items(params)))
+    powers = jax.jit(lambda *args: run.call(fn, *args))(quantized, tuple(inputs), {})
+    ratios = {
+        name: 10 * np.log10(signal / noise) if noise > 0 else np.inf
+        for name, (noise, signal) in jax.device_get(powers).items()
+    }
+    return {name: float(ratio) for name, ratio in ratios.items()}, tuple(dict.fromkeys(run.uses))
+
+
+@dataclass
+class _Measured(_Run):
+    """Runs fn as it was, and the kernels beside it, whose errors it sums up."""
+
+    originals: dict[str, Any] = field(default_factory=dict)
+    fills: ClassVar[bool] = True
+
+    def _start(self, path: str, leaf: Any) -> Any:
+        if not isinstance(leaf, QArray):
+            return leaf
+        node = carried(leaf, path, self.originals[path])
+        return self.originals[path] if node is None else node
+
+    def _outputs(self, outputs: Any, filled: Cells) -> Any:
+        return {name: (noise.sum(), signal.sum()) for name, (noise, signal) in filled.items()}
+
+    def _site(self, equation: Equation, operands: Sequence[Any], operand: int) -> tuple[Any, Cells]:
+        by_kernel, _ = super()._site(equation, operands, operand)
+        node, before = operands[operand], list(operands)
+        before[operand] = node.original
+        result = equation.bind(*before)
+        off = jnp.square((by_kernel - result).astype(jnp.float32)).sum()
+        power = jnp.square(result.astype(jnp.float32)).sum()
+        names = [s.name for s in equation.sites if s.path == node.path]
+        return result, dict.fromkeys(names, (off, power))

@@ -24,6 +24,9 @@ class Rule:
         static: Whether the range of activations is settled once, by `ptq` over its batches,
             rather than found anew in each call.
         method: How the codes of the weights are chosen.
+        correct_bias: Whether `ptq` takes the mean error that rounding the weights leaves in the
+            outputs out of the bias that is added to them (Nagel et al., arXiv:1906.04721,
+            section 4.2).
 
     Raises:
         ArgumentTypeError: If a format is none, or the method is no `Method`.
@@ -36,6 +39,7 @@ class Rule:
     activations: Format | None = None
     static: bool = False
     method: Method = field(default_factory=RoundToNearest)
+    correct_bias: bool = False
 
     def __post_init__(self):
         for name, format in (("weights", self.weights), ("activations", self.activations)):
@@ -162,12 +166,13 @@ def coverage(params: Params, policy: Policy, *, strict: bool = False) -> Coverag
         ('bias',)
     """
     leaves = dict(tree.items(params))
-    rule_of = _first_matches(params, leaves, policy)
+    rule_of, unused = first_matches(params, leaves, policy)
+    _require_all_used(params, policy, unused)
     formats, exempt = {}, {}
     for path, rule in rule_of.items():
         if rule.weights is None:
             continue
-        reason = _obstacle(leaves[path], rule.weights)
+        reason = obstacle(leaves[path], rule.weights)
         if reason is None:
             formats[path] = rule.weights
         else:
@@ -182,8 +187,23 @@ def coverage(params: Params, policy: Policy, *, strict: bool = False) -> Coverag
     )
 
 
-def _first_matches(params: Params, leaves: Mapping[str, Any], policy: Policy) -> dict[str, Rule]:
-    """Give each selected leaf its rule, in traversal order; every rule must get a leaf."""
+def first_matches(
+    params: Params, leaves: Mapping[str, Any], policy: Policy
+) -> tuple[dict[str, Rule], tuple[int, ...]]:
+    """Give each selected leaf its rule, in traversal order.
+
+    Args:
+        params: Params.
+        leaves: Its leaves by path.
+        policy: The rules.
+
+    Returns:
+        `{path: rule}`, and the numbers of the rules that got no leaf.
+
+    Raises:
+        ArgumentTypeError: If the policy is none.
+        SelectionError: If no rule selects anything.
+    """
     if not isinstance(policy, Policy):
         raise ArgumentTypeError(
             "policy",
@@ -192,27 +212,37 @@ def _first_matches(params: Params, leaves: Mapping[str, Any], policy: Policy) ->
             fix="For example quantize.presets.int8_weights.",
         )
     rule_of: dict[str, Rule] = {}
+    unused = []
     for i, rule in enumerate(policy.rules):
-        chosen = tree.select(params, rule.where)
+        chosen = [p for p, leaf in leaves.items() if tree.matches(rule.where, p, leaf)]
         fresh = [path for path in chosen if path not in rule_of]
-        if not fresh:
-            raise SelectionError(
-                "policy",
-                got=f"rule {i} (where={rule.where!r}), whose {len(chosen)} leaves all fall to "
-                "earlier rules",
-                expected="rules that each decide at least one leaf",
-                fix="Put the more particular rule first, or drop this one.",
-            )
+        unused += [] if fresh else [i]
         rule_of |= dict.fromkeys(fresh, rule)
-    return {path: rule_of[path] for path in leaves if path in rule_of}
+    if not rule_of:  # this raises, and names the nearest paths
+        tree.select(params, policy.rules[0].where)
+    return {path: rule_of[path] for path in leaves if path in rule_of}, tuple(unused)
 
 
-def _obstacle(leaf: Any, format: Format) -> str | None:
+def _require_all_used(params: Params, policy: Policy, unused: tuple[int, ...]) -> None:
+    """Refuse rules that decide nothing."""
+    for i in unused:
+        where = policy.rules[i].where
+        chosen = tree.select(params, where)  # this raises, if it selects nothing
+        raise SelectionError(
+            "policy",
+            got=f"rule {i} (where={where!r}), whose {len(chosen)} leaves all fall to earlier rules",
+            expected="rules that each decide at least one leaf",
+            fix="Put the more particular rule first, or drop this one.",
+        )
+
+
+def obstacle(leaf: Any, format: Format | None) -> str | None:
+    """Say why a leaf cannot be quantized, into a format if one is given; `None` if it can."""
     if isinstance(leaf, LeafNode):
         return "is compressed already"
     if not hasattr(leaf, "shape") or not hasattr(leaf, "dtype"):
         return f"is not an array but {type(leaf).__name__}"
-    return format.obstacle(tuple(leaf.shape), leaf.dtype)
+    return None if format is None else format.obstacle(tuple(leaf.shape), leaf.dtype)
 
 
 def _nothing_to_do(

@@ -9,16 +9,18 @@ from jaxcompress.numerics import (
     LeastSquares,
     PerChannel,
     PerGroup,
+    PerTensor,
+    PerToken,
     binary,
     binary_basis,
     float8_e4m3fn,
     int3,
     int4,
-    int8,
     nf4,
     power_of_two,
     ternary,
 )
+from jaxcompress.numerics import int8 as int8_type
 from jaxcompress.quantize._policy import Policy, Rule
 
 
@@ -26,7 +28,23 @@ def _weights(format: Format) -> Policy:
     return Policy((Rule(weights=format),))
 
 
-int8_weights = _weights(Format(int8, PerChannel()))
+int8 = Policy(
+    (Rule(weights=Format(int8_type, PerChannel()), activations=Format(int8_type, PerToken())),)
+)
+"""8-bit weights and activations: a scale per output, and per token as it comes."""
+
+int8_static = Policy(
+    (
+        Rule(
+            weights=Format(int8_type, PerChannel()),
+            activations=Format(int8_type, PerTensor(), range=MSE()),
+            static=True,
+        ),
+    )
+)
+"""8-bit weights and activations, whose ranges are settled by `ptq`: one scale per activation."""
+
+int8_weights = _weights(Format(int8_type, PerChannel()))
 """8-bit integers, a scale per output from the largest magnitude."""
 
 int4_weights = _weights(Format(int4, PerChannel(), range=MSE()))

@@ -1,0 +1,220 @@
+"""Which leaf is quantized how: a policy resolved against the sites of a function."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from jaxcompress import tree
+from jaxcompress.errors import SelectionError
+from jaxcompress.graph import Graph, Site
+from jaxcompress.numerics import Format
+from jaxcompress.quantize import _ranges
+from jaxcompress.quantize._matrix import Form, Target, form_of, target_of
+from jaxcompress.quantize._method import Method, RoundToNearest
+from jaxcompress.quantize._policy import Policy, Rule, first_matches, obstacle
+from jaxcompress.stats import Statistic, mean_covariance
+
+
+@dataclass(frozen=True, kw_only=True)
+class Task:
+    """What is to be done with one leaf.
+
+    Attributes:
+        path: Its path.
+        rule: Its rule.
+        method: The rule's method, or `RoundToNearest()` where that cannot be followed.
+        form: Its matrices.
+        target: Its format.
+        sites: The sites whose activations show what the method and the ranges need.
+        method_keys: `{name: key}` of the method's statistics.
+        range_key: The key of the statistic for a static range, or `None`.
+        mean_key: The key of the mean, for bias correction, or `None`.
+        activations: The format of the activations that it meets, or `None`.
+        notes: What is done otherwise than the rule says, and why.
+    """
+
+    path: str
+    rule: Rule
+    method: Method
+    form: Form
+    target: Target
+    sites: tuple[Site, ...]
+    method_keys: Mapping[str, str]
+    range_key: str | None
+    mean_key: str | None
+    activations: Format | None
+    notes: tuple[str, ...]
+
+    @property
+    def keys(self) -> set[str]:
+        """The statistics that it needs."""
+        return {*self.method_keys.values(), self.range_key, self.mean_key} - {None}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """A policy resolved.
+
+    Attributes:
+        graph: The trace of fn.
+        tasks: `{path: task}`, in traversal order.
+        statistics: What has to be seen of activations, by key.
+        excluded: As in `QReport`.
+        unselected: Likewise.
+        exempt: Likewise.
+        unused_rules: Likewise.
+    """
+
+    graph: Graph
+    tasks: Mapping[str, Task]
+    statistics: Mapping[str, Statistic]
+    excluded: tuple[str, ...]
+    unselected: tuple[str, ...]
+    exempt: Mapping[str, str]
+    unused_rules: tuple[int, ...]
+
+
+def make_plan(graph: Graph, params: tree.Params, policy: Policy, *, strict: bool) -> Plan:
+    """Decide for every leaf what is done with it.
+
+    Args:
+        graph: The trace of fn on params.
+        params: Params.
+        policy: The rules.
+        strict: Whether a leaf that cannot follow its rule, and an unused rule, are errors.
+
+    Returns:
+        The plan; it has at least one task.
+
+    Raises:
+        SelectionError: As `ptq`.
+    """
+    leaves = dict(tree.items(params))
+    rule_of, unused = first_matches(params, leaves, policy)
+    book, tasks, exempt = _Book(), {}, {}
+    for path, rule in rule_of.items():
+        if rule.weights is None:
+            continue
+        why = _unread(graph, path) or obstacle(leaves[path], None)
+        found = why or _task(graph, path, leaves[path], rule, book)
+        if isinstance(found, Task):
+            tasks[path] = found
+        else:
+            exempt[path] = found
+    if not tasks or (strict and (exempt or unused)):
+        raise _refused(tasks, exempt, unused, strict)
+    return Plan(
+        graph=graph,
+        tasks=tasks,
+        statistics=book.statistics,
+        excluded=tuple(path for path, rule in rule_of.items() if rule.weights is None),
+        unselected=tuple(path for path in leaves if path not in rule_of),
+        exempt=exempt,
+        unused_rules=unused,
+    )
+
+
+class _Book:
+    """Gives each distinct statistic a key."""
+
+    def __init__(self):
+        self.statistics: dict[str, Statistic] = {}
+        self._keys: dict[Any, str] = {}
+
+    def key(self, identity: Any, statistic: Statistic) -> str:
+        key = self._keys.setdefault(identity, f"{len(self._keys)}")
+        self.statistics.setdefault(key, statistic)
+        return key
+
+
+def _unread(graph: Graph, path: str) -> str | None:
+    """Say why a leaf has no site; `None` if it has one."""
+    if graph.sites_of(path):
+        return None
+    if path in graph.uses:
+        names = ", ".join(dict.fromkeys(use.primitive for use in graph.uses[path]))
+        return f"is used outside any contraction or lookup ({names})"
+    return "is returned as it came" if path in graph.returned else "is not read by fn"
+
+
+def _task(graph: Graph, path: str, leaf: Any, rule: Rule, book: _Book) -> Task | str:
+    """Resolve one leaf's rule; a string says why it cannot be followed."""
+    assert rule.weights is not None
+    sites, notes = graph.sites_of(path), []
+    contracting = [site for site in sites if not site.axes.lookup]
+    main = max(contracting, key=lambda site: site.flops) if contracting else sites[0]
+    form = form_of(leaf.shape, main.axes, main.feature_groups)
+    target = target_of(rule.weights, form)
+    why = obstacle(leaf, target.leaf)
+    if why:
+        return why
+    notes += [target.note] if target.note else []
+    # What is seen must be of these matrices: the same axes, in the leaf's own order.
+    alike = tuple(s for s in contracting if _same_form(leaf, s, form) and s.aligned)
+    method, why = rule.method, ""
+    if target.matrix is None:
+        why = f"{rule.weights.granularity} does not follow its matrices"
+    elif method.statistics and not contracting:
+        why = "it is only looked up"
+    elif method.statistics and not alike:
+        why = "its entries are moved about before they are contracted"
+    if why and method != RoundToNearest():
+        notes.append(f"rounded to nearest, since {why}")
+        method = RoundToNearest()
+    activations = rule.activations if contracting else None
+    if rule.activations is not None and not contracting:
+        notes.append("no activation is contracted with it")
+    static = activations if rule.static else None
+    return Task(
+        path=path,
+        rule=rule,
+        method=method,
+        form=form,
+        target=target,
+        sites=alike if method.statistics else tuple(contracting),
+        method_keys={
+            name: book.key((method, name), one) for name, one in method.statistics.items()
+        },
+        range_key=None if static is None else book.key(static, _ranges.statistic(static)),
+        mean_key=book.key("mean", mean_covariance(diagonal=True))
+        if rule.correct_bias and alike
+        else None,
+        activations=activations,
+        notes=tuple(notes),
+    )
+
+
+def _same_form(leaf: Any, site: Site, form: Form) -> bool:
+    return form_of(leaf.shape, site.axes, site.feature_groups) == form
+
+
+def _refused(
+    tasks: Mapping[str, Task], exempt: Mapping[str, str], unused: Sequence[int], strict: bool
+) -> SelectionError:
+    listed = "; ".join(f"{path!r} {reason}" for path, reason in list(exempt.items())[:5])
+    got = f"{len(exempt)} of {len(tasks) + len(exempt)} leaves that cannot follow their rule"
+    got += f": {listed}" if listed else ""
+    if strict and unused:
+        got += f"; rules {list(unused)}, which decide no leaf"
+    return SelectionError(
+        "policy",
+        got=got,
+        expected="rules that each decide leaves which can be quantized",
+        fix="Narrow `where`, or choose another granularity"
+        + (", or pass strict=False to leave them alone." if strict else "."),
+    )
+
+
+def untouched(plan: Plan) -> dict[str, str]:
+    """Say of each site whose weight stays as it is why.
+
+    Args:
+        plan: The plan.
+
+    Returns:
+        `{Site.name: reason}`, in fn's order.
+    """
+    reasons = dict(plan.exempt)
+    reasons |= dict.fromkeys(plan.excluded, "is excluded by a rule")
+    reasons |= dict.fromkeys(plan.unselected, "is selected by no rule")
+    return {s.name: reasons[s.path] for s in plan.graph.sites if s.path in reasons}

@@ -1,0 +1,122 @@
+"""What was seen at sites, sorted by the matrices of the leaf."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jaxcompress.errors import ArgumentTypeError
+from jaxcompress.graph import Site
+from jaxcompress.quantize._matrix import Form
+from jaxcompress.stats import ChannelNorm, MeanCovariance, MinMax, SecondMoment
+
+
+def by_matrix(result: Any, site: Site, form: Form) -> Any:
+    """Give the result of a statistic the lead axes of the leaf's matrices.
+
+    Results lead with `(*stack, *batch)`. Scans that do not take the leaf apart (over time, in a
+    recurrent layer) are merged; axes that the site does not tell apart have seen the same.
+
+    Args:
+        result: What `stats.collect` or `stats.sequential` found at the site.
+        site: The site.
+        form: The leaf's form.
+
+    Returns:
+        The same, its arrays leading with `form.matrices`.
+    """
+    apart, loose = scans(site, form)
+    result = merged(result, loose)
+    source = [*(k for k in apart if k is not None), *site.axes.batch]
+    known = [k for k in form.lead if k in source]
+    groups = form.matrices[len(form.lead) :]
+
+    def place(x: Any) -> Any:
+        order = [source.index(k) for k in known]
+        x = jnp.transpose(x, [*order, *range(len(source), x.ndim)])
+        tail = x.shape[len(known) + len(groups) :]
+        lead = [form.shape[k] if k in known else 1 for k in form.lead]
+        x = x.reshape(*lead, *groups, *tail)
+        return jnp.broadcast_to(x, (*form.matrices, *tail))
+
+    return jax.tree.map(place, result)
+
+
+def scans(site: Site, form: Form) -> tuple[list[int | None], tuple[int, ...]]:
+    """Tell which scan around a site takes which axis of the leaf apart, and which take none.
+
+    Args:
+        site: The site.
+        form: The leaf's form.
+
+    Returns:
+        For each scan the leaf's axis, or `None`; and the numbers of those that have none.
+    """
+    left = list(site.axes.stacked)
+    apart: list[int | None] = []
+    for length in site.stack:
+        mine = next((k for k in left if form.shape[k] == length), None)
+        apart.append(mine)
+        if mine is not None:
+            left.remove(mine)
+    return apart, tuple(k for k, axis in enumerate(apart) if axis is None)
+
+
+def together(results: Sequence[Any]) -> Any:
+    """Merge what several sites of one leaf have seen.
+
+    Args:
+        results: What `by_matrix` gave for each.
+
+    Returns:
+        One result.
+    """
+    if len(results) == 1:
+        return results[0]
+    return merged(jax.tree.map(lambda *xs: jnp.stack(xs), *results), (0,))
+
+
+def merged(result: Any, axes: Sequence[int]) -> Any:
+    """Merge the results of one statistic along leading axes, as if it had seen all rows there.
+
+    Args:
+        result: A result of one of the package's statistics; any other only if `axes` is empty.
+        axes: Leading axes.
+
+    Returns:
+        The result without these axes.
+
+    Raises:
+        ArgumentTypeError: If it is not known how to merge it.
+    """
+    axes = tuple(axes)
+    if not axes:
+        return result
+    if isinstance(result, SecondMoment):
+        return SecondMoment(result.total.sum(axes), result.tokens.sum(axes))
+    if isinstance(result, ChannelNorm):
+        l2 = jnp.sqrt(jnp.square(result.l2).sum(axes))
+        return ChannelNorm(result.l1.sum(axes), l2, result.tokens.sum(axes))
+    if isinstance(result, MinMax):
+        return MinMax(result.low.min(axes), result.high.max(axes))
+    if isinstance(result, MeanCovariance):
+        return _merged_means(result, axes)
+    raise ArgumentTypeError(
+        "method",
+        got=f"a statistic with a result of type {type(result).__name__}, at a site that runs "
+        "several times with one weight",
+        expected="SecondMoment, ChannelNorm, MinMax or MeanCovariance, which can be merged",
+        fix="Leave such leaves (recurrent, shared) to another method.",
+    )
+
+
+def _merged_means(result: MeanCovariance, axes: tuple[int, ...]) -> MeanCovariance:
+    tokens = result.tokens.sum(axes)
+    share = result.tokens / jnp.expand_dims(jnp.maximum(tokens, 1), axes)
+    mean = (result.mean * share[..., None]).sum(axes)
+    off = result.mean - jnp.expand_dims(mean, axes)
+    diagonal = result.covariance.ndim == result.mean.ndim
+    spread = jnp.square(off) if diagonal else off[..., None] * off[..., None, :]
+    weight = share[..., None] if diagonal else share[..., None, None]
+    return MeanCovariance(mean, ((result.covariance + spread) * weight).sum(axes), tokens)
