@@ -1,6 +1,8 @@
 """Quantization of whole models: policies over params, fake quantization and packing."""
 
 from jaxcompress.quantize import presets as presets
+from jaxcompress.quantize._fold import fold_norm as fold_norm
+from jaxcompress.quantize._fold import foldable as foldable
 from jaxcompress.quantize._method import Method as Method
 from jaxcompress.quantize._method import RoundToNearest as RoundToNearest
 from jaxcompress.quantize._policy import Coverage as Coverage
