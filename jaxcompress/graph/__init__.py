@@ -4,6 +4,9 @@
 whichever library wrote it; `replay` runs it with chosen equations handled by you.
 """
 
+from jaxcompress.graph._affine import affine as affine
+from jaxcompress.graph._bypass import bypass as bypass
+from jaxcompress.graph._chain import Chain as Chain
 from jaxcompress.graph._constructs import Body as Body
 from jaxcompress.graph._constructs import Construct as Construct
 from jaxcompress.graph._constructs import Enter as Enter

@@ -151,7 +151,7 @@ def _shape(atom: Any) -> tuple[int, ...]:
     return tuple(atom.aval.shape)
 
 
-_ELEMENTWISE = """
+_ELEMENTWISE_NAMES = """
     abs add and atan2 bitcast_convert_type cbrt ceil clamp convert_element_type copy cos
     custom_lin device_put div eq erf erf_inv erfc exp exp2 expm1 floor ge gt imag integer_pow
     is_finite layout_constraint le log log1p log2 logistic lt max min mul name ne neg
@@ -159,9 +159,10 @@ _ELEMENTWISE = """
     round rsqrt sharding_constraint shift_left shift_right_arithmetic
     shift_right_logical sign sin sqrt square stop_gradient sub tan tanh xor
 """
+ELEMENTWISE = frozenset(_ELEMENTWISE_NAMES.split())
 
 
-@register_view(*_ELEMENTWISE.split())
+@register_view(*ELEMENTWISE)
 def _elementwise(eqn: Any, views: Sequence[View | None], k: int) -> list[View | None]:
     """Follow operands of full shape; what only scales or shifts them is used here, and ends."""
     shape = _shape(eqn.outvars[k])

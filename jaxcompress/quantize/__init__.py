@@ -4,6 +4,8 @@ from jaxcompress.quantize import presets as presets
 from jaxcompress.quantize._execute import SiteKernel as SiteKernel
 from jaxcompress.quantize._execute import execute as execute
 from jaxcompress.quantize._execute import kernels as kernels
+from jaxcompress.quantize._fold import fold_norm as fold_norm
+from jaxcompress.quantize._fold import foldable as foldable
 from jaxcompress.quantize._method import Method as Method
 from jaxcompress.quantize._method import RoundToNearest as RoundToNearest
 from jaxcompress.quantize._policy import Coverage as Coverage
