@@ -1,0 +1,11 @@
+"""Exact selection, the damped Cholesky factor, and the blocked solver of second-order methods."""
+
+from jaxcompress.linalg._cholesky import Damped as Damped
+from jaxcompress.linalg._cholesky import damped_cholesky as damped_cholesky
+from jaxcompress.linalg._columns import descend_columns as descend_columns
+from jaxcompress.linalg._columns import solve_columns as solve_columns
+from jaxcompress.linalg._top_k import common_float as common_float
+from jaxcompress.linalg._top_k import top_k_in_groups as top_k_in_groups
+from jaxcompress.linalg._top_k import top_k_mask as top_k_mask
+from jaxcompress.linalg._top_k import top_k_masks as top_k_masks
+from jaxcompress.linalg._top_k import without_explicit_axes as without_explicit_axes
