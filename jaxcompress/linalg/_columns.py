@@ -1,4 +1,4 @@
-"""One pass over the inputs of a layer, in blocks: the solver of GPTQ and SparseGPT.
+r"""One pass over the inputs of a layer, in blocks: the solver of GPTQ and SparseGPT.
 
 Weights are `(in, out)`, so a "column" of the papers is a row here. Both passes below are one
 recursion: entry i becomes the rounding of $v_i = b_i - \\sum_{j<i} A_{ij} e_j$, where A is strictly
@@ -147,7 +147,9 @@ def descend_columns(
 def _check_sizes(n: int, block: int, start: Start | None, segment: int | None) -> None:
     if block < 1:
         raise ArgumentError("block", got=block, expected="1 or more", fix="128 is usual.")
-    if (start is None) != (segment is None) or (segment is not None and (segment < 1 or n % segment)):
+    if (start is None) != (segment is None) or (
+        segment is not None and (segment < 1 or n % segment)
+    ):
         raise ArgumentError(
             "segment",
             got=f"{segment} for {n} rows, {'without' if start is None else 'with'} `start`",

@@ -132,7 +132,7 @@ def carried(q: QArray, path: str, original: Array | None = None) -> Carried | No
         shape = [n for n, parts in zip(part.shape, split, strict=True) for n in (n, 1)[:parts]]
         return part.astype(jnp.float32).reshape(shape)
 
-    return Carried(
+    node = Carried(
         values=q.values,
         scale=numerics.effective_scale(q),
         zero=None if q.zero is None else q.zero.astype(jnp.float32),
@@ -145,6 +145,15 @@ def carried(q: QArray, path: str, original: Array | None = None) -> Carried | No
         dtype=jnp.dtype(q.dtype),
         split=tuple(split),
     )
+    return _without_single_group(node, axis=split.index(2)) if 2 in split else node
+
+
+def _without_single_group(node: Carried, *, axis: int) -> Carried:
+    """Merge a split axis whose one group is all of it."""
+    if node.scale.shape[axis] > 1 or node.values.shape[axis] > 1:
+        return node
+    split = tuple(1 if k == axis else n for k, n in enumerate(node.split))
+    return _moved(node, lambda part: jnp.squeeze(part, axis), split=split)
 
 
 _PARTS = ("values", "scale", "zero", "activation_scale", "activation_zero")
