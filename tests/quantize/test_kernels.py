@@ -66,66 +66,76 @@ class Case:
     others: tuple = ()
     kernel: str
 
-    def operands(self, seed):
-        rng = np.random.default_rng(seed)
-        w = rng.normal(size=self.weights) * rng.uniform(0.2, 2, self.weights[-1])
-        q = numerics.quantize(jnp.asarray(w, jnp.float32).astype(self.dtype), self.format)
-        x = jnp.asarray(rng.normal(0.3, 1, self.x), jnp.float32).astype(self.dtype)
+    def quantized(self, w):
+        """The stored form of weights, with the activation's format."""
+        q = numerics.quantize(w.astype(self.dtype), self.format)
         if self.act is None:
-            return q, x
+            return q
         scale = zero = None
         if self.static is not None:
-            ends = (jnp.full((1,) * len(self.weights), end, jnp.float32) for end in self.static)
+            ends = (jnp.full((1,) * w.ndim, end, jnp.float32) for end in self.static)
             scale, zero = numerics.scale_of_range(*ends, self.act)
         activation = Activation(format=self.act, scale=scale, zero=zero)
-        return dataclasses.replace(q, activation=activation), x
+        return dataclasses.replace(q, activation=activation)
 
     def rounded(self, q, x):
         """What the codes of an activation stand for, by the rounding of single arrays."""
+        x = x.astype(self.dtype).astype(jnp.float32)
         if self.act is None:
             return x
-        x = x.astype(jnp.float32)
         if self.static is not None:
-            s, z = (None if p is None else p.reshape(()) for p in (q.activation.scale, q.activation.zero))
+            parts = q.activation.scale, q.activation.zero
+            s, z = (jnp.zeros(()) if p is None else p.reshape(()) for p in parts)
             low, high = self.act.limits
-            code = jnp.clip(jnp.round(x / s) + (0 if z is None else z), low, high)
-            return (code - (0 if z is None else z)) * s
+            return (jnp.clip(jnp.round(x / s) + z, low, high) - z) * s
         tokens = isinstance(self.act.granularity, PerToken) and self.kept
         granularity = PerChannel(self.kept) if tokens else PerTensor()
         return numerics.fake_quant(x, dataclasses.replace(self.act, granularity=granularity))
 
 
+def draw(*shape, mean=0.0):
+    rng = np.random.default_rng(sum(shape))
+    spread = rng.uniform(0.5, 2, shape[-1])  # so that it matters which scale is taken
+    return jnp.asarray((rng.normal(mean, 1, shape) * spread), jnp.float32)
+
+
 def check(cases, *, backend=None, tolerance=1e-5):
     """Every case's result, and the name of its kernel, in one compiled function."""
-    operands = {name: case.operands(k) for k, (name, case) in enumerate(cases.items())}
-    params = {name: q for name, (q, _) in operands.items()}
-    inputs = {name: x for name, (_, x) in operands.items()}
+    weights = {case.weights: draw(*case.weights) for case in cases.values()}
+    inputs = {case.x: draw(*case.x, mean=0.3) for case in cases.values()}
+
+    def quantized(weights):
+        made, params = {}, {}  # alike cases share their weights
+        for name, case in cases.items():
+            key = case.weights, case.format, case.act, case.static, case.dtype
+            if key not in made:
+                made[key] = case.quantized(weights[case.weights])
+            params[name] = made[key]
+        return params
 
     def fn(params, inputs):
         return {
-            name: case.run(params[name], inputs[name], *case.others)
+            name: case.run(params[name], inputs[case.x].astype(case.dtype), *case.others)
             for name, case in cases.items()
         }
 
-    @jax.jit
-    def both(params, inputs):
-        got = quantize.execute(fn, backend=backend)(params, inputs)
-        wide = {}
+    def both(weights, inputs):
+        params, wide = quantized(weights), {}
         for name, case in cases.items():
-            x, w = case.rounded(params[name], inputs[name]), numerics.dequantize(params[name])
-            wide[name] = case.run(w.astype(jnp.float32), x.astype(jnp.float32), *case.others)
-        return got, wide
+            w = numerics.dequantize(dataclasses.replace(params[name], dtype=jnp.dtype("float32")))
+            wide[name] = case.run(w, case.rounded(params[name], inputs[case.x]), *case.others)
+        return quantize.execute(fn, backend=backend)(params, inputs), wide
 
-    got, wide = jax.device_get(both(params, inputs))
+    # Optimising is most of compiling, and what is optimised runs once.
+    compiled = jax.jit(both).lower(weights, inputs).compile({"xla_backend_optimization_level": 0})
+    got, wide = jax.device_get(compiled(weights, inputs))
+    params = jax.eval_shape(quantized, weights)
     chosen = {u.path: u.kernel for u in quantize.kernels(fn, params, inputs, backend=backend)}
     assert chosen == {name: case.kernel for name, case in cases.items()}
     for name, case in cases.items():
-        dtype = jnp.promote_types(case.dtype, jnp.float32 if case.act else case.dtype)
-        unit = 2**-8 if jnp.bfloat16 in (case.dtype, dtype) else tolerance
         assert got[name].shape == wide[name].shape and got[name].dtype == case.dtype, name
-        scale = np.abs(wide[name]).max()
-        off = np.abs(got[name].astype(np.float64) - wide[name]).max() / scale
-        assert off < unit, f"{name}: {off}"
+        off = np.abs(got[name].astype(np.float64) - wide[name]).max() / np.abs(wide[name]).max()
+        assert off < (2**-7 if case.dtype == jnp.bfloat16 else tolerance), f"{name}: {off}"
 
 
 # --- dot_general: how axes meet -------------------------------------------------------------------
@@ -180,8 +190,6 @@ def test_how_axes_meet(act):
         if possible:
             format = WEIGHTS[kind](axis, len(weights))
             varies = kind != "channels" and weights[axis] > 1
-            # one group of 4 in an axis of 4 does not vary
-            varies &= not (kind == "groups" and weights[axis] == 4)
             cases[f"{name}, {kind}"] = Case(
                 run=run,
                 weights=weights,
@@ -228,8 +236,10 @@ def kernel_of(qtype, act, *, groups):
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 def test_formats_granularities_methods(dtype):
-    cases = {}
-    for qtype, kind, method in itertools.product(QTYPES, GRANULARITIES, METHODS):
+    narrow, cases = dtype == jnp.bfloat16, {}
+    kinds = ("outputs", "groups") if narrow else GRANULARITIES
+    methods = ("none", "tokens", "asymmetric static", "float8") if narrow else METHODS
+    for qtype, kind, method in itertools.product(QTYPES, kinds, methods):
         act, static = METHODS[method]
         format = dataclasses.replace(QTYPES[qtype][0], granularity=GRANULARITIES[kind])
         kernel = kernel_of(qtype, act, groups=kind == "groups")
@@ -418,7 +428,7 @@ def test_convolutions(act):
                 kernel=kernel if ACTS[act] else "weights",
             )
     check(cases)
-    if ACTS[act] is not None:
+    if act == "asymmetric":  # which has borders and zero points to go wrong
         by_codes = {k: dataclasses.replace(c, kernel="codes") for k, c in cases.items()}
         check(by_codes, backend="tpu")
 
@@ -463,7 +473,10 @@ def test_lookups(format):
         }
 
     got, expected = jax.jit(
-        lambda q, index: (quantize.execute(fn)({"t": q}, index), fn({"t": numerics.dequantize(q)}, index))
+        lambda q, index: (
+            quantize.execute(fn)({"t": q}, index),
+            fn({"t": numerics.dequantize(q)}, index),
+        )
     )(q, index)
     assert {u.kernel for u in quantize.kernels(fn, {"t": q}, index)} == {"rows"}
     jax.tree.map(np.testing.assert_array_equal, got, expected)
