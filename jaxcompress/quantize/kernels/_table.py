@@ -11,6 +11,7 @@ from jax import Array
 
 from jaxcompress.quantize import _activations as activations
 from jaxcompress.quantize._carried import Carried
+from jaxcompress.quantize._explicit import placed
 from jaxcompress.quantize.kernels import _codes, _conv, _dot, _rows
 
 _PATCHES: Mapping[str, int] = {"cpu": 16}
@@ -137,36 +138,49 @@ def run(
         Its result, in its dtype.
     """
     node, name, params = operands[operand], equation.primitive.name, equation.params
-    if choice.kernel == "rows":
-        return _rows.lookup(params, node, operands[1])
-    x = operands[1 - operand]
+    x, rest, dtype = operands[1 - operand], operands[2:], equation.result_dtype
     if name in _CONTRACTIONS and not jnp.issubdtype(x.dtype, jnp.inexact):
         x = x.astype(jnp.float32)  # numbers in the dtype of integers would be cut
     if choice.kernel == "dequantized":
         return equation.bind(*_exchanged(operands, operand, _rounded(equation, operand, node, x)))
-    by_codes = choice.kernel.startswith("codes")
 
-    def kernel(x: Array, node: Carried) -> Array:
-        if name == "dot_general":
-            if by_codes:
-                return _dot.by_codes(params, operand, node, x, backend)
-            return _dot.by_weights(params, operand, node, x)
-        if name == "conv_general_dilated":
-            if by_codes:
-                patches = choice.kernel == "codes as patches"
-                return _conv.by_codes(params, node, x, backend, patches=patches)
-            return _conv.by_weights(params, node, x)
-        return _rows.ragged(params, node, x, operands[2], backend)
+    def kernel(x: Array, node: Carried, *rest: Any) -> Array:
+        how = choice.kernel, name, params, operand
+        return _kernel(*how, node, x, *rest, backend=backend).astype(dtype)
 
-    dtype = equation.result_dtype
-    if not by_codes:
-        return kernel(x, node).astype(dtype)
+    run = placed(kernel, equation, operands)
+    if not choice.kernel.startswith("codes"):
+        return run(x, node, *rest)
     through = _straight_through(
-        lambda x, node: kernel(x, node).astype(dtype),
+        lambda x, node: run(x, node, *rest),
         lambda x, node: equation.bind(*_exchanged(operands, operand, (x, node.array()))),
         _shared(equation, operand, node, x),
     )
     return through(x, node)
+
+
+def _kernel(
+    kind: str,
+    name: str,
+    params: Any,
+    operand: int,
+    node: Carried,
+    x: Array,
+    *rest: Array,
+    backend: str,
+) -> Array:
+    if kind == "rows":
+        return _rows.lookup(params, node, x)
+    by_codes = kind.startswith("codes")
+    if name == "dot_general":
+        if by_codes:
+            return _dot.by_codes(params, operand, node, x, backend)
+        return _dot.by_weights(params, operand, node, x)
+    if name == "conv_general_dilated":
+        if by_codes:
+            return _conv.by_codes(params, node, x, backend, patches=kind == "codes as patches")
+        return _conv.by_weights(params, node, x)
+    return _rows.ragged(params, node, x, *rest, backend)
 
 
 def _exchanged(operands: Sequence[Any], operand: int, pair: tuple[Any, Any]) -> list[Any]:
