@@ -34,6 +34,7 @@ from jaxcompress.numerics._range import Entropy as Entropy
 from jaxcompress.numerics._range import LeastSquares as LeastSquares
 from jaxcompress.numerics._range import Percentile as Percentile
 from jaxcompress.numerics._range import Range as Range
+from jaxcompress.numerics._range import rounded as rounded
 from jaxcompress.numerics._types import binary as binary
 from jaxcompress.numerics._types import binary_basis as binary_basis
 from jaxcompress.numerics._types import float8_e4m3fn as float8_e4m3fn

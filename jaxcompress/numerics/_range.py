@@ -143,8 +143,23 @@ class MSE(Range):
                 fix="Try MSE().",
             )
 
-    def fit(self, x: Array, *, shared: tuple[int, ...], format: "Format") -> Fit:
-        """Try every fraction, and keep each slice's best."""
+    def fit(
+        self,
+        x: Array,
+        *,
+        shared: tuple[int, ...],
+        format: "Format",
+        weights: Array | None = None,
+    ) -> Fit:
+        """Try every fraction, and keep each slice's best.
+
+        Args:
+            x: As in `Range.fit`.
+            shared: As in `Range.fit`.
+            format: As in `Range.fit`.
+            weights: What each entry's error counts, non-negative, at most about 1, broadcastable
+                to x; all alike by default.
+        """
         low, high = _extremes(x, shared, format)
         peak = _peak(low, high)
         unit, unit_low, unit_high = x / peak, low / peak, high / peak  # squares must not overflow
@@ -153,6 +168,7 @@ class MSE(Range):
             scale, zero = _from_range(unit_low * fraction, unit_high * fraction, format)
             off = jnp.abs(_round_trip(unit, scale, zero, format) - unit)
             off = jnp.square(off) if self.norm == 2 else off**self.norm
+            off = off if weights is None else off * weights
             error = off.sum(shared, keepdims=True)
             better = error < best[0]
             return (jnp.where(better, error, best[0]), jnp.where(better, fraction, best[1])), None
@@ -277,6 +293,15 @@ def _settle(scale: Array, format: "Format") -> Array:
 
 
 def rounded(scale: Array, format: "Format") -> Array:
+    """Round scales to what `format.scale_dtype` holds.
+
+    Args:
+        scale: float32 scales in its normal range.
+        format: The format that they are for.
+
+    Returns:
+        float32 scales.
+    """
     if format.scale_dtype == jnp.float32:
         return scale
     info = jnp.finfo(format.scale_dtype)
