@@ -3,6 +3,7 @@
 A leaf that a group size does not divide is left alone and named by `quantize.coverage`.
 """
 
+from jaxcompress import numerics
 from jaxcompress.numerics import (
     MSE,
     Format,
@@ -61,6 +62,15 @@ float8_weights = _weights(Format(float8_e4m3fn, PerChannel()))
 
 nf4_g64 = _weights(Format(nf4, PerGroup(64)))
 """NormalFloat of QLoRA (arXiv:2305.14314), a scale per output and 64 inputs."""
+
+mxfp8 = _weights(numerics.mxfp8)
+"""OCP MXFP8 (E4M3), a power of two per output and 32 inputs: 8.25 bits."""
+
+mxfp4 = _weights(numerics.mxfp4)
+"""OCP MXFP4 (E2M1), a power of two per output and 32 inputs: 4.25 bits."""
+
+nvfp4 = _weights(numerics.nvfp4)
+"""NVFP4, an E4M3 scale per output and 16 inputs under one scale per leaf: 4.5 bits."""
 
 power_of_two_weights = _weights(Format(power_of_two(5, terms=2), PerChannel(), range=MSE()))
 """Sums of two signed powers of two, 5 bits (stored in 8), a scale per output."""
