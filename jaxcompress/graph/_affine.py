@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 
 from jaxcompress import tree
+from jaxcompress.graph import _compat
 from jaxcompress.graph._chain import Chain, Holder, Step
 from jaxcompress.graph._constructs import construct
 from jaxcompress.graph._reads import INLINE, MOVES, Known, Reads, read_all
@@ -20,6 +21,7 @@ from jaxcompress.graph._walk import Position
 
 _CLOSED = ("custom_jvp", "custom_vjp", "shard_map")
 """Constructs with a rule of their own for what is inside, or with parts of leaves only."""
+_AFFINE = ("mul", "div", "add", "sub")
 _ADDS = {("add", 0), ("add", 1), ("sub", 0)}
 """The kinds of step, and the operand that the result is, that add something or its negative."""
 
@@ -164,7 +166,7 @@ class _Follower:
         if name == "neg":
             self._steps.append(Step(here, "neg", 0, None, cursor.factors))
             return cursor._replace(var=eqn.outvars[0])
-        if name not in ("mul", "div", "add", "sub") or (name == "div" and operands[0] == 1):
+        if name not in _AFFINE or (name == "div" and operands[0] == 1):
             raise _Stop(f"{_called(eqn)} is not affine in its result")
         self._combine(cursor, eqn, here, operands[0])
         return cursor._replace(var=eqn.outvars[0])
@@ -219,6 +221,8 @@ class _Follower:
         side = self._reads.at(cursor.prefix, atom)
         if side is None:
             raise _Stop(f"the other operand of {name} depends on fn's inputs")
+        if not side.levels <= self._kernel.levels:
+            raise _Stop(f"the other operand of {name} differs between uses of its kernel in a scan")
         shape, out = atom.aval.shape, eqn.outvars[0].aval.shape
         if cursor.var.aval.shape != out:
             raise _Stop(f"{name} repeats its result")
@@ -231,9 +235,9 @@ class _Follower:
     def _several(self, program: Any, var: Any, readers: Sequence[int], returned: bool) -> str:
         """Say what a result with several readers is read by: statistics of its own, maybe."""
         derived, reduced = {var}, set[Any]()
-        for eqn in program.eqns:
-            reads = {a for a in eqn.invars if hasattr(a, "aval") and not hasattr(a, "val")}
-            if eqn.primitive.name in ("sub", "mul", "div") and reads & reduced and reads & derived:
+        for number, eqn in enumerate(program.eqns):
+            reads = {atom for atom in eqn.invars if not isinstance(atom, _compat.Literal)}
+            if number in readers and eqn.primitive.name in _AFFINE and reads & reduced:
                 return "it is normalised by its own statistics, which depend on fn's inputs"
             if reads & reduced or (reads & derived and _reduces(eqn)):
                 reduced.update(eqn.outvars)
@@ -283,6 +287,8 @@ class _Follower:
             return f"{', '.join(shared)}, added to it, is read at other places as well"
         if paths:
             return f"{', '.join(paths)}, added to it, has no entry of its own for each channel"
+        if any(s.side.leaves for s in self._steps if s.side and not s.scales):
+            return "no step adds a leaf to it as it is"
         return f"no leaf is added to its result: {stopped}"
 
     def _why_no_fold(self, stopped: str, unshiftable: str | None) -> str | None:
@@ -298,8 +304,6 @@ class _Follower:
             return "its kernel is computed, sliced or repeated before it is contracted"
         if self._reads.contacts[path] != {(self._position, self._site.operand)}:
             return "its kernel is read at other places as well"
-        if any(s.side and not s.side.levels <= kernel.levels for s in self._steps):
-            return "what follows it differs between iterations that share its kernel"
         return unshiftable
 
 
@@ -322,7 +326,7 @@ def _output_axes(site: Site, eqn: Any) -> tuple[int | None, ...]:
 
 
 def _called(eqn: Any) -> str:
-    return str(eqn.params.get("name") or eqn.primitive.name)
+    return _compat.function_name(eqn) or eqn.primitive.name
 
 
 def _reduces(eqn: Any) -> bool:

@@ -145,8 +145,8 @@ class Chain:
             jnp.asarray(shift, jnp.float32)
         )
         A, _ = self._coefficients(leaves, self.steps[: holder.number])
-        old = leaves[holder.path]
-        new = (old + holder.sign * self._to_leaf(holder, A * to_channels)).astype(old.dtype)
+        more, old = self._to_leaf(holder, A * to_channels.astype(A.dtype)), leaves[holder.path]
+        new = (old.astype(more.dtype) + holder.sign * more).astype(old.dtype)
         return tree.map_with_path(lambda path, x: new if path == holder.path else x, params)
 
     def folded(self, leaves: Mapping[str, Any]) -> dict[str, Array]:
@@ -164,9 +164,9 @@ class Chain:
         """
         A, B = self._coefficients(leaves, self.steps)
         holder, path = self._holders[-1], self.site.path
-        kernel = leaves[path]
+        factors, kernel = self._on_kernel(A), leaves[path]
         changed = {
-            path: (kernel * self._on_kernel(A)).astype(kernel.dtype),
+            path: (kernel.astype(factors.dtype) * factors).astype(kernel.dtype),
             holder.path: (holder.sign * self._to_leaf(holder, B)).astype(leaves[holder.path].dtype),
         }
         return changed | self._neutral(leaves, holder)
@@ -260,17 +260,14 @@ class Chain:
         self, leaves: Mapping[str, Any], steps: Sequence[Step]
     ) -> tuple[Array, Array]:
         values = self._reads.evaluate(leaves, [s.slot for s in steps if s.side is not None])
-        A, B = jnp.ones(self._like().shape), jnp.zeros(self._like().shape)
+        dtype = _wide(*(x.dtype for x in values.values()))
+        A, B = jnp.ones(self._like().shape, dtype), jnp.zeros(self._like().shape, dtype)
         for step in steps:
             if step.side is None:
                 A, B = -A, -B
                 continue
-            s = self._own_iterations(
-                self._mapped(functools.partial(self._channels_of, step), all_scans=True)(
-                    values[step.slot]
-                )
-            )
-            s = s.astype(jnp.promote_types(s.dtype, A.dtype))
+            lower = self._mapped(functools.partial(self._channels_of, step), all_scans=True)
+            s = self._own_iterations(lower(values[step.slot])).astype(dtype)
             if step.kind == "mul":
                 A, B = A * s, B * s
             elif step.kind == "div":
@@ -332,7 +329,13 @@ class Chain:
 
     def _leaf_like(self, path: str) -> jax.ShapeDtypeStruct:
         var = self._reads.programs[()].invars[self._reads.paths.index(path)]
-        return jax.ShapeDtypeStruct(var.aval.shape, jnp.float32)
+        return jax.ShapeDtypeStruct(var.aval.shape, _wide(var.aval.dtype))
+
+
+def _wide(*dtypes: Any) -> Any:
+    """Find the dtype to compute with: float32, or wider if any of these is."""
+    with jax.numpy_dtype_promotion("standard"):
+        return functools.reduce(jnp.promote_types, dtypes, jnp.dtype(jnp.float32))
 
 
 def _solved(rearrange: Callable[[Array], Array], like: jax.ShapeDtypeStruct, x: Array) -> Array:

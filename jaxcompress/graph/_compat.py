@@ -85,6 +85,15 @@ def has_subprograms(eqn: Any) -> bool:
     )
 
 
+def function_name(eqn: Any) -> str | None:
+    """Name the function that a construct was made of, `relu` say, if it had a name."""
+    call = eqn.params.get("call_jaxpr")
+    info = getattr(call, "debug_info", None) or getattr(
+        getattr(call, "jaxpr", None), "debug_info", None
+    )
+    return eqn.params.get("name") or getattr(info, "func_name", None)
+
+
 @contextmanager
 def context(eqn: Any) -> Iterator[None]:
     """Enter the mesh, precision and compute contexts, and the name scope, of an equation."""

@@ -71,7 +71,7 @@ class Reads:
     def at(self, prefix: Position, atom: Any) -> Known | None:
         """Say what a variable or literal is."""
         if isinstance(atom, _compat.Literal):
-            return Known(constant=frozenset(range(len(atom.aval.shape))))
+            return Known(constant=frozenset(range(jnp.ndim(atom.val))))
         return self.known[prefix][atom]
 
     def equation(self, position: Position) -> Any:
@@ -138,7 +138,8 @@ def _read(
         rule, name = construct(eqn.primitive.name), eqn.primitive.name
         mixed = any(value is None for value in operands)
         if name in INLINE:
-            (body,) = rule.bodies(eqn) if rule else ()
+            assert rule is not None
+            (body,) = rule.bodies(eqn)
             results = _read(reads, body.program, operands, (*here, 0))
         elif rule is not None and mixed and name != "shard_map":
             for k, body in enumerate(rule.bodies(eqn)):
