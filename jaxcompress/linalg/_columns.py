@@ -1,7 +1,7 @@
-"""One pass over the inputs of a layer, in blocks: the solver of GPTQ and SparseGPT.
+r"""One pass over the inputs of a layer, in blocks: the solver of GPTQ and SparseGPT.
 
 Weights are `(in, out)`, so a "column" of the papers is a row here. Both passes below are one
-recursion: entry i becomes the rounding of $v_i = b_i - \\sum_j A_{ij} e_j$, where the error $e_j$
+recursion: entry i becomes the rounding of $v_i = b_i - \sum_j A_{ij} e_j$, where the error $e_j$
 changes when row j is rounded. Rows look at the errors so far, rather than push theirs on to the
 others: one product per block with whole rows of A, one small product per row inside it, and
 nothing as large as the weights is written but the result.
@@ -148,7 +148,9 @@ def descend_columns(
 def _check_sizes(n: int, block: int, start: Start | None, segment: int | None) -> None:
     if block < 1:
         raise ArgumentError("block", got=block, expected="1 or more", fix="128 is usual.")
-    if (start is None) != (segment is None) or (segment is not None and (segment < 1 or n % segment)):
+    if (start is None) != (segment is None) or (
+        segment is not None and (segment < 1 or n % segment)
+    ):
         raise ArgumentError(
             "segment",
             got=f"{segment} for {n} rows, {'without' if start is None else 'with'} `start`",

@@ -140,8 +140,9 @@ def gptq(
 
     Example:
         >>> from jaxcompress.numerics import int4
-        >>> w, x = jnp.asarray([[0.4], [0.4], [7.0]]), jnp.asarray([[1.0, 0.9, 0.1]])
-        >>> q, info = gptq(w, x.T @ x, Format(int4))
+        >>> w = jnp.asarray([[0.4], [0.4], [7.0]])
+        >>> x = jnp.asarray([[1.0, 0.9, 0.0], [0.0, 0.0, 1.0]])  # the first two go together
+        >>> q, info = gptq(w, x.T @ x, Format(int4), refine=0)
         >>> q.values.tolist(), bool(info["succeeded"])
         ([[0], [1], [7]], True)
 
@@ -170,28 +171,30 @@ def gptq(
         w,
         hessian.astype(jnp.float32),
         format,
+        refine,
         damping=damping,
         block=block,
         act_order=act_order,
         static_groups=static_groups,
-        refine=refine,
+        refined=refine > 0,
     )
 
 
 @functools.partial(
     jax.jit,
-    static_argnames=("format", "damping", "block", "act_order", "static_groups", "refine"),
+    static_argnames=("format", "damping", "block", "act_order", "static_groups", "refined"),
 )
 def _gptq(
     weights: Array,
     hessian: Array,
     format: Format,
+    refine: ArrayLike,
     *,
     damping: float,
     block: int,
     act_order: bool,
     static_groups: bool,
-    refine: int,
+    refined: bool,
 ) -> tuple[QArray, dict[str, Array]]:
     moments = hessian.diagonal()
     dead = moments == 0
@@ -213,16 +216,16 @@ def _gptq(
         w_hat, _ = linalg.solve_columns(w[order], damped.upper, round, block=block)
         place = jnp.argsort(order)
         w_hat, added = w_hat[place], damped.added[place]
-    if refine:
+    if refined:
         hessian += jnp.diag(added)
-        refined = lax.fori_loop(
+        better = lax.fori_loop(
             0,
             refine,
-            lambda _, state: _refine(*state, w, hessian, format, block=block),
+            lambda _, state: _refine(state[0], state[1], w, hessian, format, block=block),
             (w_hat, scales),
         )
         w_hat, scales = jax.tree.map(
-            lambda new, old: jnp.where(damped.succeeded, new, old), refined, (w_hat, scales)
+            lambda new, old: jnp.where(damped.succeeded, new, old), better, (w_hat, scales)
         )
     info = {
         "damping": damped.damping,
@@ -242,9 +245,7 @@ def _fit(blocked: Array, format: Format) -> Scales:
     return jax.tree.map(lambda part: part[None], scales)  # the whole matrix is one group
 
 
-def _solve_groups(
-    w: Array, upper: Array, format: Format, *, block: int
-) -> tuple[Array, Scales]:
+def _solve_groups(w: Array, upper: Array, format: Format, *, block: int) -> tuple[Array, Scales]:
     """Solve with the scales of each group found when its turn comes."""
     assert isinstance(format.granularity, PerGroup)
 

@@ -13,27 +13,36 @@ from jaxcompress.numerics import (
     binary_basis,
     float8_e4m3fn,
     int3,
-    int4,
     int8,
     nf4,
     power_of_two,
     ternary,
 )
+from jaxcompress.numerics import int4 as _int4
+from jaxcompress.quantize._clip import ClipSearch
+from jaxcompress.quantize._gptq import GPTQ
+from jaxcompress.quantize._method import Method, RoundToNearest
 from jaxcompress.quantize._policy import Policy, Rule
 
 
-def _weights(format: Format) -> Policy:
-    return Policy((Rule(weights=format),))
+def _weights(format: Format, method: Method | None = None) -> Policy:
+    return Policy((Rule(weights=format, method=method or RoundToNearest()),))
 
 
 int8_weights = _weights(Format(int8, PerChannel()))
 """8-bit integers, a scale per output from the largest magnitude."""
 
-int4_weights = _weights(Format(int4, PerChannel(), range=MSE()))
-"""4-bit integers, a scale per output where the squared error is least."""
+int4 = _weights(Format(_int4, PerChannel(), range=MSE()), ClipSearch())
+"""4-bit integers, a scale per output, cut where the squared error of the outputs is least."""
 
-int4_g128 = _weights(Format(int4, PerGroup(128)))
-"""4-bit integers, a scale per output and 128 inputs from the largest magnitude."""
+int4_g128 = _weights(Format(_int4, PerGroup(128), range=MSE()), ClipSearch())
+"""4-bit integers, a scale per output and 128 inputs, cut where the outputs' error is least."""
+
+int4_gptq = _weights(Format(_int4, PerChannel(), range=MSE()), GPTQ())
+"""4-bit integers by GPTQ, a scale per output; for `ptq` only."""
+
+int4_gptq_g128 = _weights(Format(_int4, PerGroup(128), range=MSE()), GPTQ())
+"""4-bit integers by GPTQ, a scale per output and 128 inputs; for `ptq` only."""
 
 int3_g128 = _weights(Format(int3, PerGroup(128), range=MSE()))
 """3-bit integers (stored in 4), a scale per output and 128 inputs, least squared error."""
