@@ -55,8 +55,8 @@ def allow(part: Part) -> Part:
 for _part in (
     *(numerics.Format, numerics.Convention),
     *(numerics.Int, numerics.Float, numerics.Codebook, numerics.Basis),
-    *(numerics.PerTensor, numerics.PerChannel, numerics.PerGroup),
-    *(numerics.AbsMax, numerics.MSE, numerics.Percentile, numerics.LeastSquares),
+    *(numerics.PerTensor, numerics.PerChannel, numerics.PerGroup, numerics.PerToken),
+    *(numerics.AbsMax, numerics.MSE, numerics.Percentile, numerics.LeastSquares, numerics.Entropy),
 ):
     allow(_part)
 

@@ -1,8 +1,9 @@
 """One leaf as a short record plus entries in pools, and back.
 
 Records are JSON lists: `["a", dtype, shape]` an array, `["q", format, values' shape, scale's shape,
-dtype]` a QArray, `["k", implementation, data's shape]` random keys, `["p", value]` a Python number;
-an array or QArray with a mask has `1` appended.
+dtype]` a QArray, `["k", implementation, data's shape]` random keys, `["p", value]` a Python number.
+A QArray with a global scale, or with the form of its activations, has an object with `"global"` or
+`"activation"` appended; an array or QArray with a mask then has `1` appended.
 """
 
 import dataclasses
@@ -234,10 +235,52 @@ def _write_qarray(
     _write_entries(scale, writer)
     if q.zero is not None:
         _write_entries(np.asarray(q.zero), writer)
-    if q.format not in formats:
-        formats.append(q.format)
     shapes = [list(np.shape(q.values)), list(scale.shape)]
-    return ["q", formats.index(q.format), *shapes, np.dtype(q.dtype).name]
+    record = ["q", _index(q.format, formats), *shapes, np.dtype(q.dtype).name]
+    more = _write_more(path, q, formats, writer)
+    return [*record, more] if more else record
+
+
+def _write_more(
+    path: str, q: numerics.QArray, formats: list[Any], writer: Writer
+) -> dict[str, Any]:
+    """Write what most QArrays lack: a global scale, the form of their activations."""
+    if (q.global_scale is not None) != q.format.global_scale:
+        raise ArgumentError(
+            "params",
+            got=f"{path!r}, a QArray whose format has global_scale={q.format.global_scale}, with "
+            f"global_scale={q.global_scale!r}",
+            expected="a global scale exactly where the format has one",
+            fix="Make QArrays with numerics.quantize or quantize.pack.",
+        )
+    more: dict[str, Any] = {}
+    if q.global_scale is not None:
+        more["global"] = _write_part(path, q.global_scale, writer)
+    if q.activation is not None:
+        parts = (q.activation.scale, q.activation.zero)
+        written = [None if part is None else _write_part(path, part, writer) for part in parts]
+        more["activation"] = [_index(q.activation.format, formats), *written]
+    return more
+
+
+def _write_part(path: str, part: Any, writer: Writer) -> list[Any]:
+    array = np.asarray(part)
+    if not _known(array.dtype):
+        raise ArgumentTypeError(
+            "params",
+            got=f"{path!r}, a QArray with a part of dtype {array.dtype}",
+            expected="scales and zero points that are numbers",
+            fix="Make QArrays with numerics.quantize or quantize.pack.",
+        )
+    _write_entries(array, writer)
+    return [array.dtype.name, list(array.shape)]
+
+
+def _index(format: numerics.Format, formats: list[Any]) -> int:
+    """Give a format's place in the list, appended where it is new."""
+    if format not in formats:
+        formats.append(format)
+    return formats.index(format)
 
 
 def _read_qarray(
@@ -247,8 +290,10 @@ def _read_qarray(
     shape: list[int],
     scale_shape: list[int],
     dtype: str,
-    *masked: int,
+    *tail: Any,
 ) -> tuple[numerics.QArray, Any]:
+    more = tail[0] if tail and isinstance(tail[0], dict) else {}
+    masked = tail[1:] if more else tail
     format = formats[index]
     qtype = format.qtype
     logical = format.granularity.unblocked_shape(tuple(shape))
@@ -265,14 +310,38 @@ def _read_qarray(
     values = _spread(entries, tuple(shape), blocked, _zero_code(format, zero))
     if dtype not in DECLARED:
         raise ValueError(f"it holds the unknown dtype {dtype!r}")
+    if ("global" in more) != format.global_scale:
+        raise ValueError("it holds a QArray whose format and global scale do not go together")
+    global_scale = _read_part(more.get("global"), reader)
     q = numerics.QArray(
         values=jnp.array(values),
         scale=jnp.array(scale),
         zero=None if zero is None else jnp.array(zero),
+        global_scale=global_scale,
+        activation=_read_activation(more.get("activation"), formats, reader),
         format=format,
         dtype=jnp.dtype(dtype),
     )
     return q, _to_mask(kept)
+
+
+def _read_activation(
+    record: list[Any] | None, formats: list[Any], reader: Reader
+) -> numerics.Activation | None:
+    if record is None:
+        return None
+    index, *parts = record
+    scale, zero = (_read_part(part, reader) for part in parts)
+    return numerics.Activation(format=formats[index], scale=scale, zero=zero)
+
+
+def _read_part(record: list[Any] | None, reader: Reader) -> Any:
+    if record is None:
+        return None
+    dtype, shape = record
+    if dtype not in DECLARED and dtype not in _NARROW:
+        raise ValueError(f"it holds the unknown dtype {dtype!r}")
+    return jnp.array(_take_entries(dtype, entries_in(shape), reader).reshape(shape))
 
 
 def _block(format: numerics.Format, kept: np.ndarray) -> np.ndarray:

@@ -10,7 +10,8 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 
 from jaxcompress import tree
-from jaxcompress.graph._chain import Chain, Holder, Step
+from jaxcompress.graph import _compat
+from jaxcompress.graph._chain import Chain, Holder, Step, preferred
 from jaxcompress.graph._constructs import construct
 from jaxcompress.graph._reads import INLINE, MOVES, Known, Reads, read_all
 from jaxcompress.graph._sites import Site
@@ -20,6 +21,7 @@ from jaxcompress.graph._walk import Position
 
 _CLOSED = ("custom_jvp", "custom_vjp", "shard_map")
 """Constructs with a rule of their own for what is inside, or with parts of leaves only."""
+_AFFINE = ("mul", "div", "add", "sub")
 _ADDS = {("add", 0), ("add", 1), ("sub", 0)}
 """The kinds of step, and the operand that the result is, that add something or its negative."""
 
@@ -106,8 +108,7 @@ class _Follower:
         holders = tuple(self._holders())
         leaves = frozenset[str]().union(*(s.side.leaves for s in self._steps if s.side))
         in_order = [path for path in self._traced.leaves if path in leaves]
-        last = holders[-1] if holders else None
-        ends = last is not None and last.number + 1 == len(self._steps)
+        last = [holder.path for holder in holders if holder.number + 1 == len(self._steps)]
         unshiftable = self._why_no_shift(stopped, holders)
         return Chain(
             site=site,
@@ -115,7 +116,8 @@ class _Follower:
             leaves=tuple(in_order),
             shared=tuple(path for path in in_order if self._is_shared(path)),
             stopped=stopped,
-            bias=last.path if last is not None and ends else None,
+            bias=last[0] if last else None,
+            shifts=preferred(holders).path if holders else None,
             unfoldable=self._why_no_fold(stopped, unshiftable),
             unshiftable=unshiftable,
             _holders=holders,
@@ -142,7 +144,7 @@ class _Follower:
 
     def _next(self, cursor: _Cursor) -> _Cursor:
         program = self._reads.programs[cursor.prefix]
-        readers = [n for n, eqn in enumerate(program.eqns) if cursor.var in eqn.invars]
+        readers = self._reads.readers(cursor.prefix, cursor.var)
         results = [k for k, atom in enumerate(program.outvars) if atom is cursor.var]
         if len(readers) + len(results) > 1:
             raise _Stop(self._several(program, cursor.var, readers, bool(results)))
@@ -164,7 +166,7 @@ class _Follower:
         if name == "neg":
             self._steps.append(Step(here, "neg", 0, None, cursor.factors))
             return cursor._replace(var=eqn.outvars[0])
-        if name not in ("mul", "div", "add", "sub") or (name == "div" and operands[0] == 1):
+        if name not in _AFFINE or (name == "div" and operands[0] == 1):
             raise _Stop(f"{_called(eqn)} is not affine in its result")
         self._combine(cursor, eqn, here, operands[0])
         return cursor._replace(var=eqn.outvars[0])
@@ -219,6 +221,8 @@ class _Follower:
         side = self._reads.at(cursor.prefix, atom)
         if side is None:
             raise _Stop(f"the other operand of {name} depends on fn's inputs")
+        if not side.levels <= self._kernel.levels:
+            raise _Stop(f"the other operand of {name} differs between uses of its kernel in a scan")
         shape, out = atom.aval.shape, eqn.outvars[0].aval.shape
         if cursor.var.aval.shape != out:
             raise _Stop(f"{name} repeats its result")
@@ -231,9 +235,9 @@ class _Follower:
     def _several(self, program: Any, var: Any, readers: Sequence[int], returned: bool) -> str:
         """Say what a result with several readers is read by: statistics of its own, maybe."""
         derived, reduced = {var}, set[Any]()
-        for eqn in program.eqns:
-            reads = {a for a in eqn.invars if hasattr(a, "aval") and not hasattr(a, "val")}
-            if eqn.primitive.name in ("sub", "mul", "div") and reads & reduced and reads & derived:
+        for number, eqn in enumerate(program.eqns):
+            reads = {atom for atom in eqn.invars if not isinstance(atom, _compat.Literal)}
+            if number in readers and eqn.primitive.name in _AFFINE and reads & reduced:
                 return "it is normalised by its own statistics, which depend on fn's inputs"
             if reads & reduced or (reads & derived and _reduces(eqn)):
                 reduced.update(eqn.outvars)
@@ -283,6 +287,8 @@ class _Follower:
             return f"{', '.join(shared)}, added to it, is read at other places as well"
         if paths:
             return f"{', '.join(paths)}, added to it, has no entry of its own for each channel"
+        if any(s.side.leaves for s in self._steps if s.side and not s.scales):
+            return "no step adds a leaf to it as it is"
         return f"no leaf is added to its result: {stopped}"
 
     def _why_no_fold(self, stopped: str, unshiftable: str | None) -> str | None:
@@ -298,8 +304,6 @@ class _Follower:
             return "its kernel is computed, sliced or repeated before it is contracted"
         if self._reads.contacts[path] != {(self._position, self._site.operand)}:
             return "its kernel is read at other places as well"
-        if any(s.side and not s.side.levels <= kernel.levels for s in self._steps):
-            return "what follows it differs between iterations that share its kernel"
         return unshiftable
 
 
@@ -322,7 +326,7 @@ def _output_axes(site: Site, eqn: Any) -> tuple[int | None, ...]:
 
 
 def _called(eqn: Any) -> str:
-    return str(eqn.params.get("name") or eqn.primitive.name)
+    return _compat.function_name(eqn) or eqn.primitive.name
 
 
 def _reduces(eqn: Any) -> bool:

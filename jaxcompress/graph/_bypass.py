@@ -75,15 +75,16 @@ def _checked(name: str, chain: Chain | None) -> Chain:
 def _visits(program: Program, chains: Sequence[Chain]) -> dict[Position, Visit]:
     """Choose what to do at equations that are left out, and at those that served only them."""
     visits: dict[Position, Visit] = {}
-    bodies: dict[Position, tuple[Program, set[int]]] = {(): (program, set())}
+    bodies: dict[Position, Program] = {(): program}
+    kept: dict[Position, dict[int, int]] = {(): {}}
     for chain in chains:
         for position, operand in chain.skipped:
+            prefix, number = position[:-1], position[-1]
             visits[position] = functools.partial(_pass, operand)
-            inside = chain.body(position[:-1])
-            bodies.setdefault(position[:-1], (inside, set()))[1].add(position[-1])
-    for prefix, (body, skipped) in bodies.items():
-        kept = {number: visits[*prefix, number].args[0] for number in skipped}
-        for number in _idle(body, kept):
+            bodies[prefix] = chain.body(prefix)
+            kept.setdefault(prefix, {})[number] = operand
+    for prefix, body in bodies.items():
+        for number in _idle(body, kept[prefix]):
             visits[*prefix, number] = _leave_out
     return visits
 

@@ -66,7 +66,7 @@ def capture(
     captured = program(jaxpr)
     if not prune:
         return captured, shapes
-    inner = getattr(jaxpr, "jaxpr", jaxpr)
+    inner: Any = getattr(jaxpr, "jaxpr", jaxpr)
     live, _ = partial_eval.dce_jaxpr(inner, [True] * len(inner.outvars), instantiate=True)
     live = program(live)
     return captured._replace(eqns=live.eqns, outvars=live.outvars), shapes
@@ -83,6 +83,15 @@ def has_subprograms(eqn: Any) -> bool:
         for value in eqn.params.values()
         for one in (value if isinstance(value, tuple | list) else (value,))
     )
+
+
+def function_name(eqn: Any) -> str | None:
+    """Name the function that a construct was made of, `relu` say, if it had a name."""
+    call = eqn.params.get("call_jaxpr")
+    info = getattr(call, "debug_info", None) or getattr(
+        getattr(call, "jaxpr", None), "debug_info", None
+    )
+    return eqn.params.get("name") or getattr(info, "func_name", None)
 
 
 @contextmanager

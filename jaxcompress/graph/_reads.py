@@ -67,11 +67,21 @@ class Reads:
     known: dict[Position, dict[Any, Known | None]] = field(default_factory=dict)
     contacts: dict[str, set[Slot]] = field(default_factory=lambda: collections.defaultdict(set))
     paths: tuple[str, ...] = ()
+    _readers: dict[Position, dict[Any, list[int]]] = field(default_factory=dict, repr=False)
+
+    def readers(self, prefix: Position, var: Any) -> list[int]:
+        """List the equations of a body that read a variable, by number."""
+        if prefix not in self._readers:
+            found = self._readers[prefix] = collections.defaultdict(list)
+            for number, eqn in enumerate(self.programs[prefix].eqns):
+                for atom in {a for a in eqn.invars if not isinstance(a, _compat.Literal)}:
+                    found[atom].append(number)
+        return self._readers[prefix].get(var, [])
 
     def at(self, prefix: Position, atom: Any) -> Known | None:
         """Say what a variable or literal is."""
         if isinstance(atom, _compat.Literal):
-            return Known(constant=frozenset(range(len(atom.aval.shape))))
+            return Known(constant=frozenset(range(jnp.ndim(atom.val))))
         return self.known[prefix][atom]
 
     def equation(self, position: Position) -> Any:
@@ -138,7 +148,8 @@ def _read(
         rule, name = construct(eqn.primitive.name), eqn.primitive.name
         mixed = any(value is None for value in operands)
         if name in INLINE:
-            (body,) = rule.bodies(eqn) if rule else ()
+            assert rule is not None
+            (body,) = rule.bodies(eqn)
             results = _read(reads, body.program, operands, (*here, 0))
         elif rule is not None and mixed and name != "shard_map":
             for k, body in enumerate(rule.bodies(eqn)):

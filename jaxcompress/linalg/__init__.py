@@ -2,6 +2,8 @@
 
 from jaxcompress.linalg._cholesky import Damped as Damped
 from jaxcompress.linalg._cholesky import damped_cholesky as damped_cholesky
+from jaxcompress.linalg._columns import Round as Round
+from jaxcompress.linalg._columns import Start as Start
 from jaxcompress.linalg._columns import descend_columns as descend_columns
 from jaxcompress.linalg._columns import solve_columns as solve_columns
 from jaxcompress.linalg._top_k import common_float as common_float

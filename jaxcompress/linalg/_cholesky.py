@@ -11,19 +11,19 @@ from jaxcompress.errors import ArgumentError
 
 
 class Damped(NamedTuple):
-    """A damped Hessian and the factor of its inverse; both the identity if that failed.
+    """The factor of a damped Hessian's inverse, or the identity if that failed.
 
     With the identity, a second-order method treats every entry alone: GPTQ rounds to nearest.
 
     Attributes:
-        hessian: H after damping, `(n, n)`, float32, positive definite.
-        upper: U with `inv(hessian) = Uᵀ U`, upper triangular, `(n, n)`, float32.
+        upper: U with `inv(H + diag(added)) = Uᵀ U`, upper triangular, `(n, n)`, float32.
+        added: What was added to H's diagonal, `(n,)`, float32; 0 if it failed.
         damping: The fraction of the mean diagonal that was added; 0 if it failed.
         succeeded: Whether the factorization did.
     """
 
-    hessian: Array
     upper: Array
+    added: Array
     damping: Array
     succeeded: Array
 
@@ -45,8 +45,7 @@ def damped_cholesky(
         limit: The last $\lambda$ to try, at least `damping`.
 
     Returns:
-        The damped Hessian, the factor, and how it went; see `Damped`. A Hessian with NaN or
-        infinity fails at once.
+        The factor, and how it went; see `Damped`. A Hessian with NaN or infinity fails at once.
 
     Raises:
         ArgumentError: If H is not square, or `damping` and `limit` are not as said.
@@ -78,8 +77,8 @@ def damped_cholesky(
 def _factor(h: Array, damping: ArrayLike, limit: ArrayLike) -> Damped:
     n = len(h)
     eye = jnp.eye(n, dtype=h.dtype)
-    diagonal = h.diagonal()
-    h += eye * (diagonal == 0).astype(h.dtype)
+    dead = (h.diagonal() == 0).astype(h.dtype)
+    h += eye * dead
     mean = h.diagonal().mean()
     finite = jnp.isfinite(h).all()
 
@@ -95,10 +94,10 @@ def _factor(h: Array, damping: ArrayLike, limit: ArrayLike) -> Damped:
         return finite & ~succeeded & (fraction * 10 <= limit * (1 + 1e-6))
 
     # Carries are made from h, so that under `shard_map` or `vmap` they vary as it does.
-    start = (jnp.zeros_like(h), mean * 0 + jnp.float32(damping) / 10, h[0, 0] != h[0, 0])
+    start = (jnp.zeros_like(h), mean * 0 + jnp.float32(damping) / 10, finite & ~finite)
     lower, fraction, succeeded = lax.while_loop(unfinished, attempt, start)
     factor = jnp.where(succeeded, lower[::-1, ::-1], eye)
     upper = lax.linalg.triangular_solve(factor, eye, left_side=True, lower=False)
     fraction = jnp.where(succeeded, fraction, 0)
-    damped = jnp.where(succeeded, h + eye * (fraction * mean), eye)
-    return Damped(damped, upper, fraction, succeeded)
+    added = jnp.where(succeeded, dead + fraction * mean, 0)
+    return Damped(upper, added, fraction, succeeded)

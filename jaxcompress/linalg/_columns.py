@@ -1,10 +1,10 @@
 r"""One pass over the inputs of a layer, in blocks: the solver of GPTQ and SparseGPT.
 
 Weights are `(in, out)`, so a "column" of the papers is a row here. Both passes below are one
-recursion: entry i becomes the rounding of $v_i = b_i - \\sum_{j<i} A_{ij} e_j$, where A is strictly
-lower triangular and the error $e_j$ is known once row j is rounded. Rows look back on the errors
-so far, rather than push theirs on: one product per block with whole rows of A, one small product
-per row inside it, and nothing as large as the weights is written but the result.
+recursion: entry i becomes the rounding of $v_i = b_i - \sum_j A_{ij} e_j$, where the error $e_j$
+changes when row j is rounded. Rows look at the errors so far, rather than push theirs on to the
+others: one product per block with whole rows of A, one small product per row inside it, and
+nothing as large as the weights is written but the result.
 """
 
 from collections.abc import Callable
@@ -60,6 +60,7 @@ def solve_columns(
         ArgumentError: If `block` is not positive, or `start` and `segment` do not go together.
 
     Example:
+        >>> from jaxcompress.linalg import damped_cholesky
         >>> upper = damped_cholesky(jnp.asarray([[1.0, 0.9], [0.9, 1.0]])).upper
         >>> rows, _ = solve_columns(
         ...     jnp.asarray([[0.4], [0.4]]), upper, lambda index, row, state: jnp.round(row)
@@ -73,7 +74,7 @@ def solve_columns(
     n = len(w)
     _check_sizes(n, block, start, segment)
     diagonal = upper.diagonal()
-    lower = jnp.tril((upper / diagonal[:, None]).T, -1)
+    effect = (upper / diagonal[:, None]).T  # errors still to come are 0
 
     def visit(index: Array, row: Array, state: Any) -> tuple[Array, Array]:
         value = round(index, row, state)
@@ -90,7 +91,7 @@ def solve_columns(
 
         sizes = (size, block) if size > block else (block - block % size, size)
         sweep = _Sweep(visit=visit, sizes=sizes, segment=size, begin=begin)
-    values, states = sweep(w, lower)
+    values, states = sweep(w, effect, jnp.zeros_like(w))
     return values, jax.tree.map(lambda state: state[: n // (segment or n)], states)
 
 
@@ -124,7 +125,7 @@ def descend_columns(
     Example:
         >>> descend_columns(
         ...     jnp.asarray([[0.0], [0.0]]),
-        ...     jnp.asarray([[0.4], [0.4]]),
+        ...     jnp.asarray([[0.5], [0.6]]),
         ...     jnp.asarray([[1.0, 0.9], [0.9, 1.0]]),
         ...     lambda index, row, state: jnp.round(row),
         ... ).tolist()
@@ -137,10 +138,10 @@ def descend_columns(
 
     def visit(index: Array, row: Array, state: Any) -> tuple[Array, Array]:
         value = round(index, row, state)
-        return value, value - lax.dynamic_index_in_dim(values, index, keepdims=False)
+        return value, lax.dynamic_index_in_dim(values, index, keepdims=False) - value
 
-    base = values + _matmul(hessian, target - values) / diagonal
-    new, _ = _Sweep(visit=visit, sizes=(block,))(base, jnp.tril(hessian / diagonal, -1))
+    sweep = _Sweep(visit=visit, sizes=(block,))
+    new, _ = sweep(values, hessian / -diagonal, target - values)
     return new
 
 
@@ -163,7 +164,7 @@ class _Sweep:
     """The recursion of this module, over blocks of blocks of rows.
 
     Attributes:
-        visit: `(index, row, state) -> (value, error)`.
+        visit: `(index, row, state) -> (value, change of the row's error)`.
         sizes: Rows per block at each level, falling.
         segment: The size at which `begin(index, rows) -> state` is called.
     """
@@ -173,33 +174,40 @@ class _Sweep:
     segment: int | None = None
     begin: Callable[[Array, Array], Any] = lambda index, rows: None
 
-    def __call__(self, base: Array, lower: Array) -> tuple[Array, Any]:
-        """Run over all rows; the states are stacked, with those of padding at the end."""
+    def __call__(self, base: Array, effect: Array, errors: Array) -> tuple[Array, Any]:
+        """Run over all rows, with A = `effect`; the states are stacked, padding's at the end."""
         states = None
         if self.segment is not None:
             count = -(-len(base) // self.sizes[0]) * self.sizes[0] // self.segment
             rows = jax.ShapeDtypeStruct((self.segment, *base.shape[1:]), base.dtype)
             one = jax.eval_shape(self.begin, jax.ShapeDtypeStruct((), jnp.int32), rows)
             states = jax.tree.map(lambda s: jnp.zeros((count, *s.shape), s.dtype), one)
-        values, _, states = self._blocks(base, lower, 0, jnp.int32(0), None, states)
+        values, _, states = self._blocks(base, effect, errors, 0, jnp.int32(0), None, states)
         return values, states
 
     def _blocks(
-        self, base: Array, lower: Array, level: int, first: Array, state: Any, states: Any
+        self,
+        base: Array,
+        effect: Array,
+        errors: Array,
+        level: int,
+        first: Array,
+        state: Any,
+        states: Any,
     ) -> tuple[Array, Array, Any]:
-        """Run over rows `first`, `first + 1`, ...: their `base` and part of `lower` are given."""
+        """Run over rows `first`, `first + 1`, ..., whose parts of base and effect are given."""
         if level == len(self.sizes):
-            return *self._rows(base, lower, first, state), states
+            return *self._rows(base, effect, first, state), states
         n, size = len(base), self.sizes[level]
         padding = -n % size
         if padding:
-            base = jnp.pad(base, ((0, padding), (0, 0)))
-            lower = jnp.pad(lower, ((0, padding), (0, padding)))
+            base, errors = (jnp.pad(x, ((0, padding), (0, 0))) for x in (base, errors))
+            effect = jnp.pad(effect, ((0, padding), (0, padding)))
 
         def run(i: Array, carry: Any) -> Any:
             values, errors, states = carry
             at = i * size
-            across = lax.dynamic_slice_in_dim(lower, at, size)  # (size, n): later errors are 0
+            across = lax.dynamic_slice_in_dim(effect, at, size)  # (size, n)
             rows = lax.dynamic_slice_in_dim(base, at, size) - _matmul(across, errors)
             inner = state
             if size == self.segment:
@@ -211,28 +219,25 @@ class _Sweep:
                     inner,
                 )
             within = lax.dynamic_slice_in_dim(across, at, size, 1)
-            *parts, states = self._blocks(rows, within, level + 1, first + at, inner, states)
-            values, errors = (
-                lax.dynamic_update_slice_in_dim(all, part, at, 0)
-                for all, part in zip((values, errors), parts, strict=True)
+            value, change, states = self._blocks(
+                rows, within, jnp.zeros_like(rows), level + 1, first + at, inner, states
             )
-            return values, errors, states
+            error = lax.dynamic_slice_in_dim(errors, at, size) + change
+            values = lax.dynamic_update_slice_in_dim(values, value, at, 0)
+            return values, lax.dynamic_update_slice_in_dim(errors, error, at, 0), states
 
-        start = (jnp.zeros_like(base), jnp.zeros_like(base), states)
+        start = (jnp.zeros_like(base), errors, states)
         values, errors, states = lax.fori_loop(0, len(base) // size, run, start)
         return values[:n], errors[:n], states
 
-    def _rows(self, base: Array, lower: Array, first: Array, state: Any) -> tuple[Array, Array]:
+    def _rows(self, base: Array, effect: Array, first: Array, state: Any) -> tuple[Array, Array]:
         def run(i: Array, carry: tuple[Array, Array]) -> tuple[Array, Array]:
-            values, errors = carry
-            across = lax.dynamic_index_in_dim(lower, i)  # (1, n)
-            row = lax.dynamic_index_in_dim(base, i) - _matmul(across, errors)
-            parts = self.visit(first + i, row[0], state)
-            values, errors = (
-                lax.dynamic_update_index_in_dim(all, part, i, 0)
-                for all, part in zip(carry, parts, strict=True)
-            )
-            return values, errors
+            values, changes = carry
+            across = lax.dynamic_index_in_dim(effect, i)  # (1, n)
+            row = lax.dynamic_index_in_dim(base, i) - _matmul(across, changes)
+            value, change = self.visit(first + i, row[0], state)
+            values = lax.dynamic_update_index_in_dim(values, value, i, 0)
+            return values, lax.dynamic_update_index_in_dim(changes, change, i, 0)
 
         return lax.fori_loop(0, len(base), run, (jnp.zeros_like(base), jnp.zeros_like(base)))
 

@@ -189,8 +189,18 @@ class MSE(Range):
         shared: tuple[int, ...],
         format: "Format",
         global_scale: Array | None = None,
+        weights: Array | None = None,
     ) -> Fit:
-        """Try every fraction, and keep each slice's best."""
+        """Try every fraction, and keep each slice's best.
+
+        Args:
+            x: As in `Range.fit`.
+            shared: As in `Range.fit`.
+            format: As in `Range.fit`.
+            global_scale: As in `Range.fit`.
+            weights: What each entry's error counts, non-negative, at most about 1, broadcastable
+                to x; all alike by default.
+        """
         require_global_scale(format, global_scale)
         low, high = _extremes(x, shared, format)
         peak = _power_below(_peak(low, high))  # dividing by it is exact
@@ -202,6 +212,7 @@ class MSE(Range):
             scale = effective(scale, global_scale) / peak
             off = jnp.abs(_round_trip(unit, scale, zero, format) - unit)
             off = jnp.square(off) if self.norm == 2 else off**self.norm
+            off = off if weights is None else off * weights
             error = off.sum(shared, keepdims=True)
             better = error < best[0]
             return (jnp.where(better, error, best[0]), jnp.where(better, fraction, best[1])), None

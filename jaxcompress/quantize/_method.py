@@ -31,6 +31,20 @@ class Method(abc.ABC):
         """Whether activations are seen after all upstream weights have been replaced."""
         return False
 
+    def alone(self, format: Format) -> Format:
+        """Give the format to round to where params are all there is (`pack`, `fake_quant`).
+
+        Args:
+            format: The rule's format.
+
+        Returns:
+            The format itself, unless a method says otherwise.
+
+        Raises:
+            ArgumentError: If the method is nothing without activations.
+        """
+        return format
+
     @abc.abstractmethod
     def __call__(
         self, w: Float[Array, "in out"], format: Format, seen: Mapping[str, Any]

@@ -1,7 +1,7 @@
 """Policies: which leaves of params get which format."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from jaxcompress import numerics, tree
@@ -259,6 +259,18 @@ def _nothing_to_do(
     )
 
 
+def _alone(policy: Policy) -> Policy:
+    """Let each rule's method say which format stands for it where no activations are seen."""
+    if not isinstance(policy, Policy):
+        return policy  # `coverage` refuses it
+    return Policy(
+        tuple(
+            rule if rule.weights is None else replace(rule, weights=rule.method.alone(rule.weights))
+            for rule in policy.rules
+        )
+    )
+
+
 def fake_quant(params: Params, policy: Policy, *, strict: bool = False) -> Params:
     """Round every leaf to what its packed form stands for, and let gradients through.
 
@@ -275,6 +287,7 @@ def fake_quant(params: Params, policy: Policy, *, strict: bool = False) -> Param
 
     Raises:
         SelectionError: As `coverage` does.
+        ArgumentError: If a rule's method needs activations, as `GPTQ` does: see `ptq`.
         NonFiniteError: If a concrete leaf holds NaN or infinity.
 
     Example:
@@ -284,7 +297,7 @@ def fake_quant(params: Params, policy: Policy, *, strict: bool = False) -> Param
         >>> fake_quant(params, presets.int8_weights)["kernel"].tolist()
         [[0.0], [127.0]]
     """
-    formats = coverage(params, policy, strict=strict).formats
+    formats = coverage(params, _alone(policy), strict=strict).formats
     return tree.map_with_path(
         lambda path, x: numerics.fake_quant(x, formats[path]) if path in formats else x, params
     )
@@ -303,6 +316,7 @@ def pack(params: Params, policy: Policy, *, strict: bool = False) -> Params:
 
     Raises:
         SelectionError: As `coverage` does.
+        ArgumentError: If a rule's method needs activations, as `GPTQ` does: see `ptq`.
         NonFiniteError: If a concrete leaf holds NaN or infinity.
 
     Example:
@@ -312,7 +326,7 @@ def pack(params: Params, policy: Policy, *, strict: bool = False) -> Params:
         >>> tree.nbytes(params), tree.nbytes(pack(params, presets.int8_weights))
         (60, 36)
     """
-    formats = coverage(params, policy, strict=strict).formats
+    formats = coverage(params, _alone(policy), strict=strict).formats
     return tree.map_with_path(
         lambda path, x: numerics.quantize(x, formats[path]) if path in formats else x, params
     )

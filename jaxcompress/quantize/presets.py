@@ -3,6 +3,7 @@
 A leaf that a group size does not divide is left alone and named by `quantize.coverage`.
 """
 
+from jaxcompress import numerics
 from jaxcompress.numerics import (
     MSE,
     Format,
@@ -15,52 +16,78 @@ from jaxcompress.numerics import (
     binary_basis,
     float8_e4m3fn,
     int3,
-    int4,
-    nf4,
     power_of_two,
     ternary,
 )
-from jaxcompress.numerics import int8 as int8_type
+from jaxcompress.numerics import int4 as _int4
+from jaxcompress.numerics import int8 as _int8
+from jaxcompress.numerics import nf4 as _nf4
+from jaxcompress.quantize._clip import ClipSearch
+from jaxcompress.quantize._gptq import GPTQ
+from jaxcompress.quantize._method import Method, RoundToNearest
 from jaxcompress.quantize._policy import Policy, Rule
 
 
-def _weights(format: Format) -> Policy:
-    return Policy((Rule(weights=format),))
+def _weights(format: Format, method: Method | None = None) -> Policy:
+    return Policy((Rule(weights=format, method=method or RoundToNearest()),))
 
 
-int8 = Policy(
-    (Rule(weights=Format(int8_type, PerChannel()), activations=Format(int8_type, PerToken())),)
-)
+int8 = Policy((Rule(weights=Format(_int8, PerChannel()), activations=Format(_int8, PerToken())),))
 """8-bit weights and activations: a scale per output, and per token as it comes."""
 
 int8_static = Policy(
     (
         Rule(
-            weights=Format(int8_type, PerChannel()),
-            activations=Format(int8_type, PerTensor(), range=MSE()),
+            weights=Format(_int8, PerChannel()),
+            activations=Format(_int8, PerTensor(), range=MSE()),
             static=True,
         ),
     )
 )
 """8-bit weights and activations, whose ranges are settled by `ptq`: one scale per activation."""
 
-int8_weights = _weights(Format(int8_type, PerChannel()))
+int8_weights = _weights(Format(_int8, PerChannel()))
 """8-bit integers, a scale per output from the largest magnitude."""
 
-int4_weights = _weights(Format(int4, PerChannel(), range=MSE()))
-"""4-bit integers, a scale per output where the squared error is least."""
+int4 = _weights(Format(_int4, PerChannel(), range=MSE()), ClipSearch())
+"""4-bit integers, a scale per output, cut where the error of the outputs is least."""
 
-int4_g128 = _weights(Format(int4, PerGroup(128)))
-"""4-bit integers, a scale per output and 128 inputs from the largest magnitude."""
+int4_g128 = _weights(Format(_int4, PerGroup(128), range=MSE()), ClipSearch())
+"""4-bit integers, a scale per output and 128 inputs, cut where the outputs' error is least."""
+
+int4_gptq = _weights(Format(_int4, PerChannel(), range=MSE()), GPTQ())
+"""4-bit integers by GPTQ (arXiv:2210.17323), a scale per output."""
+
+int4_gptq_g128 = _weights(Format(_int4, PerGroup(128), range=MSE()), GPTQ())
+"""4-bit integers by GPTQ, a scale per output and 128 inputs."""
 
 int3_g128 = _weights(Format(int3, PerGroup(128), range=MSE()))
 """3-bit integers (stored in 4), a scale per output and 128 inputs, least squared error."""
 
+float8 = Policy(
+    (
+        Rule(
+            weights=Format(float8_e4m3fn, PerChannel()),
+            activations=Format(float8_e4m3fn, PerToken()),
+        ),
+    )
+)
+"""float8 weights and activations: a scale per output, and per token as it comes."""
+
 float8_weights = _weights(Format(float8_e4m3fn, PerChannel()))
 """float8 with 4 exponent bits, a scale per output from the largest magnitude."""
 
-nf4_g64 = _weights(Format(nf4, PerGroup(64)))
+nf4 = _weights(Format(_nf4, PerGroup(64)))
 """NormalFloat of QLoRA (arXiv:2305.14314), a scale per output and 64 inputs."""
+
+mxfp8 = _weights(numerics.mxfp8)
+"""OCP MXFP8 (E4M3), a power of two per output and 32 inputs: 8.25 bits."""
+
+mxfp4 = _weights(numerics.mxfp4)
+"""OCP MXFP4 (E2M1), a power of two per output and 32 inputs: 4.25 bits."""
+
+nvfp4 = _weights(numerics.nvfp4)
+"""NVFP4, an E4M3 scale per output and 16 inputs under one scale per leaf: 4.5 bits."""
 
 power_of_two_weights = _weights(Format(power_of_two(5, terms=2), PerChannel(), range=MSE()))
 """Sums of two signed powers of two, 5 bits (stored in 8), a scale per output."""

@@ -1,8 +1,10 @@
 """Round trips through the file: every kind of leaf, every format, every container."""
 
+import base64
 import dataclasses
 import os
 import pathlib
+import zlib
 from typing import NamedTuple
 
 import equinox as eqx
@@ -141,6 +143,10 @@ FORMATS = {
     "power_of_two": (Format(numerics.power_of_two(3)), 18),
     "binary": (Format(numerics.binary, range=numerics.Percentile(99.0)), 6),
     "basis": (Format(numerics.binary_basis(3), PerChannel()), 18),
+    "float4": (Format(numerics.float4_e2m1fn, PerChannel()), 24),
+    "mxfp8": (dataclasses.replace(numerics.mxfp8, granularity=PerGroup(4)), 48),
+    "mxfp4": (dataclasses.replace(numerics.mxfp4, granularity=PerGroup(4)), 24),
+    "nvfp4": (dataclasses.replace(numerics.nvfp4, granularity=PerGroup(4)), 24),
 }
 CAN_PRUNE = [name for name in FORMATS if name not in ("binary", "basis")]
 
@@ -157,7 +163,7 @@ def qarray(name, *, kept=None):
     states = len(qtype.levels) if isinstance(qtype, numerics.Codebook) else 2**qtype.bits
     blank = jax.eval_shape(format.granularity.block, jax.ShapeDtypeStruct((8, 6), jnp.float32))
     codes = RNG.integers(0, states, blank.shape)
-    scale = RNG.random(numerics.scale_shape((8, 6), format)).astype(format.scale_dtype) + 1
+    scale = (RNG.random(numerics.scale_shape((8, 6), format)) + 1).astype(format.scale_dtype)
     zero = None if format.symmetric else RNG.integers(0, 3, scale.shape).astype(storage)
     if isinstance(qtype, numerics.Float):
         values = RNG.normal(size=blank.shape).astype(storage)
@@ -167,12 +173,20 @@ def qarray(name, *, kept=None):
     if kept is not None:
         at_zero = np.array(zero_code(format)).astype(storage) if zero is None else zero
         values = np.where(format.granularity.block(kept), values, at_zero)
-    parts = jax.tree.map(jnp.asarray, (values, scale.astype(format.scale_dtype), zero))
-    return QArray(values=parts[0], scale=parts[1], zero=parts[2], format=format, dtype=jnp.float32)
+    overall = np.full((1,) * scale.ndim, 0.3, np.float32) if format.global_scale else None
+    parts = jax.tree.map(jnp.asarray, (values, scale, zero, overall))
+    return QArray(
+        values=parts[0],
+        scale=parts[1],
+        zero=parts[2],
+        global_scale=parts[3],
+        format=format,
+        dtype=jnp.float32,
+    )
 
 
 def side_bytes(q):
-    sides = [np.asarray(part) for part in (q.scale, q.zero) if part is not None]
+    sides = jax.tree.leaves(dataclasses.replace(q, values=None))
     return sum(-(-part.size * tree.bits_of(part.dtype) // 8) for part in sides)
 
 
@@ -227,6 +241,76 @@ def test_what_quantize_gives_dequantizes_to_the_same(path):
     loaded = export.load(path).params["w"]
     same(numerics.dequantize(loaded), numerics.dequantize(q))
     assert loaded.dtype == jnp.bfloat16 and loaded.shape == (8, 6)
+
+
+ACTIVATIONS = {
+    "static": (Format(numerics.uint8, symmetric=False), np.float32(0.1), np.float32(3)),
+    "stacked": (Format(numerics.int8, range=numerics.Entropy()), np.full((3, 1), 0.2, "f4"), None),
+    "dynamic": (Format(numerics.int8, numerics.PerToken()), None, None),
+}
+
+
+@pytest.mark.parametrize("name", ["int8 asymmetric", "nvfp4"])
+@pytest.mark.parametrize("kind", ACTIVATIONS)
+def test_the_form_of_activations_comes_back(path, name, kind):
+    format, *parts = ACTIVATIONS[kind]
+    scale, zero = (None if part is None else jnp.asarray(part) for part in parts)
+    activation = numerics.Activation(format=format, scale=scale, zero=zero)
+    q = dataclasses.replace(qarray(name, kept=KEPT), activation=activation)
+    info = export.save(path, {"v": qarray(name), "w": q}, mask={"v": None, "w": KEPT})
+    loaded = export.load(path)
+    same(loaded.params["w"], q)
+    np.testing.assert_array_equal(loaded.mask["w"], KEPT)
+    assert loaded.params["w"].activation.format == format
+    assert loaded.params["w"].activation.is_static == (scale is not None)
+    assert loaded.params["v"].activation is None
+    assert jax.tree.structure(loaded.params["w"]) == jax.tree.structure(q)
+    assert sum(info.leaves.values()) == info.bytes
+
+
+def test_stacked_global_scales_come_back(path):
+    x = jnp.asarray(RNG.normal(size=(3, 16, 2)) * np.float32([[[1]], [[9]], [[99]]]), jnp.float32)
+    stack = jax.vmap(lambda x: numerics.quantize(x, numerics.nvfp4))(x)
+    export.save(path, {"w": stack})
+    loaded = export.load(path).params["w"]
+    same(loaded, stack)
+    np.testing.assert_array_equal(numerics.dequantize(loaded), numerics.dequantize(stack))
+
+
+@pytest.mark.parametrize("name", ["nvfp4", "mxfp4"])
+def test_a_global_scale_that_does_not_fit_the_format_is_refused(path, name):
+    other = None if name == "nvfp4" else jnp.ones((1, 1, 1))
+    with pytest.raises(ArgumentError, match="global scale"):
+        export.save(path, {"w": dataclasses.replace(qarray(name), global_scale=other)})
+
+
+# Written before QArrays had global scales and activations: an int4 array with groups, zero points
+# and a mask, a float8 one with bfloat16 scales, and numbers.
+OLD_FILE = """
+c-oCq&2H2%5MGHFv3x2hmE!zux~sO7!y+Uqaez}2t(;`ircL6l?WNsTK|LWZh}Yl=cm@s?2aZ%c1UI+<<D}azluB4hJb&NJml^
+xxy+OCm=yY0x<~i4VI;EpCnwNW^G#ycJhEQw-zMuP?g`RI`A$Z}i@NLHp_%P?;&>u3-^+LzB9RQZ)8wGRO21BInrqrT^kTo~C4
+){qX>X`(k2t!9EnwQY%QZx#^RjG9a>(JySZ^lH5<Mo;!2stJ-SBGju7}+F;Fw<j_i5wIu%BmviLK{(vn&^EXl{hA8i6Jggnxkt
+(d@=*s#aSff3Wz%<&Ad+0xJlMbDzZ*aL5ln20Z|#R0I6vSfSk@^%40f;VtN!)%eErN@~j{+J2QJsi%M|qI_PCaO>d%^6@^_a>s
+{B8M#=g(O#VlX$W4;=x@D#-5mK0R8X{0W(u*1N;*;je*6`YxVp=xZ>oQ^s6k5EtMP*O&W?pew>O~*_4CG@e=CfW?<tbdpszr?l
+L6(MJ!7Bx5L-^iR$(>Z~@)IMsxU9RmP0TO-#jg9!a0*`S7R@Tn@J^b~p;1Ei_3mb3c$>LR^BV$75sP$nSrAjCoM3a!ae^FstL5
+Cxdagj4S+}&cmb2*YfJuRl391%V``l;|^An497ey3>0yCt@wgNjr@Uqk@`q2dS75Hs*fN-aSmqx#Vz6e)<!{8rCJce$Vv@Pk^U
+~s<u>EdF`yuJK%%e=ScWsF(p+xU5SIsQ;z;`8PBJ$?N(e{;3%e1G?O?d`9hKfVo)7O(z$`wf_kdY=
+"""
+
+
+def test_old_files_load(path):
+    path.write_bytes(zlib.decompress(base64.b85decode(OLD_FILE.replace("\n", ""))))
+    loaded = export.load(path)
+    kept = np.arange(48).reshape(8, 6) % 3 > 0
+    x = np.where(kept, np.arange(48).reshape(8, 6) % 7 - 3, 0).astype(np.float32)
+    a = numerics.quantize(jnp.asarray(x), Format(numerics.int4, PerGroup(4), symmetric=False))
+    same(loaded.params["a"], a)
+    assert loaded.params["b"].format == Format(numerics.float8_e4m3fn, scale_dtype=jnp.bfloat16)
+    np.testing.assert_array_equal(loaded.mask["a"], kept)
+    np.testing.assert_array_equal(loaded.params["c"], [0, 1, 2])
+    content = path.read_bytes()  # and what they could say is still said in the same bytes
+    export.save(path, loaded.params, mask=loaded.mask)
+    assert path.read_bytes() == content
 
 
 @export.allow

@@ -1,5 +1,6 @@
 """What every number type, granularity and symmetry must do: one contract, one small shape."""
 
+import dataclasses
 import functools
 import itertools
 
@@ -26,6 +27,7 @@ QTYPES = [
     *INTS,
     numerics.uint4,
     numerics.uint8,
+    numerics.float4_e2m1fn,
     numerics.float8_e4m3fn,
     numerics.float8_e5m2,
     numerics.nf4,
@@ -42,10 +44,29 @@ FORMATS += [
     for qtype in (numerics.int2, numerics.int4, numerics.int8)
     for granularity in GRANULARITIES
 ]
+BLOCKS = {
+    name: dataclasses.replace(getattr(numerics, name), granularity=PerGroup(4))
+    for name in ("mxfp8", "mxfp8_e5m2", "mxfp4", "mxint8", "nvfp4")
+}
+FORMATS += BLOCKS.values()
+FORMATS += [
+    Format(qtype, PerChannel(), scale_dtype=jnp.float8_e4m3fn, global_scale=True, **kwargs)
+    for qtype, kwargs in (
+        (numerics.int4, {"symmetric": False}),
+        (numerics.int4, {"convention": numerics.Convention.SIGNED}),
+        (numerics.nf4, {"range": numerics.MSE(points=3)}),
+        (numerics.binary, {"range": numerics.LeastSquares(1)}),
+        (numerics.binary_basis(2), {}),
+    )
+]
+FORMATS += [Format(numerics.int4, PerGroup(4), scale_dtype=jnp.float8_e4m3fn, symmetric=False)]
 by_name = pytest.mark.parametrize(
     "format",
     FORMATS,
-    ids=lambda f: f"{f.qtype.name}-{type(f.granularity).__name__}-{f.symmetric}",
+    ids=lambda f: (
+        f"{f.qtype.name}-{type(f.granularity).__name__}-{f.symmetric}-{f.scale_dtype}"
+        + "-global" * f.global_scale
+    ),
 )
 pytestmark = pytest.mark.usefixtures("strict_promotion")
 
@@ -59,7 +80,7 @@ def x():
 
 def levels_of(q):
     """Every number that each slice can hold: scale's shape without sharing, levels at the end."""
-    scale = np.asarray(q.scale, np.float64)
+    scale = np.asarray(numerics.effective_scale(q), np.float64)
     qtype = q.format.qtype
     if isinstance(qtype, Basis):
         signs = np.array(list(itertools.product((-1, 1), repeat=qtype.bits)))
@@ -67,7 +88,7 @@ def levels_of(q):
     if isinstance(qtype, Int):
         codes = np.arange(q.format.limits[0], q.format.limits[1] + 1)
     elif isinstance(qtype, Float):
-        every = np.arange(256, dtype=np.uint8).view(qtype.storage).astype(np.float64)
+        every = np.arange(2**qtype.bits, dtype=np.uint8).view(qtype.storage).astype(np.float64)
         codes = every[np.isfinite(every)]
     else:
         assert isinstance(qtype, Codebook)
@@ -81,7 +102,8 @@ def everything(x, format):
     """All there is to know about a format, in one compilation."""
     q = numerics.quantize(x, format)
     y = numerics.dequantize(q)
-    again = numerics.dequantize(numerics.quantize(y, format, scale=q.scale, zero=q.zero))
+    parts = {"scale": q.scale, "zero": q.zero, "global_scale": q.global_scale}
+    again = numerics.dequantize(numerics.quantize(y, format, **parts))
 
     def total(x):
         faked = numerics.fake_quant(x, format)
@@ -97,7 +119,12 @@ def test_contract(x, format):
     assert (q.shape, q.dtype, y.shape, y.dtype) == (x.shape, x.dtype, x.shape, x.dtype)
     assert q.values.dtype == format.qtype.storage
     assert q.scale.shape == numerics.scale_shape(x.shape, format)
+    assert q.scale.dtype == format.scale_dtype
     assert (q.zero is None) == format.symmetric
+    assert (q.global_scale is not None) == format.global_scale
+    if q.global_scale is not None:
+        assert q.global_scale.dtype == jnp.float32
+        assert q.global_scale.shape == (1,) * q.scale.ndim
     np.testing.assert_array_equal(faked, y)
     np.testing.assert_array_equal(again, y)
 
@@ -109,7 +136,8 @@ def test_contract(x, format):
     np.testing.assert_allclose(np.abs(got - blocked), nearest, atol=tiny)
     if not isinstance(format.qtype, Basis) and np.abs(levels).min() == 0:
         assert (np.asarray(y)[np.asarray(x) == 0] == 0).all()
-    if format.symmetric and isinstance(format.qtype, Int) and format.qtype.signed:
+    may_clip = format.scale_dtype != jnp.float32  # where rounding the scale down shows
+    if format.symmetric and isinstance(format.qtype, Int) and format.qtype.signed and not may_clip:
         assert (np.abs(got - blocked) <= np.asarray(q.scale) * 0.500001).all()
 
     # The gradient passes in the rounding cell of any level, and nowhere else.

@@ -1,5 +1,7 @@
 """QArray as a pytree, bad input, shapes and sharding."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -72,6 +74,21 @@ def test_anything_may_sit_in_its_places(q, filler):
     assert isinstance(repr(odd), str)
 
 
+def test_an_activation_rides_along(q):
+    """It changes nothing of what the array stands for, and its arrays are counted."""
+    for scale in (None, jnp.float32(0.5)):
+        activation = numerics.Activation(format=Format(int8), scale=scale)
+        with_it = dataclasses.replace(q, activation=activation)
+        assert activation.is_static == (scale is not None)
+        assert with_it.nbytes == q.nbytes + (0 if scale is None else 4)
+        assert tree.nbytes({"w": with_it}) == with_it.nbytes and tree.paths({"w": with_it}) == ["w"]
+        np.testing.assert_array_equal(numerics.dequantize(with_it), numerics.dequantize(q))
+        doubled = tree.map_with_path(lambda _, leaf: leaf, {"w": with_it})["w"]
+        assert doubled is with_it and jax.jit(lambda q: q)(with_it).activation.format == Format(
+            int8
+        )
+
+
 def test_repr_says_what_it_stands_for(q):
     assert repr(q) == "QArray(float32[8,6] as int4, PerGroup(size=4, axis=-2))"
 
@@ -97,8 +114,11 @@ def test_donated_arrays_are_reused(q):
 @pytest.mark.parametrize("spec", [P("data", "model"), P(None, "data")], ids=str)
 @pytest.mark.parametrize(
     "format",
-    [GROUPED, Format(nf4, PerChannel()), Format(int4, PerTensor(), range=numerics.MSE(points=3))],
-    ids=["int4-group", "nf4-channel", "int4-mse"],
+    [
+        *(GROUPED, Format(nf4, PerChannel()), numerics.nvfp4),
+        Format(int4, PerTensor(), range=numerics.MSE(points=3)),
+    ],
+    ids=["int4-group", "nf4-channel", "nvfp4", "int4-mse"],
 )
 def test_sharded_equals_single_device(axis_type, spec, format):
     x = jax.random.normal(jax.random.key(1), (16, 16))
@@ -119,7 +139,12 @@ def test_sharded_equals_single_device(axis_type, spec, format):
 EXACT = [
     *(numerics.int2, numerics.int3, numerics.int4, numerics.int5, numerics.int6, numerics.int7),
     *(numerics.int8, numerics.float8_e4m3fn, numerics.float8_e5m2, nf4, numerics.ternary),
-    *(numerics.binary, numerics.power_of_two(4), numerics.power_of_two(5, terms=2)),
+    *(
+        numerics.float4_e2m1fn,
+        numerics.binary,
+        numerics.power_of_two(4),
+        numerics.power_of_two(5, terms=2),
+    ),
 ]
 
 

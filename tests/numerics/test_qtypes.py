@@ -12,10 +12,12 @@ from jaxcompress.errors import ArgumentError
 from jaxcompress.numerics import Basis, Codebook, Format, Int, PerChannel, PerGroup
 from jaxcompress.tree import nbytes
 
+FLOATS = [numerics.float4_e2m1fn, numerics.float8_e4m3fn, numerics.float8_e5m2]
 
-@pytest.mark.parametrize("qtype", [numerics.float8_e4m3fn, numerics.float8_e5m2], ids=str)
-def test_float8_rounds_as_ml_dtypes_does(qtype):
-    every = np.arange(256, dtype=np.uint8).view(qtype.storage).astype(np.float32)
+
+@pytest.mark.parametrize("qtype", FLOATS, ids=str)
+def test_floats_round_as_ml_dtypes_does(qtype):
+    every = np.arange(2**qtype.bits, dtype=np.uint8).view(qtype.storage).astype(np.float32)
     finite = np.unique(every[np.isfinite(every)])
     halfway = (finite[1:] + finite[:-1]) / 2
     random = np.random.default_rng(0).normal(size=2000).astype(np.float32)
@@ -95,6 +97,7 @@ def test_a_new_type_is_an_instance():
         (numerics.int8, 64 * 32),
         (numerics.nf4, 64 * 32 // 2),
         (numerics.ternary, 64 * 32 // 4),
+        (numerics.float4_e2m1fn, 64 * 32 // 2),
         (numerics.float8_e5m2, 64 * 32),
     ],
     ids=lambda value: getattr(value, "name", None),
@@ -104,7 +107,7 @@ def test_sizes_are_what_xla_keeps(qtype, expected):
     pack = jax.jit(lambda x: numerics.quantize(x, Format(qtype, PerChannel())))
     q = jax.eval_shape(pack, x)
     assert nbytes(q) == q.nbytes == expected + 32 * 4
-    if qtype in (numerics.int4, numerics.int2):
+    if qtype in (numerics.int4, numerics.int2, numerics.float4_e2m1fn):
         analysis = pack.lower(x).compile().memory_analysis()
         table = 8 * len(jax.tree.leaves(q))  # the output tuple's pointers
         assert q.nbytes <= analysis.output_size_in_bytes <= q.nbytes + table

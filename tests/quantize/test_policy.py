@@ -15,6 +15,7 @@ from jaxcompress.quantize import Policy, Rule, presets
 
 INT4_G4 = Format(int4, PerGroup(4))
 PRESETS = {name: value for name, value in vars(presets).items() if isinstance(value, Policy)}
+ALONE = [name for name in PRESETS if "gptq" not in name]
 
 
 class Mlp(nn.Module):
@@ -93,7 +94,14 @@ def test_misuse_of_policies(params):
             function(bad, presets.int8_weights)
 
 
-@pytest.mark.parametrize("name", PRESETS)
+@pytest.mark.parametrize("name", [name for name in PRESETS if name not in ALONE])
+def test_methods_that_need_activations_are_refused_without(params, name):
+    for function in (quantize.pack, quantize.fake_quant):
+        with pytest.raises(ArgumentError, match=r"quantize\.ptq"):
+            function(params, PRESETS[name])
+
+
+@pytest.mark.parametrize("name", ALONE)
 def test_presets_pack_what_they_fake(name):
     params = {"kernel": jax.random.normal(jax.random.key(0), (128, 3)), "bias": jnp.ones(3)}
     policy = PRESETS[name]
@@ -119,16 +127,16 @@ def test_linen_trains_through_fake_quant_and_serves_the_same_numbers(params):
 
     @jax.jit
     def loss(params):
-        rounded = quantize.fake_quant(params, presets.int4_weights)
+        rounded = quantize.fake_quant(params, presets.int4)
         return jnp.square(Mlp().apply({"params": rounded}, x) - y).mean()
 
     before = loss(params)
     for _ in range(20):
         params = jax.tree.map(lambda p, g: p - 0.1 * g, params, jax.grad(loss)(params))
     assert loss(params) < 0.7 * before
-    packed = quantize.pack(params, presets.int4_weights)
+    packed = quantize.pack(params, presets.int4)
     apply = jax.jit(lambda packed: Mlp().apply({"params": quantize.unpack(packed)}, x))
-    rounded = quantize.fake_quant(params, presets.int4_weights)
+    rounded = quantize.fake_quant(params, presets.int4)
     np.testing.assert_allclose(apply(packed), Mlp().apply({"params": rounded}, x), atol=1e-5)
 
 
