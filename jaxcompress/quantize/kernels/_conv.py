@@ -43,7 +43,9 @@ def by_codes(params: Any, node: Carried, x: Array, backend: str, *, patches: boo
     assert activation is not None
     shared = activations.shared_axes("conv_general_dilated", params, 0, activation, x.ndim)
     acts = codes_of.encoded(x, activation, shared, backend)
-    weights = codes_of.operand(node.values, node.scale, node.zero, node.format, backend)
+    weights = codes_of.operand(
+        node.values, node.scale.astype(jnp.float32), node.zero, node.format, backend
+    )
     numbers = params["dimension_numbers"]
     run = _patches if patches else _convolve
     sums = run(params, acts, weights.codes, codes_of.accumulator(node.format))

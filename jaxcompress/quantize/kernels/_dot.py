@@ -177,7 +177,9 @@ def by_codes(params: Any, operand: int, node: Carried, x: Array, backend: str) -
         how.cut(rounded.scale),
         None if rounded.zero is None else how.cut(rounded.zero),
     )
-    weights = codes_of.operand(node.values, node.scale, node.zero, node.format, backend)
+    weights = codes_of.operand(
+        node.values, node.scale.astype(jnp.float32), node.zero, node.format, backend
+    )
     sums = _sums(how, acts, weights, codes_of.accumulator(node.format))
     scaled = (
         sums.astype(jnp.float32)
@@ -222,7 +224,7 @@ def by_weights(params: Any, operand: int, node: Carried, x: Array) -> Array:
     qtype = node.format.qtype
     summed, batch = (how.x_contract, how.w_contract), (how.x_batch, how.w_batch)
     if any(how.grouped):
-        w = node.numbers().astype(x.dtype)
+        w = node.numbers(x.dtype)
         return _contract(how, how.cut(x), w, summed, batch, **options).reshape(how.shape)
     # Codes less zero points are integers to 255, exact in bfloat16 too.
     w = qtype.to_numbers(node.values, jnp.ones((), jnp.float32), node.zero).astype(x.dtype)
