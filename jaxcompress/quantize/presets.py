@@ -5,7 +5,9 @@ A leaf that a group size does not divide is left alone and named by `quantize.co
 
 from jaxcompress.numerics import (
     MSE,
+    Convention,
     Format,
+    Granularity,
     LeastSquares,
     PerChannel,
     PerGroup,
@@ -29,19 +31,25 @@ def _weights(format: Format, method: Method | None = None) -> Policy:
     return Policy((Rule(weights=format, method=method or RoundToNearest()),))
 
 
+def _int4_format(granularity: Granularity) -> Format:
+    # All sixteen codes, the extra one on the side of the larger extreme: a seventh less error
+    # than without it, and less than by the conventions that always have it below.
+    return Format(_int4, granularity, range=MSE(), convention=Convention.SIGNED)
+
+
 int8_weights = _weights(Format(int8, PerChannel()))
 """8-bit integers, a scale per output from the largest magnitude."""
 
-int4 = _weights(Format(_int4, PerChannel(), range=MSE()), ClipSearch())
+int4 = _weights(_int4_format(PerChannel()), ClipSearch())
 """4-bit integers, a scale per output, cut where the squared error of the outputs is least."""
 
-int4_g128 = _weights(Format(_int4, PerGroup(128), range=MSE()), ClipSearch())
+int4_g128 = _weights(_int4_format(PerGroup(128)), ClipSearch())
 """4-bit integers, a scale per output and 128 inputs, cut where the outputs' error is least."""
 
-int4_gptq = _weights(Format(_int4, PerChannel(), range=MSE()), GPTQ())
+int4_gptq = _weights(_int4_format(PerChannel()), GPTQ())
 """4-bit integers by GPTQ, a scale per output; for `ptq` only."""
 
-int4_gptq_g128 = _weights(Format(_int4, PerGroup(128), range=MSE()), GPTQ())
+int4_gptq_g128 = _weights(_int4_format(PerGroup(128)), GPTQ())
 """4-bit integers by GPTQ, a scale per output and 128 inputs; for `ptq` only."""
 
 int3_g128 = _weights(Format(int3, PerGroup(128), range=MSE()))
