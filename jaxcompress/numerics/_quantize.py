@@ -230,6 +230,8 @@ def _straight_through(x: Array, format: Format) -> Array:
 @_straight_through.defjvp
 def _straight_through_jvp(format: Format, primals: Any, tangents: Any) -> tuple[Array, Array]:
     (x,), (tangent,) = primals, tangents
+    if not format.clips:  # nothing to compute, and no mask to keep for the backward pass
+        return _fake_quant(x, format), tangent
     blocked, scale, zero = _fit(jax.lax.stop_gradient(x), format, None)
     inside = format.qtype.inside(blocked, scale, zero, limits=format.limits)
     inside = format.granularity.unblock(inside)

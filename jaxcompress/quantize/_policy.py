@@ -162,7 +162,7 @@ def coverage(params: Params, policy: Policy, *, strict: bool = False) -> Coverag
         ('bias',)
     """
     leaves = dict(tree.items(params))
-    rule_of = _first_matches(params, leaves, policy)
+    rule_of = first_matches(params, leaves, policy)
     formats, exempt = {}, {}
     for path, rule in rule_of.items():
         if rule.weights is None:
@@ -182,7 +182,7 @@ def coverage(params: Params, policy: Policy, *, strict: bool = False) -> Coverag
     )
 
 
-def _first_matches(params: Params, leaves: Mapping[str, Any], policy: Policy) -> dict[str, Rule]:
+def first_matches(params: Params, leaves: Mapping[str, Any], policy: Policy) -> dict[str, Rule]:
     """Give each selected leaf its rule, in traversal order; every rule must get a leaf."""
     if not isinstance(policy, Policy):
         raise ArgumentTypeError(
