@@ -223,8 +223,9 @@ def _dequantize(
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(1,))
 def _straight_through(x: Array, format: Format) -> Array:
-    values, scale, zero, _ = _quantize(x, format, None, None)
-    return _dequantize(values, scale, zero, format, x.dtype)
+    blocked, scale, zero = _fit(x, format, None)
+    numbers = format.qtype.round_trip(blocked, scale, zero, limits=format.limits)
+    return format.granularity.unblock(numbers).astype(x.dtype)
 
 
 @_straight_through.defjvp

@@ -106,8 +106,8 @@ def _round_through(
     x: Array, scale: Array, zero: Array | None, format: Format, clips: bool
 ) -> Array:
     del clips
-    codes = format.qtype.to_values(x.astype(jnp.float32), scale, zero, limits=format.limits)
-    return format.qtype.to_numbers(codes, scale, zero).astype(x.dtype)
+    wide = x.astype(jnp.float32)
+    return format.qtype.round_trip(wide, scale, zero, limits=format.limits).astype(x.dtype)
 
 
 @_round_through.defjvp
