@@ -13,9 +13,10 @@ from jax.core import Tracer
 from jaxcompress import graph, tree
 from jaxcompress.errors import ArgumentError, NonFiniteError, SelectionError
 from jaxcompress.graph import Equation, Interception, Site
-from jaxcompress.numerics import Activation, scale_shape
+from jaxcompress.numerics import Activation, QArray, scale_shape
 from jaxcompress.quantize import _observers
-from jaxcompress.quantize._activations import fit, round_through, shared_axes
+from jaxcompress.quantize._activations import fit, round_through, shared_axes, to_codes
+from jaxcompress.quantize._integer_forward import contract, suits
 from jaxcompress.quantize._policy import Coverage, Policy, Rule, coverage, first_matches
 from jaxcompress.quantize._quantizer import STE, Quantizer
 from jaxcompress.quantize._train_sites import Met, TrainCoverage, meet
@@ -264,7 +265,7 @@ class QAT:
                 state, {path: one.shape for path, one in found.items() if self._has_range(one.rule)}
             )
             met.update(found)
-            return self._interceptions(found, state, active, watch)
+            return self._interceptions(found, plan, state, active, watch)
 
         rounded = tree.map_with_path(
             lambda path, w: self._weight(path, w, plan, state, active), params
@@ -286,7 +287,7 @@ class QAT:
         return rounded if active is None else jnp.where(active, rounded, w)
 
     def _interceptions(
-        self, met: Mapping[str, Met], state: State, active: Array | None, watch: bool
+        self, met: Mapping[str, Met], plan: _Plan, state: State, active: Array | None, watch: bool
     ) -> dict[str, Interception]:
         chosen = {}
         for path, one in met.items():
@@ -304,11 +305,21 @@ class QAT:
             needs["scale"], needs["zero"] = form.scale, form.zero
             for site in one.sites:
                 cell = jax.tree.map(lambda x, one=one, site=site: one.at(x, site), needs)
+                if "on" not in needs and suits(
+                    site, plan.covered.formats[path], form.format, plan.leaves[path].shape
+                ):
+                    q = self._packed(path, plan, state)
+                    cell["codes"], cell["factor"] = q.values.astype(jnp.int8), q.scale
                 if watch and follows:
                     cell["seen"] = _observers.nothing(site.stack)
                 handler = functools.partial(_at_site, self.activations, site, form.format)
                 chosen[site.name] = Interception(handler, cell)
         return chosen
+
+    def _packed(self, path: str, plan: _Plan, state: State) -> QArray:
+        learned = state.learned.get(path, {}).get("weights", {})
+        learned, leaf = jax.lax.stop_gradient((learned, plan.leaves[path]))
+        return self.weights.pack(leaf, learned, plan.covered.formats[path])
 
     def _first_look(
         self, plan: _Plan, params: Params, inputs: Any, kwargs: Any
@@ -384,13 +395,21 @@ def _at_site(
     x = operands[k]
     if "seen" in cell:
         cell = {**cell, "seen": _observers.widen(cell["seen"], x, format)}
+    learned = cell.get("learned", {})
+    still, still_learned = jax.lax.stop_gradient((x, learned))
+    form = quantizer.settle(still_learned, format) or Activation(
+        format=format, scale=cell["scale"], zero=cell["zero"]
+    )
+    shared = shared_axes(site.primitive, equation.params, k, form, x.ndim)
+    scale, zero = fit(still, form, shared)
     if isinstance(quantizer, STE):
-        form = Activation(format=format, scale=cell["scale"], zero=cell["zero"])
-        shared = shared_axes(site.primitive, equation.params, k, form, x.ndim)
-        scale, zero = fit(jax.lax.stop_gradient(x), form, shared)
         rounded = round_through(x, scale, zero, form)
     else:
-        rounded = quantizer.activations(x, cell.get("learned", {}), format)
+        rounded = quantizer.activations(x, learned, format)
+    if "codes" in cell:
+        codes = to_codes(still, scale, zero, form).astype(jnp.int8)
+        w = (operands[1 - k], cell["codes"], cell["factor"].astype(jnp.float32))
+        return contract(equation, k, (rounded, codes, scale), w), cell
     if "on" in cell:
         rounded = jnp.where(cell["on"], rounded, x)
     return equation.bind(*operands[:k], rounded, *operands[k + 1 :]), cell

@@ -5,7 +5,7 @@ from typing import Any
 
 from jaxcompress.errors import ArgumentError
 from jaxcompress.numerics import Entropy
-from jaxcompress.quantize._policy import Policy
+from jaxcompress.quantize._policy import Policy, check_policy
 from jaxcompress.quantize._qat import QAT
 from jaxcompress.quantize._quantizer import STE, Quantizer
 
@@ -69,6 +69,7 @@ def train(
         >>> qat.convert(params)["kernel"].activation.is_static
         False
     """
+    check_policy(policy)
     quantizers = {"weights": weights or STE(), "activations": activations or STE()}
     for name, quantizer in quantizers.items():
         _check_quantizer(name, quantizer, policy)
