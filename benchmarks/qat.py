@@ -93,6 +93,7 @@ def main():
     functions = {
         "float32": fn,
         "jaxcompress": quantize.train(fn, quantize.Policy((rule,))),
+        "jaxcompress, integers": quantize.train(fn, quantize.Policy((rule,)), integers=True),
         **qwix_functions(module, x),
     }
     exact = fn(params, x)

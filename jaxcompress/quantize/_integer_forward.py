@@ -1,4 +1,4 @@
-"""Forward passes in integers: a contraction of codes by codes, with the gradients of numbers."""
+"""Forward passes in integers: codes by codes, differentiated as the unrounded contraction."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -39,7 +39,10 @@ def suits(site: Site, weights: Format, activations: Format, shape: Sequence[int]
         summed <= _EXACT
         and all(k in shared for k in site.axes.contract)
         and all(
-            isinstance(format.qtype, Int) and format.qtype.signed and format.symmetric
+            isinstance(format.qtype, Int)
+            and format.qtype.signed
+            and format.symmetric
+            and not format.clips
             for format in (weights, activations)
         )
     )
@@ -51,12 +54,12 @@ def contract(
     x: tuple[Array, Array, Array],
     w: tuple[Array, Array, Array],
 ) -> Array:
-    """Contract codes in int32 and scale the sums; differentiate as if they were numbers.
+    """Contract codes in int32 and scale the sums; differentiate as if nothing had been rounded.
 
     Args:
         equation: A `dot_general`.
         k: Which operand the activation is.
-        x: The activation as rounded numbers, through which gradients flow; its codes; its scale.
+        x: The activation as it came, through which gradients flow; its codes; its scale.
         w: The same of the weight.
 
     Returns:
@@ -76,10 +79,8 @@ def _contraction(equation: Equation) -> Any:
         return scaled.astype(params["preferred_element_type"] or jnp.result_type(a, b))
 
     def jvp(primals: Sequence[Array], tangents: Sequence[Any]) -> tuple[Array, Any]:
-        a, b, p, q, r, s = primals
+        a, b, *_ = primals
         out = run(*primals)
-        # From codes, not from a and b, which then need never be written in the forward pass.
-        a, b = ((c.astype(jnp.float32) * f).astype(n.dtype) for c, f, n in ((p, r, a), (q, s, b)))
         terms = []
         if not isinstance(tangents[0], SymbolicZero):
             terms.append(equation.bind(tangents[0], b))

@@ -7,13 +7,13 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax import Array
+from jax import Array, lax
 from jax.core import Tracer
 
-from jaxcompress import graph, tree
+from jaxcompress import graph, numerics, tree
 from jaxcompress.errors import ArgumentError, NonFiniteError, SelectionError
 from jaxcompress.graph import Equation, Interception, Site
-from jaxcompress.numerics import Activation, QArray, scale_shape
+from jaxcompress.numerics import Activation, scale_shape
 from jaxcompress.quantize import _observers
 from jaxcompress.quantize._activations import fit, round_through, shared_axes, to_codes
 from jaxcompress.quantize._integer_forward import contract, suits
@@ -53,6 +53,7 @@ class QAT:
         start: Observed calls before anything is rounded.
         freeze: Observed calls after which ranges stand still.
         decay: Of the moving averages of ranges.
+        integers: Whether codes are contracted in the forward pass.
         strict: Whether what cannot be rounded is an error.
     """
 
@@ -63,6 +64,7 @@ class QAT:
     start: int
     freeze: int | None
     decay: float
+    integers: bool
     strict: bool
 
     @property
@@ -225,6 +227,16 @@ class QAT:
         met: Mapping[str, Met],
         unrounded: dict[str, str],
     ) -> TrainCoverage:
+        if self.integers and not any(
+            self._in_integers(site, one, plan) for one in met.values() for site in one.sites
+        ):
+            raise ArgumentError(
+                "integers",
+                got="True where no site can contract codes",
+                expected="a dot of a whole leaf, both in symmetric signed integers whose range is "
+                "found anew and leaves nothing out, a scale per output or per tensor",
+                fix="Leave `integers` out, or see `train` for what it takes.",
+            )
         reached = {site.path for site in sites}
         elsewhere = tuple(path for path in plan.covered.formats if path not in reached)
         if self.strict and (unrounded or elsewhere):
@@ -296,7 +308,7 @@ class QAT:
             assert one.rule.activations is not None
             form = Activation(format=one.rule.activations)
             if self._has_range(one.rule) and follows:
-                form = jax.lax.stop_gradient(_observers.settle(state.ranges[path], form.format))
+                form = lax.stop_gradient(_observers.settle(state.ranges[path], form.format))
                 needs["on"] = _observers.is_known(state.ranges[path])
             elif self._has_range(one.rule):
                 needs["learned"] = state.learned[path]["activations"]
@@ -305,21 +317,22 @@ class QAT:
             needs["scale"], needs["zero"] = form.scale, form.zero
             for site in one.sites:
                 cell = jax.tree.map(lambda x, one=one, site=site: one.at(x, site), needs)
-                if "on" not in needs and suits(
-                    site, plan.covered.formats[path], form.format, plan.leaves[path].shape
-                ):
-                    q = self._packed(path, plan, state)
-                    cell["codes"], cell["factor"] = q.values.astype(jnp.int8), q.scale
+                if self._in_integers(site, one, plan):
+                    leaf = plan.leaves[path]
+                    q = numerics.quantize(lax.stop_gradient(leaf), plan.covered.formats[path])
+                    cell |= {"w": leaf, "codes": q.values.astype(jnp.int8), "factor": q.scale}
                 if watch and follows:
                     cell["seen"] = _observers.nothing(site.stack)
                 handler = functools.partial(_at_site, self.activations, site, form.format)
                 chosen[site.name] = Interception(handler, cell)
         return chosen
 
-    def _packed(self, path: str, plan: _Plan, state: State) -> QArray:
-        learned = state.learned.get(path, {}).get("weights", {})
-        learned, leaf = jax.lax.stop_gradient((learned, plan.leaves[path]))
-        return self.weights.pack(leaf, learned, plan.covered.formats[path])
+    def _in_integers(self, site: Site, met: Met, plan: _Plan) -> bool:
+        found_anew = isinstance(self.activations, STE) and not met.rule.static
+        simple = self.integers and self.start == 0 and isinstance(self.weights, STE) and found_anew
+        weights, activations = plan.covered.formats[met.path], met.rule.activations
+        assert activations is not None
+        return simple and suits(site, weights, activations, plan.leaves[met.path].shape)
 
     def _first_look(
         self, plan: _Plan, params: Params, inputs: Any, kwargs: Any
@@ -395,21 +408,18 @@ def _at_site(
     x = operands[k]
     if "seen" in cell:
         cell = {**cell, "seen": _observers.widen(cell["seen"], x, format)}
-    learned = cell.get("learned", {})
-    still, still_learned = jax.lax.stop_gradient((x, learned))
-    form = quantizer.settle(still_learned, format) or Activation(
-        format=format, scale=cell["scale"], zero=cell["zero"]
-    )
-    shared = shared_axes(site.primitive, equation.params, k, form, x.ndim)
-    scale, zero = fit(still, form, shared)
     if isinstance(quantizer, STE):
+        still = lax.stop_gradient(x)
+        form = Activation(format=format, scale=cell["scale"], zero=cell["zero"])
+        shared = shared_axes(site.primitive, equation.params, k, form, x.ndim)
+        scale, zero = fit(still, form, shared)
+        if "codes" in cell:
+            codes = to_codes(still, scale, zero, form).astype(jnp.int8)
+            w = (cell["w"], cell["codes"], cell["factor"].astype(jnp.float32))
+            return contract(equation, k, (x, codes, scale), w), cell
         rounded = round_through(x, scale, zero, form)
     else:
-        rounded = quantizer.activations(x, learned, format)
-    if "codes" in cell:
-        codes = to_codes(still, scale, zero, form).astype(jnp.int8)
-        w = (operands[1 - k], cell["codes"], cell["factor"].astype(jnp.float32))
-        return contract(equation, k, (rounded, codes, scale), w), cell
+        rounded = quantizer.activations(x, cell.get("learned", {}), format)
     if "on" in cell:
         rounded = jnp.where(cell["on"], rounded, x)
     return equation.bind(*operands[:k], rounded, *operands[k + 1 :]), cell
