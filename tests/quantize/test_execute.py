@@ -112,7 +112,7 @@ def test_zoo(name):
     by_weights, expected, by_codes, rounded_too = run(params, inputs)
     close(by_weights, expected)
     close(by_codes, rounded_too, 2e-3 if "train" in name else 1e-5)
-    uses = quantize.kernels(fn, jax.eval_shape(lambda p: pack(p, formats), params), *inputs)
+    uses = quantize.site_kernels(fn, jax.eval_shape(lambda p: pack(p, formats), params), *inputs)
     assert {use.path for use in uses} == set(paths)
     assert {use.site for use in uses if use.site} <= {s.name for s in found}
     fallbacks = {use.why for use in uses if use.kernel == "dequantized"}
@@ -183,7 +183,7 @@ def test_vmap_remat_and_jit_inside(small):
     q = pack(params, FORMATS)
     inner = jax.checkpoint(jax.jit(mlp))
     fn = lambda p, x: inner(p, x)
-    assert {u.kernel for u in quantize.kernels(fn, q, x)} == {"codes", "codes in groups"}
+    assert {u.kernel for u in quantize.site_kernels(fn, q, x)} == {"codes", "codes in groups"}
 
     @jax.jit
     def run(q, x):
@@ -208,7 +208,7 @@ def test_vmap_inside_and_experts():
         return jax.lax.ragged_dot(h, p["experts"], sizes)
 
     x, sizes = draw(3, 6, 8, seed=2), jnp.array([[4, 2], [1, 5]])
-    assert {u.kernel for u in quantize.kernels(fn, q, x, sizes[0])} == {"codes"}
+    assert {u.kernel for u in quantize.site_kernels(fn, q, x, sizes[0])} == {"codes"}
 
     @jax.jit
     def run(q, dense, x, sizes):
@@ -248,7 +248,7 @@ def test_loops_and_branches():
     formats = {"stack": Format(int8, PerChannel((0, 2))), "grouped": INT4}
     formats |= {"shared": INT4, "gate": INT8}
     q, x = pack(params, formats), draw(3, 8, seed=4)
-    uses = quantize.kernels(loops, q, x)
+    uses = quantize.site_kernels(loops, q, x)
     assert not [use for use in uses if use.kernel == "dequantized"]
     assert {use.site for use in uses} == {s.name for s in graph.trace(loops, params, x).sites}
 
@@ -264,7 +264,7 @@ def test_groups_along_the_layers_are_dequantized_and_reported():
     params = {"stack": draw(4, 8, 8)}
     q = pack(params, {"stack": Format(int8, PerGroup(2, -3))}, None)
     fn = lambda p, x: jax.lax.scan(lambda x, w: (x @ w, None), x, p["stack"])[0]
-    (use,) = quantize.kernels(fn, q, jnp.ones((2, 8)))
+    (use,) = quantize.site_kernels(fn, q, jnp.ones((2, 8)))
     assert (use.kernel, use.why) == ("dequantized", "scan takes arrays")
     close(quantize.execute(fn)(q, jnp.ones((2, 8))), fn(quantize.unpack(q), jnp.ones((2, 8))))
 
@@ -273,7 +273,7 @@ def test_a_rule_of_its_own_is_a_border():
     """Inside a custom_vjp nothing is rounded; its own gradient stays, and the border is named."""
     fn, params, inputs = ZOO["custom_vjp"].build()
     q = pack(params, {"params/kernel": INT8})
-    (use,) = quantize.kernels(fn, q, *inputs)
+    (use,) = quantize.site_kernels(fn, q, *inputs)
     assert (use.kernel, use.site, use.why) == ("dequantized", None, "custom_vjp_call takes arrays")
     grad = lambda fn, p: jax.grad(lambda x: (100 * fn(p, x)).sum())(*inputs)
     close(grad(quantize.execute(fn), q), grad(fn, quantize.unpack(q)))
@@ -337,10 +337,10 @@ def test_backends_are_chosen_or_given(small):
 
 def test_errors(small):
     params, x = small
-    for call in (lambda: quantize.execute(mlp)(params, x), lambda: quantize.kernels(mlp, params, x)):
+    for call in (lambda: quantize.execute(mlp)(params, x), lambda: quantize.site_kernels(mlp, params, x)):
         with pytest.raises(SelectionError, match=r"quantize\.ptq or quantize\.pack"):
             call()
-    for call in (quantize.execute, functools.partial(quantize.kernels, params=params)):
+    for call in (quantize.execute, functools.partial(quantize.site_kernels, params=params)):
         with pytest.raises(ArgumentError, match='"gpu"'):
             call(mlp, backend="cuda")
     q = pack({**params, "up": draw(5, 12)}, FORMATS)

@@ -130,7 +130,7 @@ def check(cases, *, backend=None, tolerance=1e-5):
     compiled = jax.jit(both).lower(weights, inputs).compile({"xla_backend_optimization_level": 0})
     got, wide = jax.device_get(compiled(weights, inputs))
     params = jax.eval_shape(quantized, weights)
-    chosen = {u.path: u.kernel for u in quantize.kernels(fn, params, inputs, backend=backend)}
+    chosen = {u.path: u.kernel for u in quantize.site_kernels(fn, params, inputs, backend=backend)}
     assert chosen == {name: case.kernel for name, case in cases.items()}
     for name, case in cases.items():
         assert got[name].shape == wide[name].shape and got[name].dtype == case.dtype, name
@@ -289,7 +289,7 @@ def test_sums_of_many_extremes_fit(act):
         q = numerics.quantize(w, Format(int8, PerChannel(), symmetric=symmetric))
         params = {"w": dataclasses.replace(q, activation=Activation(format=act))}
         fn = lambda p, x: x @ p["w"]
-        assert [u.kernel for u in quantize.kernels(fn, params, x)] == ["codes"]
+        assert [u.kernel for u in quantize.site_kernels(fn, params, x)] == ["codes"]
         got = jax.jit(quantize.execute(fn))(params, x)
         np.testing.assert_allclose(got, 2 * 4095 * np.array([[1, -1], [-1, 1]]), rtol=1e-5)
 
@@ -298,7 +298,7 @@ def test_sums_that_might_not_fit_are_not_tried():
     fn = lambda p, x: x @ p["w"]
     q = numerics.quantize(jnp.ones((2**18, 1)), Format(int8, PerChannel()))
     params = {"w": dataclasses.replace(q, activation=Activation(format=TOKEN))}
-    (use,) = quantize.kernels(fn, params, jnp.ones((1, 2**18)))
+    (use,) = quantize.site_kernels(fn, params, jnp.ones((1, 2**18)))
     assert (use.kernel, use.why) == (
         "dequantized",
         "a sum of 262,144 products does not fit int32",
@@ -306,7 +306,7 @@ def test_sums_that_might_not_fit_are_not_tried():
     np.testing.assert_allclose(quantize.execute(fn)(params, jnp.ones((1, 2**18))), 2.0**18)
     grouped = numerics.quantize(jnp.ones((2**18, 1)), Format(int8, PerGroup(128)))
     params = {"w": dataclasses.replace(grouped, activation=Activation(format=TOKEN))}
-    assert quantize.kernels(fn, params, jnp.ones((1, 2**18)))[0].kernel == "codes in groups"
+    assert quantize.site_kernels(fn, params, jnp.ones((1, 2**18)))[0].kernel == "codes in groups"
 
 
 def test_integer_and_complex_activations():
@@ -323,7 +323,7 @@ def test_integer_and_complex_activations():
     q = numerics.quantize(w, Format(int8, PerChannel()))
     q = dataclasses.replace(q, activation=Activation(format=TOKEN))
     z, product = x * (1 + 2j), lambda p, x: x @ p["w"]
-    (use,) = quantize.kernels(product, {"w": q}, z)
+    (use,) = quantize.site_kernels(product, {"w": q}, z)
     assert use.why == "the activation is complex, and stays as it is"
     got = quantize.execute(product)({"w": q}, z)
     np.testing.assert_allclose(got, z @ numerics.dequantize(q), rtol=1e-5, atol=1e-5)
@@ -478,7 +478,7 @@ def test_lookups(format):
             fn({"t": numerics.dequantize(q)}, index),
         )
     )(q, index)
-    assert {u.kernel for u in quantize.kernels(fn, {"t": q}, index)} == {"rows"}
+    assert {u.kernel for u in quantize.site_kernels(fn, {"t": q}, index)} == {"rows"}
     jax.tree.map(np.testing.assert_array_equal, got, expected)
     assert jnp.isnan(expected["take"][1, 2]).all() and (expected["fill"][1, 2] == 7).all()
 
@@ -495,7 +495,7 @@ def test_lookups_that_take_arrays():
         q = dataclasses.replace(q, activation=Activation(format=act))
         for look in (rows, at, entries):
             fn = lambda p, i, look=look: look(p["t"], i)
-            (use,) = quantize.kernels(fn, {"t": q}, index)
+            (use,) = quantize.site_kernels(fn, {"t": q}, index)
             assert use.kernel == "dequantized" and use.why
             expected = look(numerics.dequantize(q), index)
             np.testing.assert_array_equal(quantize.execute(fn)({"t": q}, index), expected)
