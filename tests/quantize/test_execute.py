@@ -343,7 +343,7 @@ def test_errors(small):
     ):
         with pytest.raises(SelectionError, match=r"quantize\.ptq or quantize\.pack"):
             call()
-    for call in (quantize.execute, functools.partial(quantize.kernels, params=params)):
+    for call in (quantize.execute, functools.partial(quantize.site_kernels, params=params)):
         with pytest.raises(ArgumentError, match='"gpu"'):
             call(mlp, backend="cuda")
     q = pack({**params, "up": draw(5, 12)}, FORMATS)

@@ -180,7 +180,8 @@ def _kernel(
         if by_codes:
             return _conv.by_codes(params, node, x, backend, patches=kind == "codes as patches")
         return _conv.by_weights(params, node, x)
-    return _rows.ragged(params, node, x, *rest, backend)
+    (sizes,) = rest
+    return _rows.ragged(params, node, x, sizes, backend)
 
 
 def _exchanged(operands: Sequence[Any], operand: int, pair: tuple[Any, Any]) -> list[Any]:
