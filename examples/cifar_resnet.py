@@ -198,7 +198,7 @@ def main(config: Config) -> None:
     table.add("gradual 80% + distilled", pruned, mask=mask)
 
     steps = epoch * (1 if config.quick else config.quantize_epochs)
-    for bits, policy in ((8, presets.int8_weights), (4, presets.int4_weights)):
+    for bits, policy in ((8, presets.int8_weights), (4, presets.int4)):
         for name, start, kept in (("dense", network.params, None), ("80%", pruned, mask)):
             trained, new = distil(
                 network,

@@ -97,7 +97,7 @@ def run(demo: Demo) -> list[Row]:
         "distilling", pruned, steps=half, schedule=demo.sparsity, within=mask, distilled=True
     )
     stages.add("+ distilled", student, mask=mask)
-    for name, policy in (("int8", presets.int8_weights), ("int4", presets.int4_weights)):
+    for name, policy in (("int8", presets.int8_weights), ("int4", presets.int4)):
         student, mask = stages.train(
             f"training at {name}",
             student,

@@ -66,7 +66,7 @@ def capture(
     captured = program(jaxpr)
     if not prune:
         return captured, shapes
-    inner = getattr(jaxpr, "jaxpr", jaxpr)
+    inner: Any = getattr(jaxpr, "jaxpr", jaxpr)
     live, _ = partial_eval.dce_jaxpr(inner, [True] * len(inner.outvars), instantiate=True)
     live = program(live)
     return captured._replace(eqns=live.eqns, outvars=live.outvars), shapes

@@ -49,7 +49,7 @@ def lsq(x: ArrayLike, step: ArrayLike, format: Format) -> Array:
     With `Convention.NARROW`, the default, $Q_N = Q_P$; `Convention.TIGHT` has the paper's $Q_N$.
     """
     x, limits = _prepared(x, format, symmetric=True)
-    step = rounded(_sized(step, x, format, "step"), format)
+    step = jnp.asarray(rounded(_sized(step, x, format, "step"), format))
     blocked = format.granularity.block(x.astype(jnp.float32))
     quantized = _rounded_steps(blocked, _graded(step, x, limits), limits)
     return format.granularity.unblock(quantized).astype(x.dtype)

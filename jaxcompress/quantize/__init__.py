@@ -1,14 +1,14 @@
 """Quantization of whole models: policies over params, fake quantization and packing."""
 
 from jaxcompress.quantize import presets as presets
-from jaxcompress.quantize._execute import SiteKernel as SiteKernel
-from jaxcompress.quantize._execute import execute as execute
-from jaxcompress.quantize._execute import kernels as kernels
-from jaxcompress.quantize._fold import fold_norm as fold_norm
-from jaxcompress.quantize._fold import foldable as foldable
 from jaxcompress.quantize._bias import bias_shift as bias_shift
 from jaxcompress.quantize._clip import ClipSearch as ClipSearch
 from jaxcompress.quantize._clip import clip_search as clip_search
+from jaxcompress.quantize._execute import SiteKernel as SiteKernel
+from jaxcompress.quantize._execute import execute as execute
+from jaxcompress.quantize._execute import site_kernels as site_kernels
+from jaxcompress.quantize._fold import fold_norm as fold_norm
+from jaxcompress.quantize._fold import foldable as foldable
 from jaxcompress.quantize._gptq import GPTQ as GPTQ
 from jaxcompress.quantize._gptq import gptq as gptq
 from jaxcompress.quantize._method import Method as Method

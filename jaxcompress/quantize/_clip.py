@@ -133,8 +133,13 @@ def _clip_search(
     blocked = format.granularity.block(jnp.broadcast_to(moments[:, None], w.shape))
     shared = format.granularity.shared(2)
     blocked = jnp.where(blocked.max(shared, keepdims=True) > 0, blocked, 1)
+    overall = numerics.fit_global_scale(w, format)
     scale, zero = range.fit(
-        format.granularity.block(w), shared=shared, format=format, weights=blocked
+        format.granularity.block(w),
+        shared=shared,
+        format=format,
+        global_scale=overall,
+        weights=blocked,
     )
-    stored = numerics.quantize(w, format, scale=scale, zero=zero)
+    stored = numerics.quantize(w, format, scale=scale, zero=zero, global_scale=overall)
     return dataclasses.replace(stored, dtype=weights.dtype), {"weighted": usable}

@@ -60,7 +60,7 @@ def execute(fn: Callable[..., Any], *, backend: str | None = None) -> Callable[.
     * lookups: rows of codes and their scales.
 
     Elsewhere, and at the border of functions with their own differentiation rule, a leaf is
-    dequantized; `kernels` says where and why. The result differs from fn on `unpack(params)`,
+    dequantized; `site_kernels` says where and why. The result differs from fn on `unpack(params)`,
     with activations rounded as the formats say, by float rounding.
 
     It works under `jit`, `vmap`, `scan`, `checkpoint`, `jax.export` and shardings, and is
@@ -95,7 +95,7 @@ def execute(fn: Callable[..., Any], *, backend: str | None = None) -> Callable[.
     return executed
 
 
-def kernels(
+def site_kernels(
     fn: Callable[..., Any],
     params: tree.Params,
     *inputs: Any,
@@ -122,7 +122,7 @@ def kernels(
         >>> from jaxcompress.quantize import pack, presets
         >>> fn = lambda params, x: jnp.abs(params["kernel"]).sum() + x @ params["kernel"]
         >>> params = pack({"kernel": jnp.eye(3)}, presets.int8_weights)
-        >>> for use in kernels(fn, params, jnp.ones((1, 3))):
+        >>> for use in site_kernels(fn, params, jnp.ones((1, 3))):
         ...     print(use.kernel, use.why)
         dequantized abs takes arrays
         weights

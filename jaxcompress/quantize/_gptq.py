@@ -14,6 +14,7 @@ from jaxtyping import ArrayLike, Float
 from jaxcompress import linalg, numerics, stats
 from jaxcompress.errors import ArgumentError
 from jaxcompress.numerics import Format, PerGroup, PerTensor, QArray, Scaled
+from jaxcompress.numerics._scales import bounds, rounded
 from jaxcompress.quantize._method import Method
 from jaxcompress.stats import Statistic
 
@@ -204,11 +205,13 @@ def _gptq(
     w = weights.astype(jnp.float32)
     w = jnp.where((dead & damped.succeeded)[:, None], 0, w)
 
+    overall = numerics.fit_global_scale(w, format)
+    overall = None if overall is None else overall.reshape(())
     if grouped:
-        w_hat, scales = _solve_groups(w, damped.upper, format, block=block)
+        w_hat, scales = _solve_groups(w, damped.upper, format, overall, block=block)
         added = damped.added
     else:
-        scales = _fit(format.granularity.block(w), format)
+        scales = _fit(format.granularity.block(w), format, overall)
         round = _rounder(scales, format, order)
         w_hat, _ = linalg.solve_columns(w[order], damped.upper, round, block=block)
         place = jnp.argsort(order)
@@ -218,7 +221,7 @@ def _gptq(
         refined = lax.fori_loop(
             0,
             refine,
-            lambda _, state: _refine(*state, w, hessian, format, block=block),
+            lambda _, state: _refine(state, w, hessian, format, overall, block=block),
             (w_hat, scales),
         )
         w_hat, scales = jax.tree.map(
@@ -229,28 +232,32 @@ def _gptq(
         "succeeded": damped.succeeded,
         "dead": dead.sum(dtype=jnp.int32),
     }
-    return _stored(w_hat, scales, format, weights.dtype), info
+    return _stored(w_hat, scales, format, overall, weights.dtype), info
 
 
-def _fit(blocked: Array, format: Format) -> Scales:
-    """Find the scales of all groups, on weights as `granularity.block` gives them."""
-    assert format.range is not None
+def _fit(blocked: Array, format: Format, overall: Array | None) -> Scales:
+    """Find the scales of all groups, on weights as `granularity.block` gives them.
+
+    A global scale, found on the whole matrix beforehand, is multiplied in.
+    """
     shared = format.granularity.shared(2)
-    scales = format.range.fit(blocked, shared=shared, format=format)
+    given = None if overall is None else overall.reshape((1,) * blocked.ndim)
+    scale, zero = numerics.fit_scale(blocked, format, shared=shared, global_scale=given)
+    scale = scale if overall is None else scale * overall
     if isinstance(format.granularity, PerGroup):
-        return scales
-    return jax.tree.map(lambda part: part[None], scales)  # the whole matrix is one group
+        return scale, zero
+    return scale[None], None if zero is None else zero[None]  # the whole matrix is one group
 
 
 def _solve_groups(
-    w: Array, upper: Array, format: Format, *, block: int
+    w: Array, upper: Array, format: Format, overall: Array | None, *, block: int
 ) -> tuple[Array, Scales]:
     """Solve with the scales of each group found when its turn comes."""
     assert isinstance(format.granularity, PerGroup)
 
     def start(group: Array, rows: Array, diagonal: Array) -> Scales:
         del group, diagonal
-        return jax.tree.map(lambda part: part[0], _fit(rows[None], format))
+        return jax.tree.map(lambda part: part[0], _fit(rows[None], format, overall))
 
     def round(index: Array, row: Array, scales: Scales) -> Array:
         del index
@@ -283,16 +290,28 @@ def _nearest(row: Array, scales: Scales, format: Format) -> Array:
 
 
 def _refine(
-    w_hat: Array, scales: Scales, w: Array, hessian: Array, format: Format, *, block: int
+    state: tuple[Array, Scales],
+    w: Array,
+    hessian: Array,
+    format: Format,
+    overall: Array | None,
+    *,
+    block: int,
 ) -> tuple[Array, Scales]:
+    w_hat, scales = state
     if isinstance(format.qtype, Scaled):
-        w_hat, scales = _refit(w_hat, scales, w, hessian, format)
+        w_hat, scales = _refit(w_hat, scales, w, hessian, format, overall)
     round = _rounder(scales, format, jnp.arange(len(w)))
     return linalg.descend_columns(w_hat, w, hessian, round, block=block), scales
 
 
 def _refit(
-    w_hat: Array, scales: Scales, w: Array, hessian: Array, format: Format
+    w_hat: Array,
+    scales: Scales,
+    w: Array,
+    hessian: Array,
+    format: Format,
+    overall: Array | None,
 ) -> tuple[Array, Scales]:
     r"""Give each group in turn its best scale, codes and all other scales being what they are.
 
@@ -304,7 +323,8 @@ def _refit(
     codes = format.qtype.to_values(w_hat.reshape(split), *scales, limits=format.limits)
     units = format.qtype.to_numbers(codes, jnp.ones_like(scale), zero)
     shared = (0, 1) if isinstance(format.granularity, PerTensor) else (0,)
-    smallest = float(jnp.finfo(format.scale_dtype).smallest_normal)
+    unit_scale = jnp.float32(1) if overall is None else overall
+    smallest = bounds(format.scale_dtype)[0] * unit_scale
 
     def run(group: Array, carry: tuple[Array, Array]) -> tuple[Array, Array]:
         error, scale = carry
@@ -314,7 +334,7 @@ def _refit(
         unit, old = (lax.dynamic_index_in_dim(x, group, keepdims=False) for x in (units, scale))
         slope = (unit * _matmul(across, error)).sum(shared, keepdims=True)
         power = (unit * _matmul(within, unit)).sum(shared, keepdims=True)
-        new = numerics.rounded(old + slope / power, format)
+        new = rounded((old + slope / power) / unit_scale, format) * unit_scale
         change = new - old
         better = change * (2 * slope - change * power) > 0  # false where it is NaN
         better &= (new * old > 0) & (jnp.abs(new) >= smallest)
@@ -327,12 +347,17 @@ def _refit(
     return format.qtype.to_numbers(codes, scale, zero).reshape(w.shape), (scale, zero)
 
 
-def _stored(w_hat: Array, scales: Scales, format: Format, dtype: Any) -> QArray:
+def _stored(
+    w_hat: Array, scales: Scales, format: Format, overall: Array | None, dtype: Any
+) -> QArray:
     """Encode numbers that the format holds: what was rounded by a scale is found again exactly."""
     if not isinstance(format.granularity, PerGroup):
         scales = jax.tree.map(lambda part: part[0], scales)
     scale, zero = scales
-    stored = numerics.quantize(w_hat, format, scale=scale, zero=zero)
+    if overall is not None:
+        overall = overall.reshape((1,) * scale.ndim)
+        scale = rounded(scale / overall, format)  # what it was before they were multiplied
+    stored = numerics.quantize(w_hat, format, scale=scale, zero=zero, global_scale=overall)
     return dataclasses.replace(stored, dtype=dtype)
 
 

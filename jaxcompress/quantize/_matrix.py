@@ -77,7 +77,8 @@ class Form:
         whole = matrices.shape[-1] == math.prod(self._sizes(self.outer))
         outer = self._sizes(self.outer) if whole else (1,) * len(self.outer)
         x = matrices.reshape(*self._sizes(self.lead), *inner, *outer)
-        return jnp.transpose(x, np.argsort((*self.lead, *self.inner, *self.outer)))
+        order = np.argsort((*self.lead, *self.inner, *self.outer))
+        return jnp.transpose(x, order.tolist())
 
     def without(self, axes: Sequence[int]) -> "Form":
         """Describe a slice of the leaf, one index of some lead axes.

@@ -260,14 +260,12 @@ def _nothing_to_do(
 
 
 def _alone(policy: Policy) -> Policy:
-    """Let each rule's method say which format stands for it where nothing of activations is seen."""
+    """Let each rule's method say which format stands for it where no activations are seen."""
     if not isinstance(policy, Policy):
         return policy  # `coverage` refuses it
     return Policy(
         tuple(
-            rule
-            if rule.weights is None
-            else replace(rule, weights=rule.method.alone(rule.weights))
+            rule if rule.weights is None else replace(rule, weights=rule.method.alone(rule.weights))
             for rule in policy.rules
         )
     )

@@ -1,26 +1,19 @@
 """`ptq`: post-training quantization of any function, from a policy and a few batches."""
 
-import functools
 import itertools
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
-import jax
 import jax.numpy as jnp
-import numpy as np
 
 from jaxcompress import graph, numerics, stats, tree
 from jaxcompress.errors import NonFiniteError
-from jaxcompress.graph import Site
-from jaxcompress.numerics import Activation, QArray
-from jaxcompress.quantize import _ranges, _seen
 from jaxcompress.quantize._execute import measure
-from jaxcompress.quantize._matrix import assemble
-from jaxcompress.quantize._method import Method, RoundToNearest
 from jaxcompress.quantize._plan import Plan, Task, make_plan, untouched
 from jaxcompress.quantize._policy import Policy
 from jaxcompress.quantize._report import QLeaf, QReport
+from jaxcompress.quantize._work import Work
 from jaxcompress.stats._collect import matching, opened
 
 
@@ -95,7 +88,7 @@ def ptq(
     """
     first, stream = opened(batches)
     plan = make_plan(graph.trace(fn, params, *first), params, policy, strict=strict)
-    works = {path: _Work(task, leaf) for path, task, leaf in _with_leaves(plan, params)}
+    works = {path: Work(task, leaf) for path, task, leaf in _with_leaves(plan, params)}
     stream = itertools.chain([first], matching(stream, first))
     if any(task.method.sequential for task in plan.tasks.values()):
         _in_sequence(fn, params, stream, plan, works, host=host, progress=progress)
@@ -103,6 +96,8 @@ def ptq(
         _in_one_pass(fn, params, stream, plan, works, progress=progress)
     done = {path: work.finish() for path, work in works.items()}
     quantized = tree.map_with_path(lambda path, x: done.get(path, x), params)
+    if any(task.mean_key for task in plan.tasks.values()):
+        quantized = _corrected(fn, params, quantized, first, works)
     return QResult(params=quantized, report=_report(fn, params, quantized, first, plan, works))
 
 
@@ -131,7 +126,7 @@ def _in_one_pass(
     params: tree.Params,
     batches: Iterable[Any],
     plan: Plan,
-    works: Mapping[str, "_Work"],
+    works: Mapping[str, "Work"],
     *,
     progress: bool,
 ) -> None:
@@ -156,7 +151,7 @@ def _in_sequence(
     params: tree.Params,
     batches: Iterable[Any],
     plan: Plan,
-    works: Mapping[str, "_Work"],
+    works: Mapping[str, "Work"],
     *,
     host: bool,
     progress: bool,
@@ -196,170 +191,37 @@ def _in_sequence(
     )
 
 
-# --- One leaf ------------------------------------------------------------------------------------
+# --- Bias correction ----------------------------------------------------------------------------
 
 
-class _Work:
-    """One leaf on its way to its stored form, whole or slice by slice.
-
-    Args:
-        task: What is to be done with it.
-        leaf: The leaf.
-    """
-
-    def __init__(self, task: Task, leaf: Any):
-        self.task, self.leaf = task, leaf
-        self.notes = list(task.notes)
-        self.diagnostics: dict[str, float] = {}
-        self._parts: dict[tuple[tuple[int, int], ...], QArray] = {}
-        static = task.activations if task.range_key else None
-        apart = {k for s in task.sites for k in (*s.axes.stacked, *s.axes.sliced)}
-        self._ranges = static and _ranges.Ranges(task.path, task.form, static, apart)
-
-    def has(self, picks: Mapping[int, int]) -> bool:
-        """Tell whether a slice (`{axis: index}`) has been quantized."""
-        return tuple(sorted(picks.items())) in self._parts
-
-    def watch(self, site: Site, results: Mapping[str, Any], picks: dict[int, int]) -> None:
-        """Take in the range of the activation at a site."""
-        if self._ranges is None or self.task.range_key not in results:
-            return
-        form = self.task.form
-        left = [k for k in range(len(form.shape)) if k not in picks]
-        axes, _ = _seen.scans(site, form.without(tuple(picks)))
-        named = tuple(None if k is None else left[k] for k in axes)
-        self._ranges.add(results[self.task.range_key], named, picks)
-
-    def quantize(
-        self,
-        leaf: Any,
-        found: list[tuple[Site, Mapping[str, Any]]],
-        picks: Mapping[int, int],
-    ) -> jax.Array:
-        """Quantize the leaf, or a slice of it.
-
-        Args:
-            leaf: The array.
-            found: Sites, with what was seen there.
-            picks: `{axis: index}` of the slice; empty for the whole leaf.
-
-        Returns:
-            The array that the stored form stands for.
-        """
-        task, form = self.task, self.task.form.without(tuple(picks))
-        if task.target.matrix is None:
-            q = numerics.quantize(leaf, task.target.leaf)
-            self._parts[()] = q
-            return numerics.dequantize(q)
-        seen = {
-            name: _seen.together([_seen.by_matrix(r[key], s, form) for s, r in found])
-            for name, key in task.method_keys.items()
-        }
-        matrices = form.to_matrices(jnp.asarray(leaf).astype(jnp.float32))
-        parts, info = _quantized(matrices, seen, task.method, task.target.matrix)
-        for name, values in info.items():
-            worst = float(np.max(np.asarray(values)))
-            self.diagnostics[name] = max(worst, self.diagnostics.get(name, worst))
-        self._parts[tuple(sorted(picks.items()))] = parts
-        return form.to_leaf(numerics.dequantize(parts)).astype(leaf.dtype)
-
-    def finish(self) -> QArray:
-        """Put the slices together, with the form of the activations beside them."""
-        task = self.task
-        if task.target.matrix is None:
-            q = self._parts[()]
+def _corrected(
+    fn: Callable[..., Any],
+    params: tree.Params,
+    quantized: tree.Params,
+    first: tuple[Any, ...],
+    works: Mapping[str, Work],
+) -> tree.Params:
+    """Take the mean errors of outputs out of what is added to them."""
+    chains = graph.affine(fn, params, *first)
+    for work in works.values():
+        if work.task.mean_key is None:
+            continue
+        site, form, shift = work.task.sites[0], work.task.form, work.shift()
+        chain = chains.get(site.name)
+        source = [*site.axes.stacked, *site.axes.batch]
+        if len(work.task.sites) > 1 or sorted(source) != list(form.lead):
+            why = "the leaf has several sites, or its slices are told apart outside of scans"
+        elif chain is None or chain.unshiftable is not None:
+            why = "there is no bias" if chain is None else chain.unshiftable
+        elif shift is None:
+            why = "nothing reached some of its slices"
         else:
-            q = assemble(self._together(), task.form, task.target, self.leaf.dtype)
-        if task.activations is not None:
-            static = None if self._ranges is None else self._ranges.settle()
-            q = replace(q, activation=static or Activation(format=task.activations))
-        return _placed(q, self.leaf)
-
-    def _together(self) -> QArray:
-        """Stack the slices along the lead axes that were picked from."""
-        if () in self._parts:
-            return self._parts[()]
-        form = self.task.form
-        axes = [k for k, _ in next(iter(self._parts))]
-        missing = 0
-        rows = []
-        for index in itertools.product(*(range(form.shape[k]) for k in axes)):
-            picks = dict(zip(axes, index, strict=True))
-            if not self.has(picks):
-                missing += 1
-                where = tuple(picks.get(k, slice(None)) for k in range(len(form.shape)))
-                self._fill(self.leaf[where], picks)
-            rows.append(self._parts[tuple(sorted(picks.items()))])
-        if missing:
-            self.notes.append(f"{missing} slices rounded to nearest, since nothing reached them")
-        rest = [k for k in form.lead if k not in axes]
-        order = [[*axes, *rest].index(k) for k in form.lead]
-
-        def stack(*parts: jax.Array) -> jax.Array:
-            x = jnp.stack(parts)
-            x = x.reshape(*(form.shape[k] for k in axes), *x.shape[1:])
-            return jnp.transpose(x, [*order, *range(len(order), x.ndim)])
-
-        return jax.tree.map(stack, *rows)
-
-    def _fill(self, leaf: jax.Array, picks: dict[int, int]) -> None:
-        task, form = self.task, self.task.form.without(tuple(picks))
-        assert task.target.matrix is not None
-        matrices = form.to_matrices(leaf.astype(jnp.float32))
-        parts, _ = _quantized(matrices, {}, RoundToNearest(), task.target.matrix)
-        self._parts[tuple(sorted(picks.items()))] = parts
-
-
-@functools.partial(jax.jit, static_argnums=(2, 3))
-def _quantized(
-    matrices: jax.Array, seen: Mapping[str, Any], method: Method, format: numerics.Format
-) -> tuple[QArray, dict[str, jax.Array]]:
-    """Map a method over `(*lead, in, out)`."""
-    call = lambda w, seen: method(w, format, seen)
-    for _ in range(matrices.ndim - 2):
-        call = jax.vmap(call)
-    return call(matrices, seen)
-
-
-def _placed(q: QArray, leaf: Any) -> QArray:
-    """Shard the parts like the leaf that they replace, as far as their sizes allow."""
-    sharding = getattr(leaf, "sharding", None)
-    if not isinstance(sharding, jax.sharding.NamedSharding):
-        return q
-    return jax.device_put(q, shardings(q, sharding))
-
-
-def shardings(q: QArray, sharding: jax.sharding.NamedSharding) -> QArray:
-    """Say where the parts of a quantized leaf live, if the leaf lived there.
-
-    Args:
-        q: The quantized leaf (shapes are enough).
-        sharding: The leaf's sharding.
-
-    Returns:
-        A `QArray` of shardings: each axis split as the leaf's was where its length divides, the
-        groups of an axis in its place.
-    """
-    mesh, ndim = sharding.mesh, len(q.shape)
-    names = (*sharding.spec, *(None,) * ndim)[:ndim]
-    blocked: list[Any] = list(names)
-    if isinstance(q.format.granularity, numerics.PerGroup):
-        blocked.insert(q.format.granularity.axis % ndim + 1, None)
-
-    def place(part: Any) -> jax.sharding.NamedSharding:
-        spec = names if part.ndim == ndim else blocked
-        kept = [
-            name if name is not None and n % _ways(mesh, name) == 0 and n > 1 else None
-            for n, name in zip(part.shape, [*spec, *(None,) * part.ndim], strict=False)
-        ]
-        return jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(*kept))
-
-    return jax.tree.map(place, q)
-
-
-def _ways(mesh: Any, names: Any) -> int:
-    names = (names,) if isinstance(names, str) else names
-    return int(np.prod([mesh.shape[name] for name in names]))
+            order = [form.lead.index(k) for k in source]
+            shift = jnp.transpose(shift, [*order, *range(len(order), shift.ndim)])
+            quantized = chain.shifted(quantized, -shift)
+            continue
+        work.notes.append(f"no bias was corrected: {why}")
+    return quantized
 
 
 # --- The report ----------------------------------------------------------------------------------
@@ -371,7 +233,7 @@ def _report(
     quantized: tree.Params,
     first: tuple[Any, ...],
     plan: Plan,
-    works: Mapping[str, _Work],
+    works: Mapping[str, Work],
 ) -> QReport:
     ratios, uses = measure(fn, params, quantized, first)
     rows = []

@@ -16,17 +16,20 @@ from jaxcompress.numerics import (
     binary_basis,
     float8_e4m3fn,
     int3,
-    int4,
-    nf4,
     power_of_two,
     ternary,
 )
+from jaxcompress.numerics import int4 as int4_type
 from jaxcompress.numerics import int8 as int8_type
+from jaxcompress.numerics import nf4 as nf4_type
+from jaxcompress.quantize._clip import ClipSearch
+from jaxcompress.quantize._gptq import GPTQ
+from jaxcompress.quantize._method import Method, RoundToNearest
 from jaxcompress.quantize._policy import Policy, Rule
 
 
-def _weights(format: Format) -> Policy:
-    return Policy((Rule(weights=format),))
+def _weights(format: Format, method: Method | None = None) -> Policy:
+    return Policy((Rule(weights=format, method=method or RoundToNearest()),))
 
 
 int8 = Policy(
@@ -48,19 +51,35 @@ int8_static = Policy(
 int8_weights = _weights(Format(int8_type, PerChannel()))
 """8-bit integers, a scale per output from the largest magnitude."""
 
-int4_weights = _weights(Format(int4, PerChannel(), range=MSE()))
-"""4-bit integers, a scale per output where the squared error is least."""
+int4 = _weights(Format(int4_type, PerChannel(), range=MSE()), ClipSearch())
+"""4-bit integers, a scale per output, cut where the error of the outputs is least."""
 
-int4_g128 = _weights(Format(int4, PerGroup(128)))
-"""4-bit integers, a scale per output and 128 inputs from the largest magnitude."""
+int4_g128 = _weights(Format(int4_type, PerGroup(128), range=MSE()), ClipSearch())
+"""4-bit integers, a scale per output and 128 inputs, cut where the outputs' error is least."""
+
+int4_gptq = _weights(Format(int4_type, PerChannel(), range=MSE()), GPTQ())
+"""4-bit integers by GPTQ (arXiv:2210.17323), a scale per output."""
+
+int4_gptq_g128 = _weights(Format(int4_type, PerGroup(128), range=MSE()), GPTQ())
+"""4-bit integers by GPTQ, a scale per output and 128 inputs."""
 
 int3_g128 = _weights(Format(int3, PerGroup(128), range=MSE()))
 """3-bit integers (stored in 4), a scale per output and 128 inputs, least squared error."""
 
+float8 = Policy(
+    (
+        Rule(
+            weights=Format(float8_e4m3fn, PerChannel()),
+            activations=Format(float8_e4m3fn, PerToken()),
+        ),
+    )
+)
+"""float8 weights and activations: a scale per output, and per token as it comes."""
+
 float8_weights = _weights(Format(float8_e4m3fn, PerChannel()))
 """float8 with 4 exponent bits, a scale per output from the largest magnitude."""
 
-nf4_g64 = _weights(Format(nf4, PerGroup(64)))
+nf4 = _weights(Format(nf4_type, PerGroup(64)))
 """NormalFloat of QLoRA (arXiv:2305.14314), a scale per output and 64 inputs."""
 
 mxfp8 = _weights(numerics.mxfp8)

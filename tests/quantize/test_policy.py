@@ -119,16 +119,16 @@ def test_linen_trains_through_fake_quant_and_serves_the_same_numbers(params):
 
     @jax.jit
     def loss(params):
-        rounded = quantize.fake_quant(params, presets.int4_weights)
+        rounded = quantize.fake_quant(params, presets.int4)
         return jnp.square(Mlp().apply({"params": rounded}, x) - y).mean()
 
     before = loss(params)
     for _ in range(20):
         params = jax.tree.map(lambda p, g: p - 0.1 * g, params, jax.grad(loss)(params))
     assert loss(params) < 0.7 * before
-    packed = quantize.pack(params, presets.int4_weights)
+    packed = quantize.pack(params, presets.int4)
     apply = jax.jit(lambda packed: Mlp().apply({"params": quantize.unpack(packed)}, x))
-    rounded = quantize.fake_quant(params, presets.int4_weights)
+    rounded = quantize.fake_quant(params, presets.int4)
     np.testing.assert_allclose(apply(packed), Mlp().apply({"params": rounded}, x), atol=1e-5)
 
 

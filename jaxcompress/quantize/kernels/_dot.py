@@ -152,8 +152,8 @@ def _contract(
     **options: Any,
 ) -> Array:
     if how.first:
-        numbers = (contract[::-1], batch[::-1])
-        return lax.dot_general(w, x, numbers, **options)
+        (x_summed, w_summed), (x_batch, w_batch) = contract, batch
+        return lax.dot_general(w, x, ((w_summed, x_summed), (w_batch, x_batch)), **options)
     return lax.dot_general(x, w, (contract, batch), **options)
 
 
