@@ -19,14 +19,15 @@ from jaxcompress import numerics, quantize, tree
 from jaxcompress.quantize import presets
 
 WIDTH = 4096
-int8_g128 = quantize.Policy(
-    (quantize.Rule(weights=numerics.Format(numerics.int8, numerics.PerGroup(128))),)
+int8_g128, int4_g128 = (
+    quantize.Policy((quantize.Rule(weights=numerics.Format(qtype, numerics.PerGroup(128))),))
+    for qtype in (numerics.int8, numerics.int4)
 )
 CONTENDERS = {
     "copy": lambda params: jax.tree.map(jnp.copy, params),
     "int8 per channel": lambda params: quantize.pack(params, presets.int8_weights),
     "int8 g128": lambda params: quantize.pack(params, int8_g128),
-    "int4 g128, packed": lambda params: quantize.pack(params, presets.int4_g128),
+    "int4 g128, packed": lambda params: quantize.pack(params, int4_g128),
 }
 
 

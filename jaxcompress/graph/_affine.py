@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 from jaxcompress import tree
 from jaxcompress.graph import _compat
-from jaxcompress.graph._chain import Chain, Holder, Step
+from jaxcompress.graph._chain import Chain, Holder, Step, preferred
 from jaxcompress.graph._constructs import construct
 from jaxcompress.graph._reads import INLINE, MOVES, Known, Reads, read_all
 from jaxcompress.graph._sites import Site
@@ -108,8 +108,7 @@ class _Follower:
         holders = tuple(self._holders())
         leaves = frozenset[str]().union(*(s.side.leaves for s in self._steps if s.side))
         in_order = [path for path in self._traced.leaves if path in leaves]
-        last = holders[-1] if holders else None
-        ends = last is not None and last.number + 1 == len(self._steps)
+        last = [holder.path for holder in holders if holder.number + 1 == len(self._steps)]
         unshiftable = self._why_no_shift(stopped, holders)
         return Chain(
             site=site,
@@ -117,7 +116,8 @@ class _Follower:
             leaves=tuple(in_order),
             shared=tuple(path for path in in_order if self._is_shared(path)),
             stopped=stopped,
-            bias=last.path if last is not None and ends else None,
+            bias=last[0] if last else None,
+            shifts=preferred(holders).path if holders else None,
             unfoldable=self._why_no_fold(stopped, unshiftable),
             unshiftable=unshiftable,
             _holders=holders,
@@ -144,7 +144,7 @@ class _Follower:
 
     def _next(self, cursor: _Cursor) -> _Cursor:
         program = self._reads.programs[cursor.prefix]
-        readers = [n for n, eqn in enumerate(program.eqns) if cursor.var in eqn.invars]
+        readers = self._reads.readers(cursor.prefix, cursor.var)
         results = [k for k, atom in enumerate(program.outvars) if atom is cursor.var]
         if len(readers) + len(results) > 1:
             raise _Stop(self._several(program, cursor.var, readers, bool(results)))

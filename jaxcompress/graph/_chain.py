@@ -53,6 +53,11 @@ class Holder(NamedTuple):
     sign: int
 
 
+def preferred(holders: Sequence[Holder]) -> Holder:
+    """Choose the first that is added, rather than subtracted as the mean of a norm is."""
+    return min(holders, key=lambda holder: -holder.sign)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Chain:
     """What becomes of a site's result `y` before anything but affine functions: `A y + B`.
@@ -69,8 +74,9 @@ class Chain:
         stopped: Why the chain is not longer.
         bias: The leaf that is the last to be added, with nothing but casts and rearrangements
             after it; `None` if there is none that has an entry of its own for each channel.
-        unfoldable: Why `fold` cannot be done; `None` if it can.
-        unshiftable: Why `add_shift` cannot be done; `None` if it can.
+        shifts: The leaf that `shifted` changes: the first to be added, `None` if there is none.
+        unfoldable: Why `folded` cannot be done; `None` if it can.
+        unshiftable: Why `shifted` cannot be done; `None` if it can.
     """
 
     site: Site
@@ -79,6 +85,7 @@ class Chain:
     shared: tuple[str, ...]
     stopped: str
     bias: str | None
+    shifts: str | None
     unfoldable: str | None
     unshiftable: str | None
     _holders: tuple[Holder, ...] = field(repr=False, compare=False)
@@ -95,14 +102,25 @@ class Chain:
 
         Returns:
             `(A, B)`, each of shape `(*stack, *batch, outputs)`.
+
+        Raises:
+            ArgumentError: If nothing is known of the site: it is inside a `shard_map`, or reads
+                params alone.
         """
+        if not self._outputs:
+            raise ArgumentError(
+                "chain",
+                got=f"that of {self.site.name!r}: {self.unshiftable}",
+                expected="the chain of a site that was followed",
+                fix="Leave out the sites inside a shard_map, and those that read params alone.",
+            )
         A, B = self._coefficients(dict(tree.items(params)), self.steps)
         return self._mapped(self._to_rows)(A), self._mapped(self._to_rows)(B)
 
     def shifted(self, params: tree.Params, shift: ArrayLike) -> tree.Params:
         """Change params such that the chain computes with `y + shift` instead of `y`.
 
-        The first leaf that is added to the result takes it, times what has multiplied the
+        The leaf `shifts` takes it, times what has multiplied the
         result before. Bias correction needs nothing else.
 
         Args:
@@ -140,7 +158,7 @@ class Chain:
                 expected=f"shape {rows}: (*stack, *batch, outputs)",
                 fix="Sum over tokens what `Site.output_rows` gives.",
             )
-        leaves, holder = dict(tree.items(params)), self._holders[0]
+        leaves, holder = dict(tree.items(params)), preferred(self._holders)
         (to_channels,) = jax.linear_transpose(self._mapped(self._to_rows), self._like())(
             jnp.asarray(shift, jnp.float32)
         )
@@ -161,9 +179,19 @@ class Chain:
 
         Returns:
             `{path: new leaf}` of the same shapes and dtypes.
+
+        Raises:
+            ArgumentError: If it cannot be folded; `unfoldable` says why.
         """
+        if self.unfoldable is not None:
+            raise ArgumentError(
+                "leaves",
+                got=f"those of {self.site.name!r}: {self.unfoldable}",
+                expected="leaves of a chain that can be folded",
+                fix="Leave out the sites whose `unfoldable` is not None.",
+            )
         A, B = self._coefficients(leaves, self.steps)
-        holder, path = self._holders[-1], self.site.path
+        holder, path = self._keeper, self.site.path
         factors, kernel = self._on_kernel(A), leaves[path]
         changed = {
             path: (kernel.astype(factors.dtype) * factors).astype(kernel.dtype),
@@ -172,9 +200,14 @@ class Chain:
         return changed | self._neutral(leaves, holder)
 
     @property
+    def _keeper(self) -> Holder:
+        """The leaf that becomes B: the last to be added."""
+        return preferred(self._holders[::-1])
+
+    @property
     def skipped(self) -> tuple[tuple[Position, int], ...]:
         """List the equations that a folded function leaves out, and the operand it gives on."""
-        kept = self._holders[-1].number
+        kept = self._keeper.number
         steps = enumerate(self.steps)
         return tuple((step.position, step.operand) for n, step in steps if n != kept)
 

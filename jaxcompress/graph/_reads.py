@@ -67,6 +67,16 @@ class Reads:
     known: dict[Position, dict[Any, Known | None]] = field(default_factory=dict)
     contacts: dict[str, set[Slot]] = field(default_factory=lambda: collections.defaultdict(set))
     paths: tuple[str, ...] = ()
+    _readers: dict[Position, dict[Any, list[int]]] = field(default_factory=dict, repr=False)
+
+    def readers(self, prefix: Position, var: Any) -> list[int]:
+        """List the equations of a body that read a variable, by number."""
+        if prefix not in self._readers:
+            found = self._readers[prefix] = collections.defaultdict(list)
+            for number, eqn in enumerate(self.programs[prefix].eqns):
+                for atom in {a for a in eqn.invars if not isinstance(a, _compat.Literal)}:
+                    found[atom].append(number)
+        return self._readers[prefix].get(var, [])
 
     def at(self, prefix: Position, atom: Any) -> Known | None:
         """Say what a variable or literal is."""

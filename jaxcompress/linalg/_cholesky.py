@@ -94,7 +94,7 @@ def _factor(h: Array, damping: ArrayLike, limit: ArrayLike) -> Damped:
         return finite & ~succeeded & (fraction * 10 <= limit * (1 + 1e-6))
 
     # Carries are made from h, so that under `shard_map` or `vmap` they vary as it does.
-    start = (jnp.zeros_like(h), mean * 0 + jnp.float32(damping) / 10, h[0, 0] != h[0, 0])
+    start = (jnp.zeros_like(h), mean * 0 + jnp.float32(damping) / 10, finite & ~finite)
     lower, fraction, succeeded = lax.while_loop(unfinished, attempt, start)
     factor = jnp.where(succeeded, lower[::-1, ::-1], eye)
     upper = lax.linalg.triangular_solve(factor, eye, left_side=True, lower=False)

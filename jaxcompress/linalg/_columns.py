@@ -1,7 +1,7 @@
 r"""One pass over the inputs of a layer, in blocks: the solver of GPTQ and SparseGPT.
 
 Weights are `(in, out)`, so a "column" of the papers is a row here. Both passes below are one
-recursion: entry i becomes the rounding of $v_i = b_i - \\sum_j A_{ij} e_j$, where the error $e_j$
+recursion: entry i becomes the rounding of $v_i = b_i - \sum_j A_{ij} e_j$, where the error $e_j$
 changes when row j is rounded. Rows look at the errors so far, rather than push theirs on to the
 others: one product per block with whole rows of A, one small product per row inside it, and
 nothing as large as the weights is written but the result.

@@ -40,11 +40,13 @@ def bounds(scale_dtype: np.dtype) -> tuple[float, float]:
 GLOBAL_BOUNDS = 2.0**-117, 2.0**117
 
 
-@functools.partial(jax.custom_jvp, nondiff_argnums=(1,))
 def rounded(scale: Array, format: "Format") -> Array:
     """Round float32 scales to what `scale_dtype` holds; the gradient passes straight through."""
-    if format.scale_dtype == jnp.float32:
-        return scale
+    return scale if format.scale_dtype == jnp.float32 else jnp.asarray(_rounded(scale, format))
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(1,))
+def _rounded(scale: Array, format: "Format") -> Array:
     if format.scale_dtype == POWERS:
         return _nearest_power(scale)
     # Not a pair of casts, which XLA may drop as excess precision.
@@ -55,7 +57,7 @@ def rounded(scale: Array, format: "Format") -> Array:
     return jax.lax.reduce_precision(scale, info.nexp, info.nmant)
 
 
-@rounded.defjvp
+@_rounded.defjvp
 def _rounded_jvp(
     format: "Format", primals: tuple[Array], tangents: tuple[Array]
 ) -> tuple[Array, Array]:

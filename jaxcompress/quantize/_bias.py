@@ -14,8 +14,8 @@ def bias_shift(
 ) -> Float[Array, " out"]:
     r"""Compute how far rounded weights shift the mean of the outputs.
 
-    $\mathrm{E}[x \hat W] - \mathrm{E}[x W] = \mathrm{E}[x] (\hat W - W)$, to be subtracted from the
-    bias.
+    $\mathrm{E}[x \hat W] - \mathrm{E}[x W] = \mathrm{E}[x] (\hat W - W)$: subtract it
+    from the bias.
 
     Args:
         w: Weights, contracted over the first axis; computed in float32.

@@ -100,7 +100,7 @@ def clip_search(
         ...     q, _ = clip_search(w, jnp.asarray(moments), Format(int4))
         ...     print(q.values.ravel().tolist())
         [7, 2, 1, 1]
-        [7, 7, 3, 2]
+        [7, 3, 1, 1]
 
     Reference: Lin et al., "AWQ" (arXiv:2306.00978), whose code clips so, on outputs themselves.
     """

@@ -141,8 +141,9 @@ def gptq(
 
     Example:
         >>> from jaxcompress.numerics import int4
-        >>> w, x = jnp.asarray([[0.4], [0.4], [7.0]]), jnp.asarray([[1.0, 0.9, 0.1]])
-        >>> q, info = gptq(w, x.T @ x, Format(int4))
+        >>> w = jnp.asarray([[0.4], [0.4], [7.0]])
+        >>> x = jnp.asarray([[1.0, 0.9, 0.0], [0.0, 0.0, 1.0]])  # the first two go together
+        >>> q, info = gptq(w, x.T @ x, Format(int4), refine=0)
         >>> q.values.tolist(), bool(info["succeeded"])
         ([[0], [1], [7]], True)
 
@@ -171,28 +172,30 @@ def gptq(
         w,
         hessian.astype(jnp.float32),
         format,
+        refine,
         damping=damping,
         block=block,
         act_order=act_order,
         static_groups=static_groups,
-        refine=refine,
+        refined=refine > 0,
     )
 
 
 @functools.partial(
     jax.jit,
-    static_argnames=("format", "damping", "block", "act_order", "static_groups", "refine"),
+    static_argnames=("format", "damping", "block", "act_order", "static_groups", "refined"),
 )
 def _gptq(
     weights: Array,
     hessian: Array,
     format: Format,
+    refine: ArrayLike,
     *,
     damping: float,
     block: int,
     act_order: bool,
     static_groups: bool,
-    refine: int,
+    refined: bool,
 ) -> tuple[QArray, dict[str, Array]]:
     moments = hessian.diagonal()
     dead = moments == 0
@@ -216,16 +219,16 @@ def _gptq(
         w_hat, _ = linalg.solve_columns(w[order], damped.upper, round, block=block)
         place = jnp.argsort(order)
         w_hat, added = w_hat[place], damped.added[place]
-    if refine:
+    if refined:
         hessian += jnp.diag(added)
-        refined = lax.fori_loop(
+        better = lax.fori_loop(
             0,
             refine,
             lambda _, state: _refine(state, w, hessian, format, overall, block=block),
             (w_hat, scales),
         )
         w_hat, scales = jax.tree.map(
-            lambda new, old: jnp.where(damped.succeeded, new, old), refined, (w_hat, scales)
+            lambda new, old: jnp.where(damped.succeeded, new, old), better, (w_hat, scales)
         )
     info = {
         "damping": damped.damping,

@@ -19,9 +19,9 @@ from jaxcompress.numerics import (
     power_of_two,
     ternary,
 )
-from jaxcompress.numerics import int4 as int4_type
-from jaxcompress.numerics import int8 as int8_type
-from jaxcompress.numerics import nf4 as nf4_type
+from jaxcompress.numerics import int4 as _int4
+from jaxcompress.numerics import int8 as _int8
+from jaxcompress.numerics import nf4 as _nf4
 from jaxcompress.quantize._clip import ClipSearch
 from jaxcompress.quantize._gptq import GPTQ
 from jaxcompress.quantize._method import Method, RoundToNearest
@@ -32,35 +32,33 @@ def _weights(format: Format, method: Method | None = None) -> Policy:
     return Policy((Rule(weights=format, method=method or RoundToNearest()),))
 
 
-int8 = Policy(
-    (Rule(weights=Format(int8_type, PerChannel()), activations=Format(int8_type, PerToken())),)
-)
+int8 = Policy((Rule(weights=Format(_int8, PerChannel()), activations=Format(_int8, PerToken())),))
 """8-bit weights and activations: a scale per output, and per token as it comes."""
 
 int8_static = Policy(
     (
         Rule(
-            weights=Format(int8_type, PerChannel()),
-            activations=Format(int8_type, PerTensor(), range=MSE()),
+            weights=Format(_int8, PerChannel()),
+            activations=Format(_int8, PerTensor(), range=MSE()),
             static=True,
         ),
     )
 )
 """8-bit weights and activations, whose ranges are settled by `ptq`: one scale per activation."""
 
-int8_weights = _weights(Format(int8_type, PerChannel()))
+int8_weights = _weights(Format(_int8, PerChannel()))
 """8-bit integers, a scale per output from the largest magnitude."""
 
-int4 = _weights(Format(int4_type, PerChannel(), range=MSE()), ClipSearch())
+int4 = _weights(Format(_int4, PerChannel(), range=MSE()), ClipSearch())
 """4-bit integers, a scale per output, cut where the error of the outputs is least."""
 
-int4_g128 = _weights(Format(int4_type, PerGroup(128), range=MSE()), ClipSearch())
+int4_g128 = _weights(Format(_int4, PerGroup(128), range=MSE()), ClipSearch())
 """4-bit integers, a scale per output and 128 inputs, cut where the outputs' error is least."""
 
-int4_gptq = _weights(Format(int4_type, PerChannel(), range=MSE()), GPTQ())
+int4_gptq = _weights(Format(_int4, PerChannel(), range=MSE()), GPTQ())
 """4-bit integers by GPTQ (arXiv:2210.17323), a scale per output."""
 
-int4_gptq_g128 = _weights(Format(int4_type, PerGroup(128), range=MSE()), GPTQ())
+int4_gptq_g128 = _weights(Format(_int4, PerGroup(128), range=MSE()), GPTQ())
 """4-bit integers by GPTQ, a scale per output and 128 inputs."""
 
 int3_g128 = _weights(Format(int3, PerGroup(128), range=MSE()))
@@ -79,7 +77,7 @@ float8 = Policy(
 float8_weights = _weights(Format(float8_e4m3fn, PerChannel()))
 """float8 with 4 exponent bits, a scale per output from the largest magnitude."""
 
-nf4 = _weights(Format(nf4_type, PerGroup(64)))
+nf4 = _weights(Format(_nf4, PerGroup(64)))
 """NormalFloat of QLoRA (arXiv:2305.14314), a scale per output and 64 inputs."""
 
 mxfp8 = _weights(numerics.mxfp8)

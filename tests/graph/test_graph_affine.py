@@ -6,10 +6,12 @@ import numpy as np
 import pytest
 from zoo import ZOO
 
-from jaxcompress import graph
+from jaxcompress import graph, numerics, quantize
 from jaxcompress.errors import ArgumentError, StructureError
 
 pytestmark = pytest.mark.usefixtures("strict_promotion")
+
+INT8 = quantize.Rule(where="w", weights=numerics.Format(numerics.int8, numerics.PerChannel()))
 
 
 def draw(seed, *shape, positive=False):
@@ -73,7 +75,8 @@ def test_a_norm_is_one_chain(name):
     params = norm_params(inputs=4)
     chain = only(CONSTRUCTS[name], params, draw(9, 2, 4))
     assert chain.leaves == ("bias", "mean", "scale", "var")
-    assert (chain.bias, chain.shared, chain.unfoldable) == ("bias", (), None)
+    assert (chain.bias, chain.shifts, chain.shared) == ("bias", "bias", ())
+    assert (chain.unfoldable, chain.unshiftable) == (None, None)
     check(chain, params, *expected(params))
 
 
@@ -204,10 +207,32 @@ def test_leaves_that_others_read_are_told():
     chains = graph.affine(fn, params, draw(9, 2, 3))
     assert chains["w"].shared == ("bias",)
     # the mean is the norm's own, so it can hold the shift in the place of the bias
-    assert chains["w"].unfoldable is None and chains["w"].bias is None
+    assert (chains["w"].unfoldable, chains["w"].bias, chains["w"].shifts) == (None, None, "mean")
     assert chains["v"].unshiftable == "bias, added to it, is read at other places as well"
     with pytest.raises(ArgumentError, match="bias, added to it, is read at other places"):
         chains["v"].shifted(params, jnp.zeros(4))
+
+
+def test_one_output():
+    fn = lambda p, x: jnp.tanh(3.0 * (x @ p["w"]) + p["b"])
+    params, x = {"w": draw(0, 3), "b": draw(1)}, draw(9, 2, 3)
+    chain = only(fn, params, x)
+    check(chain, params, [3.0], np.asarray(params["b"])[None])
+    np.testing.assert_allclose(chain.shifted(params, jnp.ones(1))["b"], params["b"] + 3, rtol=1e-6)
+
+
+def test_parts_of_leaves_are_not_followed():
+    mesh = jax.make_mesh((2,), ("x",), axis_types=(jax.sharding.AxisType.Auto,))
+    spec = jax.sharding.PartitionSpec
+    body = lambda w, b, x: x @ w + b
+    sharded = jax.shard_map(
+        body, mesh=mesh, in_specs=(spec(None, "x"), spec("x"), spec()), out_specs=spec(None, "x")
+    )
+    params = norm_params()
+    chain = only(lambda p, x: sharded(p["w"], p["bias"], x), params, draw(9, 2, 3))
+    assert chain.unshiftable == chain.unfoldable == "it lies inside a shard_map"
+    with pytest.raises(ArgumentError, match="inside a shard_map"):
+        chain.affine(params)
 
 
 # --- Shifts ---------------------------------------------------------------------------------------
@@ -259,6 +284,24 @@ def test_shifts_in_the_zoo(name):
         result, wanted, plain = both(params)
         np.testing.assert_allclose(result, wanted, rtol=1e-4, atol=1e-5)
         assert np.abs(result - plain).max() > 1e-2
+
+
+def test_a_shift_once_the_kernel_is_quantized():
+    """The chain was found with arrays; only the leaves that it reads have to be such."""
+    params, x = norm_params(), draw(9, 2, 3)
+    chain, shift = only(CONSTRUCTS["plain"], params, x), draw(8, 4)
+    packed = quantize.pack(params, quantize.Policy((INT8,)))
+    shifted = chain.shifted(packed, shift)
+    assert shifted["w"] is packed["w"]
+    np.testing.assert_allclose(
+        shifted["bias"] - params["bias"], expected(params)[0] * shift, rtol=1e-5, atol=1e-6
+    )
+
+
+def test_what_cannot_be_folded_is_refused():
+    chain = only(layer_norm, norm_params(), draw(9, 2, 3))
+    with pytest.raises(ArgumentError, match="'w': no leaf scales its result"):
+        chain.folded(norm_params())
 
 
 def test_a_shift_of_another_shape_is_refused():

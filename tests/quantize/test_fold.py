@@ -170,6 +170,8 @@ def test_without_a_bias_another_leaf_holds_the_shift(bias, scale):
     fn, params, inputs = linen(ConvNorm(bias=bias, scale=scale, shift=False), IMAGES)
     new_fn, new_params = quantize.fold_norm(fn, params, *inputs)
     close(new_fn(new_params, *inputs), fn(params, *inputs))
+    (chain,) = graph.affine(new_fn, new_params, *inputs).values()
+    assert chain.leaves == (("params/conv/bias" if bias else "batch_stats/bn/mean"),)
     if scale:  # without one, nothing can undo what the variance does
         close(fn(new_params, *inputs), fn(params, *inputs))
 

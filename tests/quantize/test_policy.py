@@ -15,6 +15,7 @@ from jaxcompress.quantize import Policy, Rule, presets
 
 INT4_G4 = Format(int4, PerGroup(4))
 PRESETS = {name: value for name, value in vars(presets).items() if isinstance(value, Policy)}
+ALONE = [name for name in PRESETS if "gptq" not in name]
 
 
 class Mlp(nn.Module):
@@ -93,7 +94,14 @@ def test_misuse_of_policies(params):
             function(bad, presets.int8_weights)
 
 
-@pytest.mark.parametrize("name", PRESETS)
+@pytest.mark.parametrize("name", [name for name in PRESETS if name not in ALONE])
+def test_methods_that_need_activations_are_refused_without(params, name):
+    for function in (quantize.pack, quantize.fake_quant):
+        with pytest.raises(ArgumentError, match=r"quantize\.ptq"):
+            function(params, PRESETS[name])
+
+
+@pytest.mark.parametrize("name", ALONE)
 def test_presets_pack_what_they_fake(name):
     params = {"kernel": jax.random.normal(jax.random.key(0), (128, 3)), "bias": jnp.ones(3)}
     policy = PRESETS[name]
