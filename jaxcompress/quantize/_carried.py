@@ -321,7 +321,14 @@ def _cut(node: Carried, starts: Sequence[Any], sizes: Sequence[int]) -> list[Car
         (k,) = node.stored_axes[axis]
 
         def cut(part: Array, k: int = k, start: Any = starts[axis], size: int = size) -> Array:
-            return part if part.shape[k] == 1 else lax.dynamic_slice_in_dim(part, start, size, k)
+            if part.shape[k] == 1:
+                return part
+            if isinstance(start, int):
+                return lax.slice_in_dim(part, start, start + size, axis=k)
+            # What is negative here is out of bounds: fn has counted from the end already.
+            return lax.dynamic_slice_in_dim(
+                part, start, size, k, allow_negative_indices=False
+            )
 
         node = _moved(node, cut)
     return [node]

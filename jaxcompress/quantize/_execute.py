@@ -20,6 +20,7 @@ from jaxcompress.graph._walk import Position
 from jaxcompress.numerics import QArray
 from jaxcompress.quantize import kernels as kernels_of
 from jaxcompress.quantize._carried import Carried, carried, follow, sliced
+from jaxcompress.quantize._explicit import placement
 from jaxcompress.quantize.kernels import Choice
 
 _BACKENDS = ("cpu", "gpu", "tpu")
@@ -236,7 +237,9 @@ class _Run:
 
 
 def _stand_in(q: QArray) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct(q.shape, q.dtype)
+    node = carried(q, "")
+    where = None if node is None else placement(node.values, node.stored_axes)
+    return jax.ShapeDtypeStruct(q.shape, q.dtype, sharding=where)
 
 
 def measure(

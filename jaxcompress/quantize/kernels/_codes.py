@@ -33,6 +33,22 @@ def obstacle(weights: Format, activation: Format) -> str | None:
     return f"no unit multiplies {x.name} activations by {w.name} weights"
 
 
+def overflow(weights: Format, activation: Format, count: int) -> str | None:
+    """Say that a sum of `count` products may not fit the accumulator; `None` if it does."""
+    if not isinstance(weights.qtype, Int):
+        return None
+    if count * _reach(weights) * _reach(activation) < 2**31:
+        return None
+    return f"a sum of {count:,} products does not fit int32"
+
+
+def _reach(format: Format) -> int:
+    """The largest distance of a code from its zero point."""
+    assert format.limits is not None
+    low, high = map(int, format.limits)
+    return max(-low, high) if format.symmetric else high - low
+
+
 def accumulator(weights: Format) -> Any:
     """Give the dtype in which products of codes are summed."""
     return jnp.int32 if isinstance(weights.qtype, Int) else jnp.float32

@@ -51,9 +51,11 @@ class Arrangement:
     def cut(self, part: Array) -> Array:
         """Cut the axes of the activation, or of its scale, into pieces."""
         lengths = [
-            n if part.shape[k] > 1 or len(ns) == 1 else 1
+            n  # a symbolic length, of which little can be asked, is in one piece
             for k, ns in enumerate(self.pieces)
-            for n in ((part.shape[k],) if len(ns) == 1 else ns)
+            for n in (
+                (part.shape[k],) if len(ns) == 1 else ns if part.shape[k] > 1 else (1,) * len(ns)
+            )
         ]
         return part.reshape(lengths)
 

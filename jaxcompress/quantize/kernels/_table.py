@@ -1,5 +1,6 @@
 """The table of kernels: what runs at a site, by backend, primitive and formats."""
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
@@ -10,6 +11,7 @@ from jax import Array
 
 from jaxcompress.quantize import _activations as activations
 from jaxcompress.quantize._carried import Carried
+from jaxcompress.quantize._explicit import placed
 from jaxcompress.quantize.kernels import _codes, _conv, _dot, _rows
 
 _PATCHES: Mapping[str, int] = {"cpu": 16}
@@ -17,6 +19,8 @@ _PATCHES: Mapping[str, int] = {"cpu": 16}
 
 _GROUPED: Mapping[str, bool] = {"cpu": False}
 """Whether convolutions of codes with several feature groups are worth it; true elsewhere."""
+
+_CONTRACTIONS = ("dot_general", "conv_general_dilated", "ragged_dot_general")
 
 
 @dataclass(frozen=True)
@@ -60,20 +64,24 @@ def choose(name: str, params: Any, operand: int, node: Carried, x: Any, backend:
     }.get(name)
     if rule is None:
         return Choice("dequantized", f"there is no kernel for {name}")
+    if jnp.issubdtype(x.dtype, jnp.complexfloating):
+        return Choice("dequantized", "the activation is complex, and stays as it is")
     return rule(params, operand, node, x, backend)
 
 
-def _against(node: Carried) -> str | None:
-    """Say why codes of weights and activations cannot be multiplied, if so."""
+def _against(node: Carried, count: int) -> str | None:
+    """Say why `count` codes of weights and activations cannot be multiplied and added, if so."""
     assert node.activation_format is not None
-    return _codes.obstacle(node.format, node.activation_format)
+    formats = node.format, node.activation_format
+    return _codes.obstacle(*formats) or _codes.overflow(*formats, count)
 
 
 def _choose_dot(params: Any, operand: int, node: Carried, x: Any, backend: str) -> Choice:
-    grouped = any(_dot.arrange(params, operand, node, x).grouped)
+    how = _dot.arrange(params, operand, node, x)
+    grouped = any(how.grouped)
     if node.activation_format is None:
         return Choice("weights in groups" if grouped else "weights")
-    why = _against(node)
+    why = _against(node, math.prod(node.values.shape[k] for k in how.summed[1]))
     if why:
         return Choice("dequantized", why)
     return Choice("codes in groups" if grouped else "codes")
@@ -83,7 +91,8 @@ def _choose_conv(params: Any, operand: int, node: Carried, x: Any, backend: str)
     why = _conv.obstacle(params, operand, node)
     if why is None and node.activation_format is None:
         return Choice("weights")
-    why = why or _against(node)
+    outputs = node.shape[params["dimension_numbers"].rhs_spec[0]]
+    why = why or _against(node, node.size // outputs)
     if why is None and node.zero is not None:
         why = "the kernel has zero points, which meet windows of varying sums"
     grouped = params["feature_group_count"] > 1
@@ -104,7 +113,8 @@ def _choose_rows(params: Any, operand: int, node: Carried, x: Any, backend: str)
 def _choose_ragged(params: Any, operand: int, node: Carried, x: Any, backend: str) -> Choice:
     why = _rows.ragged_obstacle(params, operand, node)
     if why is None and node.activation_format is not None:
-        why = _against(node)
+        (_, (contract,)), _ = params["ragged_dot_dimension_numbers"].dot_dimension_numbers
+        why = _against(node, node.shape[contract])
         if why is None and (node.zero is not None or node.activation_format.symmetric is False):
             why = "zero points in a ragged_dot"
     if why:
@@ -128,34 +138,49 @@ def run(
         Its result, in its dtype.
     """
     node, name, params = operands[operand], equation.primitive.name, equation.params
-    if choice.kernel == "rows":
-        return _rows.lookup(params, node, operands[1])
-    x = operands[1 - operand]
+    x, rest, dtype = operands[1 - operand], operands[2:], equation.result_dtype
+    if name in _CONTRACTIONS and not jnp.issubdtype(x.dtype, jnp.inexact):
+        x = x.astype(jnp.float32)  # numbers in the dtype of integers would be cut
     if choice.kernel == "dequantized":
         return equation.bind(*_exchanged(operands, operand, _rounded(equation, operand, node, x)))
-    by_codes = choice.kernel.startswith("codes")
 
-    def kernel(x: Array, node: Carried) -> Array:
-        if name == "dot_general":
-            if by_codes:
-                return _dot.by_codes(params, operand, node, x, backend)
-            return _dot.by_weights(params, operand, node, x)
-        if name == "conv_general_dilated":
-            if by_codes:
-                patches = choice.kernel == "codes as patches"
-                return _conv.by_codes(params, node, x, backend, patches=patches)
-            return _conv.by_weights(params, node, x)
-        return _rows.ragged(params, node, x, operands[2], backend)
+    def kernel(x: Array, node: Carried, *rest: Any) -> Array:
+        how = choice.kernel, name, params, operand
+        return _kernel(*how, node, x, *rest, backend=backend).astype(dtype)
 
-    dtype = equation.result_dtype
-    if not by_codes:
-        return kernel(x, node).astype(dtype)
+    run = placed(kernel, equation, operands)
+    if not choice.kernel.startswith("codes"):
+        return run(x, node, *rest)
     through = _straight_through(
-        lambda x, node: kernel(x, node).astype(dtype),
+        lambda x, node: run(x, node, *rest),
         lambda x, node: equation.bind(*_exchanged(operands, operand, (x, node.array()))),
         _shared(equation, operand, node, x),
     )
     return through(x, node)
+
+
+def _kernel(
+    kind: str,
+    name: str,
+    params: Any,
+    operand: int,
+    node: Carried,
+    x: Array,
+    *rest: Array,
+    backend: str,
+) -> Array:
+    if kind == "rows":
+        return _rows.lookup(params, node, x)
+    by_codes = kind.startswith("codes")
+    if name == "dot_general":
+        if by_codes:
+            return _dot.by_codes(params, operand, node, x, backend)
+        return _dot.by_weights(params, operand, node, x)
+    if name == "conv_general_dilated":
+        if by_codes:
+            return _conv.by_codes(params, node, x, backend, patches=kind == "codes as patches")
+        return _conv.by_weights(params, node, x)
+    return _rows.ragged(params, node, x, *rest, backend)
 
 
 def _exchanged(operands: Sequence[Any], operand: int, pair: tuple[Any, Any]) -> list[Any]:
@@ -173,8 +198,9 @@ def _shared(equation: Any, operand: int, node: Carried, x: Any) -> tuple[int, ..
 
 
 def _rounded(equation: Any, operand: int, node: Carried, x: Any) -> tuple[Any, Array]:
-    """Give what codes would stand for, on both sides."""
-    if node.activation is not None:
+    """Give what codes would stand for, on both sides; indices are no activation."""
+    contracts = equation.primitive.name in _CONTRACTIONS
+    if node.activation is not None and contracts and not jnp.iscomplexobj(x):
         shared = _shared(equation, operand, node, x)
         scale, zero = activations.fit(x, node.activation, shared)
         x = activations.round_through(x, scale, zero, node.activation)

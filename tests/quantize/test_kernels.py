@@ -1,0 +1,532 @@
+"""Kernels against the same contraction of the rounded numbers.
+
+Two contract suites: geometries (how axes meet) with a few formats, and formats x granularities x
+ways to round activations with one geometry. Each family of cases is one jitted function, since
+compiling is what tests cost: the file has a budget of one minute, and stays within half of it on
+a quiet core.
+"""
+
+import dataclasses
+import functools
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax import lax
+
+from jaxcompress import numerics, quantize
+from jaxcompress.numerics import (
+    Activation,
+    Format,
+    PerChannel,
+    PerGroup,
+    PerTensor,
+    PerToken,
+    float8_e4m3fn,
+    float8_e5m2,
+    int4,
+    int8,
+    mxfp4,
+    nf4,
+    uint8,
+)
+
+TOKEN = Format(int8, PerToken())
+ASYMMETRIC = Format(int8, PerToken(), symmetric=False)
+UNSIGNED = Format(uint8, PerTensor(), symmetric=False)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Case:
+    """A contraction of an activation with weights.
+
+    Attributes:
+        run: `(weights, x, *others) -> result`.
+        weights: Their shape.
+        format: Their format.
+        x: The activation's shape.
+        kept: Its axes with a scale of their own under `PerToken()`.
+        act: Its format, or `None`.
+        static: The range that static activations have, or `None`.
+        dtype: Its dtype.
+        others: Further operands.
+        kernel: What is to run.
+    """
+
+    run: object
+    weights: tuple[int, ...]
+    format: Format
+    x: tuple[int, ...]
+    kept: tuple[int, ...] = ()
+    act: Format | None = None
+    static: tuple[float, float] | None = None
+    dtype: object = jnp.float32
+    others: tuple = ()
+    kernel: str
+
+    def quantized(self, w):
+        """The stored form of weights, with the activation's format."""
+        q = numerics.quantize(w.astype(self.dtype), self.format)
+        if self.act is None:
+            return q
+        scale = zero = None
+        if self.static is not None:
+            ends = (jnp.full((1,) * w.ndim, end, jnp.float32) for end in self.static)
+            scale, zero = numerics.scale_of_range(*ends, self.act)
+        activation = Activation(format=self.act, scale=scale, zero=zero)
+        return dataclasses.replace(q, activation=activation)
+
+    def rounded(self, q, x):
+        """What the codes of an activation stand for, by the rounding of single arrays."""
+        x = x.astype(self.dtype).astype(jnp.float32)
+        if self.act is None:
+            return x
+        if self.static is not None:
+            parts = q.activation.scale, q.activation.zero
+            s, z = (jnp.zeros(()) if p is None else p.reshape(()) for p in parts)
+            low, high = self.act.limits
+            return (jnp.clip(jnp.round(x / s) + z, low, high) - z) * s
+        tokens = isinstance(self.act.granularity, PerToken) and self.kept
+        granularity = PerChannel(self.kept) if tokens else PerTensor()
+        return numerics.fake_quant(x, dataclasses.replace(self.act, granularity=granularity))
+
+
+def draw(*shape, mean=0.0):
+    rng = np.random.default_rng(sum(shape))
+    spread = rng.uniform(0.5, 2, shape[-1])  # so that it matters which scale is taken
+    return jnp.asarray((rng.normal(mean, 1, shape) * spread), jnp.float32)
+
+
+def check(cases, *, backend=None, tolerance=1e-5):
+    """Every case's result, and the name of its kernel, in one compiled function."""
+    weights = {case.weights: draw(*case.weights) for case in cases.values()}
+    inputs = {case.x: draw(*case.x, mean=0.3) for case in cases.values()}
+
+    def quantized(weights):
+        made, params = {}, {}  # alike cases share their weights
+        for name, case in cases.items():
+            key = case.weights, case.format, case.act, case.static, case.dtype
+            if key not in made:
+                made[key] = case.quantized(weights[case.weights])
+            params[name] = made[key]
+        return params
+
+    def fn(params, inputs):
+        return {
+            name: case.run(params[name], inputs[case.x].astype(case.dtype), *case.others)
+            for name, case in cases.items()
+        }
+
+    def both(weights, inputs):
+        params, wide = quantized(weights), {}
+        for name, case in cases.items():
+            w = numerics.dequantize(dataclasses.replace(params[name], dtype=jnp.dtype("float32")))
+            wide[name] = case.run(w, case.rounded(params[name], inputs[case.x]), *case.others)
+        return quantize.execute(fn, backend=backend)(params, inputs), wide
+
+    # Optimising is most of compiling, and what is optimised runs once.
+    compiled = jax.jit(both).lower(weights, inputs).compile({"xla_backend_optimization_level": 0})
+    got, wide = jax.device_get(compiled(weights, inputs))
+    params = jax.eval_shape(quantized, weights)
+    chosen = {u.path: u.kernel for u in quantize.kernels(fn, params, inputs, backend=backend)}
+    assert chosen == {name: case.kernel for name, case in cases.items()}
+    for name, case in cases.items():
+        assert got[name].shape == wide[name].shape and got[name].dtype == case.dtype, name
+        off = np.abs(got[name].astype(np.float64) - wide[name]).max() / np.abs(wide[name]).max()
+        assert off < (2**-7 if case.dtype == jnp.bfloat16 else tolerance), f"{name}: {off}"
+
+
+# --- dot_general: how axes meet -------------------------------------------------------------------
+
+# name -> (weights, x, contraction with weights second, axes of x that it keeps, grouped axis)
+DOTS = {
+    "matrix": ((8, 3), (5, 8), lambda w, x: x @ w, (0,), -2),
+    "weights first": ((3, 8), (8, 5), lambda w, x: w @ x, (1,), -1),
+    "vector": ((8, 3), (8,), lambda w, x: x @ w, (), -2),
+    "transposed": ((3, 8), (5, 8), lambda w, x: x @ w.T, (0,), -1),
+    "experts": ((2, 8, 3), (2, 5, 8), lambda w, x: jnp.einsum("emk,ekn->emn", x, w), (0, 1), -2),
+    "experts first": (
+        (3, 2, 8),
+        (8, 5, 2),
+        lambda w, x: jnp.einsum("nek,kme->enm", w, x),
+        (1, 2),
+        -1,
+    ),
+    "heads out": ((8, 2, 3), (5, 4, 8), lambda w, x: jnp.einsum("btd,dhk->bthk", x, w), (0, 1), -3),
+    "heads in": ((2, 4, 3), (5, 2, 4), lambda w, x: jnp.einsum("bhk,hkd->bd", x, w), (0,), -2),
+    "heads in, other order": (
+        (2, 4, 3),
+        (4, 5, 2),
+        lambda w, x: jnp.einsum("kbh,hkd->db", x, w),
+        (1,),
+        -2,
+    ),
+    "merged": ((2, 4, 3), (5, 8), lambda w, x: x @ w.reshape(8, 3), (0,), -2),
+    "unmerged": ((8, 3), (5, 2, 4), lambda w, x: jnp.einsum("bhk,hkd->bd", x, w.reshape(2, 4, 3)), (0,), -2),
+    "sliced": ((8, 6), (5, 8), lambda w, x: x @ w[:, 1:4], (0,), -2),
+    "nothing summed": ((1, 3), (5, 1), lambda w, x: x @ w, (0,), None),
+    "axis of one": ((8, 1, 3), (5, 8, 1), lambda w, x: jnp.einsum("bdi,dih->bh", x, w), (0,), -3),
+}  # fmt: skip
+WEIGHTS = {
+    "channels": lambda axis, ndim: Format(int8, PerTensor()),
+    "groups": lambda axis, ndim: Format(int4, PerGroup(4, axis)),
+    "asymmetric groups": lambda axis, ndim: Format(int8, PerGroup(2, axis), symmetric=False),
+    "each input": lambda axis, ndim: Format(int8, PerChannel((axis,))),
+}
+ACTS = {"floats": None, "symmetric": TOKEN, "asymmetric": ASYMMETRIC, "unsigned": UNSIGNED}
+
+
+@pytest.mark.parametrize("act", ACTS)
+def test_how_axes_meet(act):
+    cases = {}
+    for name, kind in itertools.product(DOTS, WEIGHTS):
+        weights, x, run, kept, axis = DOTS[name]
+        if axis is None:
+            axis, possible = -2, kind in ("channels", "each input")
+        else:
+            possible = True
+        if possible:
+            format = WEIGHTS[kind](axis, len(weights))
+            varies = kind != "channels" and weights[axis] > 1
+            cases[f"{name}, {kind}"] = Case(
+                run=run,
+                weights=weights,
+                format=format,
+                x=x,
+                kept=kept,
+                act=ACTS[act],
+                kernel=("codes" if ACTS[act] else "weights") + (" in groups" if varies else ""),
+            )
+    check(cases)
+
+
+# --- dot_general: formats x granularities x methods -----------------------------------------------
+
+QTYPES = {
+    "int8": (Format(int8), True),
+    "int4": (Format(int4), True),
+    "asymmetric int4": (Format(int4, symmetric=False), True),
+    "nf4": (Format(nf4), False),
+    "float8": (Format(float8_e4m3fn), None),
+    "ternary": (Format(numerics.ternary), False),
+}
+GRANULARITIES = {"tensor": PerTensor(), "outputs": PerChannel(), "groups": PerGroup(8)}
+METHODS = {
+    "none": (None, None),
+    "tokens": (TOKEN, None),
+    "asymmetric tokens": (ASYMMETRIC, None),
+    "tensor": (Format(int8, PerTensor()), None),
+    "static": (Format(int8, PerTensor()), (-2.0, 1.5)),  # some are clipped
+    "asymmetric static": (UNSIGNED, (-1.0, 2.5)),
+    "float8": (Format(float8_e5m2, PerToken()), None),
+}
+PLAIN = functools.partial(Case, run=lambda w, x: x @ w, weights=(32, 3), x=(5, 32), kept=(0,))
+
+
+def kernel_of(qtype, act, *, groups):
+    """What is to multiply: integers by integers, float8 by float8, anything by floats."""
+    if act is None:
+        return "weights in groups" if groups else "weights"
+    both = {True: "int", False: "none", None: "float"}[QTYPES[qtype][1]]
+    same = both == ("float" if act.qtype is float8_e5m2 else "int")
+    return "dequantized" if not same else "codes in groups" if groups else "codes"
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_formats_granularities_methods(dtype):
+    narrow, cases = dtype == jnp.bfloat16, {}
+    kinds = ("outputs", "groups") if narrow else GRANULARITIES
+    methods = ("none", "tokens", "asymmetric static", "float8") if narrow else METHODS
+    for qtype, kind, method in itertools.product(QTYPES, kinds, methods):
+        act, static = METHODS[method]
+        format = dataclasses.replace(QTYPES[qtype][0], granularity=GRANULARITIES[kind])
+        kernel = kernel_of(qtype, act, groups=kind == "groups")
+        cases[f"{qtype}, {kind}, {method}"] = PLAIN(
+            format=format, act=act, static=static, dtype=dtype, kernel=kernel
+        )
+    cases["mxfp4"] = PLAIN(format=mxfp4, dtype=dtype, kernel="weights")  # one group of 32
+    cases["mxfp8"] = PLAIN(
+        format=numerics.mxfp8, act=Format(float8_e4m3fn, PerToken()), dtype=dtype, kernel="codes"
+    )
+    cases["nvfp4"] = PLAIN(format=numerics.nvfp4, dtype=dtype, kernel="weights in groups")
+    check(cases)
+
+
+@pytest.mark.parametrize("backend", ["gpu", "tpu"])
+def test_what_other_backends_choose_computes_the_same(backend):
+    """float8 goes in as it is on GPUs, and convolutions by codes."""
+    float8 = Format(float8_e4m3fn, PerToken())
+    conv = functools.partial(Case, run=nhwc, weights=(3, 3, 2, 4), x=(2, 5, 5, 2), kept=(0,))
+    cases = {
+        "float8": PLAIN(format=Format(float8_e4m3fn), act=float8, kernel="codes"),
+        "float8 in groups": PLAIN(
+            format=Format(float8_e4m3fn, PerGroup(8)), act=float8, kernel="codes in groups"
+        ),
+        "int8": conv(format=Format(int8, PerChannel()), act=ASYMMETRIC, kernel="codes"),
+        "float8 conv": conv(format=Format(float8_e4m3fn), act=float8, kernel="codes"),
+        "feature groups": Case(
+            run=functools.partial(nhwc, feature_group_count=2),
+            weights=(3, 3, 1, 4),
+            x=(2, 5, 5, 2),
+            kept=(0,),
+            format=Format(int8, PerChannel()),
+            act=UNSIGNED,
+            kernel="codes",
+        ),
+    }
+    check(cases, backend=backend)
+
+
+@pytest.mark.parametrize("act", [TOKEN, Format(int8, PerToken(), symmetric=False)])
+def test_sums_of_many_extremes_fit(act):
+    """4096 products of the largest codes, and of codes at the far ends of zero points."""
+    w = jnp.concatenate([jnp.full((4096, 1), 1.0), jnp.full((4096, 1), -1.0)], 1)
+    w = w.at[0].set(jnp.array([0.0, 0.0]))
+    x = jnp.stack([jnp.full(4096, 2.0), jnp.full(4096, -2.0)])
+    for symmetric in (True, False):
+        q = numerics.quantize(w, Format(int8, PerChannel(), symmetric=symmetric))
+        params = {"w": dataclasses.replace(q, activation=Activation(format=act))}
+        fn = lambda p, x: x @ p["w"]
+        assert [u.kernel for u in quantize.kernels(fn, params, x)] == ["codes"]
+        got = jax.jit(quantize.execute(fn))(params, x)
+        np.testing.assert_allclose(got, 2 * 4095 * np.array([[1, -1], [-1, 1]]), rtol=1e-5)
+
+
+def test_sums_that_might_not_fit_are_not_tried():
+    fn = lambda p, x: x @ p["w"]
+    q = numerics.quantize(jnp.ones((2**18, 1)), Format(int8, PerChannel()))
+    params = {"w": dataclasses.replace(q, activation=Activation(format=TOKEN))}
+    (use,) = quantize.kernels(fn, params, jnp.ones((1, 2**18)))
+    assert (use.kernel, use.why) == (
+        "dequantized",
+        "a sum of 262,144 products does not fit int32",
+    )
+    np.testing.assert_allclose(quantize.execute(fn)(params, jnp.ones((1, 2**18))), 2.0**18)
+    grouped = numerics.quantize(jnp.ones((2**18, 1)), Format(int8, PerGroup(128)))
+    params = {"w": dataclasses.replace(grouped, activation=Activation(format=TOKEN))}
+    assert quantize.kernels(fn, params, jnp.ones((1, 2**18)))[0].kernel == "codes in groups"
+
+
+def test_integer_and_complex_activations():
+    """Numbers of nf4 are fractions, which integers must not cut; complex ones are not rounded."""
+    fn = lambda p, x: lax.dot_general(
+        x, p["w"], (((1,), (0,)), ((), ())), preferred_element_type=jnp.result_type(x, jnp.float32)
+    )
+    x = jnp.arange(-8, 8).reshape(2, 8)
+    w = jnp.asarray(np.random.default_rng(0).normal(size=(8, 3)), jnp.float32)
+    for format in (Format(nf4, PerChannel()), Format(nf4, PerGroup(4))):
+        q = numerics.quantize(w, format)
+        got = quantize.execute(fn)({"w": q}, x)
+        np.testing.assert_allclose(got, x @ numerics.dequantize(q), rtol=1e-5, atol=1e-5)
+    q = numerics.quantize(w, Format(int8, PerChannel()))
+    q = dataclasses.replace(q, activation=Activation(format=TOKEN))
+    z, product = x * (1 + 2j), lambda p, x: x @ p["w"]
+    (use,) = quantize.kernels(product, {"w": q}, z)
+    assert use.why == "the activation is complex, and stays as it is"
+    got = quantize.execute(product)({"w": q}, z)
+    np.testing.assert_allclose(got, z @ numerics.dequantize(q), rtol=1e-5, atol=1e-5)
+
+
+# --- Convolutions ---------------------------------------------------------------------------------
+
+
+def nhwc(w, x, strides=(1, 1), padding="SAME", numbers=("NHWC", "HWIO", "NHWC"), **options):
+    return lax.conv_general_dilated(x, w, strides, padding, dimension_numbers=numbers, **options)
+
+
+# name -> (weights, x, convolution, axis of the examples, axis of the outputs)
+CONVS = {
+    "same": ((3, 3, 2, 4), (2, 5, 6, 2), nhwc, 0, -1),
+    "valid, strides": (
+        (3, 2, 2, 4),
+        (2, 6, 5, 2),
+        functools.partial(nhwc, strides=(2, 3), padding="VALID"),
+        0,
+        -1,
+    ),
+    "padding to one side and away": (
+        (2, 3, 2, 4),
+        (2, 6, 5, 2),
+        functools.partial(nhwc, padding=((2, 0), (-1, 3))),
+        0,
+        -1,
+    ),
+    "dilated window": (
+        (3, 3, 2, 4),
+        (2, 7, 7, 2),
+        functools.partial(nhwc, rhs_dilation=(2, 3), padding=((1, 2), (3, 0))),
+        0,
+        -1,
+    ),
+    "dilated image": (
+        (3, 2, 2, 4),
+        (2, 4, 3, 2),
+        functools.partial(nhwc, lhs_dilation=(2, 3), padding=((1, 2), (0, 1))),
+        0,
+        -1,
+    ),
+    "NCHW": (
+        (4, 2, 3, 3),
+        (2, 2, 5, 6),
+        functools.partial(nhwc, numbers=("NCHW", "OIHW", "NCHW")),
+        0,
+        -4,
+    ),
+    "any layout": (
+        (3, 4, 3, 2),
+        (5, 2, 6, 3),
+        functools.partial(nhwc, numbers=("HCWN", "HOWI", "NWCH"), strides=(2, 1)),
+        3,
+        -3,
+    ),
+    "one dimension": (
+        (3, 2, 4),
+        (2, 7, 2),
+        functools.partial(nhwc, strides=(2,), numbers=("NWC", "WIO", "NWC")),
+        0,
+        -1,
+    ),
+    "feature groups": (
+        (3, 3, 2, 6),
+        (2, 5, 5, 4),
+        functools.partial(nhwc, feature_group_count=2),
+        0,
+        -1,
+    ),
+    "depthwise": (
+        (3, 3, 1, 4),
+        (2, 5, 5, 4),
+        functools.partial(nhwc, feature_group_count=4, strides=(2, 2)),
+        0,
+        -1,
+    ),
+    "many channels": ((3, 3, 20, 4), (2, 4, 4, 20), nhwc, 0, -1),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("act", ACTS)
+def test_convolutions(act):
+    """On CPU few channels are gathered as patches; the same is convolved for other backends."""
+    cases = {}
+    for name, (weights, x, run, batch, out) in CONVS.items():
+        grouped = "feature_group_count" in getattr(run, "keywords", {})
+        kernel = "codes" if name == "many channels" else "codes as patches"
+        kernel = "dequantized" if grouped else kernel
+        for kind, format in {
+            "tensor": Format(int8),
+            "outputs": Format(int8, PerChannel((out,))),
+        }.items():
+            cases[f"{name}, {kind}"] = Case(
+                run=run,
+                weights=weights,
+                format=format,
+                x=x,
+                kept=(batch,),
+                act=ACTS[act],
+                kernel=kernel if ACTS[act] else "weights",
+            )
+    check(cases)
+    if act == "asymmetric":  # which has borders and zero points to go wrong
+        by_codes = {k: dataclasses.replace(c, kernel="codes") for k, c in cases.items()}
+        check(by_codes, backend="tpu")
+
+
+def test_convolutions_that_take_arrays():
+    outputs = Format(int8, PerChannel(), symmetric=False)
+    base = functools.partial(Case, run=nhwc, weights=(3, 3, 2, 4), x=(2, 4, 4, 2), kept=(0,))
+    cases = {
+        "zero points": base(format=outputs, act=TOKEN, kernel="dequantized"),
+        "zero points, floats": base(format=outputs, kernel="weights"),
+        "scales of inputs": base(format=Format(int8, PerChannel((2,))), kernel="dequantized"),
+        "groups": base(format=Format(int8, PerGroup(2)), act=TOKEN, kernel="dequantized"),
+        "one group": base(format=Format(int8, PerGroup(2)), kernel="dequantized"),
+    }
+    check(cases)
+
+
+# --- Lookups --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("format", [
+    Format(int8, PerChannel((0,))),
+    Format(int8, PerChannel(), symmetric=False),
+    Format(int4, PerGroup(2, -1)),
+    Format(nf4, PerGroup(2, -1)),
+])  # fmt: skip
+def test_lookups(format):
+    table = jnp.asarray(np.random.default_rng(0).normal(size=(6, 4)), jnp.float32)
+    q = numerics.quantize(table, format)
+    index = jnp.array([[0, 5, -1], [-6, 6, 99]])  # the last two are out of bounds
+
+    def fn(p, index):
+        t = p["t"]
+        return {
+            "default": t[index],
+            "take": jnp.take(t, index, axis=0),
+            "clip": t.at[index].get(mode="clip"),
+            "fill": t.at[index].get(mode="fill", fill_value=7),
+            "bfloat16": t.astype(jnp.bfloat16)[index],
+            "columns": t.T[:, index],
+            "experts": jax.vmap(lambda t, i: t[i], in_axes=(None, 0))(t, index),
+        }
+
+    got, expected = jax.jit(
+        lambda q, index: (
+            quantize.execute(fn)({"t": q}, index),
+            fn({"t": numerics.dequantize(q)}, index),
+        )
+    )(q, index)
+    assert {u.kernel for u in quantize.kernels(fn, {"t": q}, index)} == {"rows"}
+    jax.tree.map(np.testing.assert_array_equal, got, expected)
+    assert jnp.isnan(expected["take"][1, 2]).all() and (expected["fill"][1, 2] == 7).all()
+
+
+def test_lookups_that_take_arrays():
+    """Indices are never rounded, whatever the activations of the leaf are."""
+    rows = lambda t, i: t[i]
+    at = lambda t, i: lax.dynamic_slice_in_dim(t, i[0], 2)
+    entries = lambda t, i: t[i, i % 4]
+    table = jnp.asarray(np.random.default_rng(0).normal(size=(300, 4)), jnp.float32)
+    index = jnp.array([277, 3, 255])
+    for act in (TOKEN, Format(int8, PerTensor())):
+        q = numerics.quantize(table, Format(int8, PerGroup(4)))
+        q = dataclasses.replace(q, activation=Activation(format=act))
+        for look in (rows, at, entries):
+            fn = lambda p, i, look=look: look(p["t"], i)
+            (use,) = quantize.kernels(fn, {"t": q}, index)
+            assert use.kernel == "dequantized" and use.why
+            expected = look(numerics.dequantize(q), index)
+            np.testing.assert_array_equal(quantize.execute(fn)({"t": q}, index), expected)
+
+
+# --- ragged_dot -----------------------------------------------------------------------------------
+
+
+def test_experts_of_sorted_tokens():
+    sizes = (jnp.array([3, 0, 2]),)  # an expert without tokens, and a token without expert
+    base = functools.partial(
+        Case, run=lambda w, x, n: lax.ragged_dot(x, w, n), weights=(3, 8, 4), x=(6, 8), kept=(0,),
+        others=sizes,
+    )  # fmt: skip
+    outputs = Format(int8, PerChannel((0, 2)))
+    cases = {
+        "floats": base(format=outputs, kernel="weights"),
+        "codes": base(format=outputs, act=TOKEN, kernel="codes"),
+        "one scale": base(format=Format(int8), act=TOKEN, kernel="codes"),
+        "static": base(
+            format=outputs, act=Format(int8, PerTensor()), static=(-2, 2), kernel="codes"
+        ),
+        "per tensor": base(format=outputs, act=Format(int8, PerTensor()), kernel="codes"),
+        "float8": base(
+            format=Format(float8_e4m3fn), act=Format(float8_e4m3fn, PerToken()), kernel="codes"
+        ),
+        "asymmetric": base(format=outputs, act=ASYMMETRIC, kernel="dequantized"),
+        "zero points": base(
+            format=Format(int8, PerChannel((0, 2)), symmetric=False), kernel="weights"
+        ),
+        "groups": base(format=Format(int4, PerGroup(4)), kernel="dequantized"),
+        "bfloat16": base(format=outputs, act=TOKEN, dtype=jnp.bfloat16, kernel="codes"),
+    }
+    check(cases)
