@@ -242,7 +242,7 @@ def main(config: Config) -> None:
         summary="Bits per character, with 95 % paired bootstrap intervals of the difference to "
         "float32 over the same characters; latency is that of 32 windows of 128.",
     )
-    print(f"\n{rows}\n\nReport: {page}")
+    print(f"\n{rows.text(width=120)}\n\nReport: {page}")
 
 
 if __name__ == "__main__":

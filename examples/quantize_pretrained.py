@@ -214,7 +214,9 @@ def main(config: Config) -> None:
         summary="Intervals are 95 % paired bootstrap intervals of the difference to float32 on "
         "the same examples; cross-entropy in nats, or bits per character.",
     )
-    print("\n" + "\n\n".join(map(str, tables)) + f"\n\nReport: {page}")
+    for table in tables:
+        print(f"\n{table.text(width=120)}")
+    print(f"\nReport: {page}")
 
 
 if __name__ == "__main__":

@@ -35,7 +35,7 @@ class SideBySide:
     labels: np.ndarray
     folder: pathlib.Path
     bits: bool = False
-    repeats: int = 10
+    repeats: int = 5
     seed: int = 0
     rows: list[dict[str, Any]] = field(default_factory=list)
     _first: Any = None
@@ -107,18 +107,18 @@ class SideBySide:
 
 
 def remarks(result: quantize.QResult) -> str:
-    """Say in a few words what a quantization left alone or did otherwise.
+    """Say in a few words where a quantization could not follow its rule.
 
     Args:
         result: What `quantize.ptq` gave.
 
     Returns:
-        Words; empty if everything went by the rules.
+        Words; empty if every site has a quantized weight, in groups of the size asked for.
     """
-    noted = sum(1 for leaf in result.report.leaves if leaf.notes)
-    words = []
-    if result.report.exempt:
-        words.append(f"{len(result.report.exempt)} left alone")
-    if noted:
-        words.append(f"{noted} otherwise")
+    left, words = len(result.report.untouched), []
+    regrouped = sum(any("group" in note for note in leaf.notes) for leaf in result.report.leaves)
+    if left:
+        words.append(f"{left} sites in float32")
+    if regrouped:
+        words.append(f"{regrouped} in other groups")
     return ", ".join(words)
