@@ -189,7 +189,12 @@ def relative_error(x: ArrayLike, approximation: QArray | ArrayLike) -> Array:
         0.2
     """
     hat = dequantize(approximation) if isinstance(approximation, QArray) else approximation
-    x, hat = jnp.asarray(x).astype(jnp.float32), jnp.asarray(hat).astype(jnp.float32)
+    return _relative_error(jnp.asarray(x), jnp.asarray(hat))
+
+
+@jax.jit
+def _relative_error(x: Array, hat: Array) -> Array:
+    x, hat = x.astype(jnp.float32), hat.astype(jnp.float32)
     peak = jnp.maximum(jnp.abs(x).max(initial=0), jnp.finfo(jnp.float32).smallest_normal)
     norm, off = jnp.linalg.norm(jnp.ravel(x / peak)), jnp.linalg.norm(jnp.ravel((x - hat) / peak))
     return jnp.where(off == 0, 0, off / norm)

@@ -110,6 +110,8 @@ def _padded(params: Any, acts: codes_of.Operand) -> Array:
 def _patches(params: Any, acts: codes_of.Operand, w: Array, dtype: Any) -> Array:
     """Gather windows of codes by strided slices, and multiply them by the kernel as a matrix."""
     numbers = params["dimension_numbers"]
+    # Without the barrier each window would be rounded anew.
+    acts = acts._replace(codes=lax.optimization_barrier(acts.codes))
     x = jnp.transpose(
         _padded(params, acts), (numbers.lhs_spec[0], *numbers.lhs_spec[2:], numbers.lhs_spec[1])
     )
