@@ -326,9 +326,7 @@ def _cut(node: Carried, starts: Sequence[Any], sizes: Sequence[int]) -> list[Car
             if isinstance(start, int):
                 return lax.slice_in_dim(part, start, start + size, axis=k)
             # What is negative here is out of bounds: fn has counted from the end already.
-            return lax.dynamic_slice_in_dim(
-                part, start, size, k, allow_negative_indices=False
-            )
+            return lax.dynamic_slice_in_dim(part, start, size, k, allow_negative_indices=False)
 
         node = _moved(node, cut)
     return [node]

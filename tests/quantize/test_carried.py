@@ -33,7 +33,8 @@ def quantized(shape, format):
 def why(move, q, *inputs):
     """What ended the way of the codes; `FOLLOWED` if nothing before fn did."""
     return {
-        use.why for use in quantize.site_kernels(lambda p, *xs: move(p["w"], *xs), {"w": q}, *inputs)
+        use.why
+        for use in quantize.site_kernels(lambda p, *xs: move(p["w"], *xs), {"w": q}, *inputs)
     }
 
 

@@ -25,7 +25,7 @@ from jaxcompress.numerics import (
     int4,
     int8,
 )
-from jaxcompress.quantize._ptq import shardings
+from jaxcompress.quantize._shardings import shardings
 
 TOKEN = Activation(format=Format(int8, PerToken()))
 INT8, INT4 = Format(int8, PerChannel()), Format(int4, PerGroup(4))
@@ -81,6 +81,7 @@ def close(got, expected, tolerance=1e-5):
 NO_CODES = {  # leaf -> why it is dequantized, where it is
     "mobilenet": "feature groups",
     "efficientnet_block": "feature groups",
+    "conv_gru_equinox": "scales vary along what the convolution sums",  # (out, in) layouts
     "convnext": "feature groups",
     "custom_vjp": "custom_vjp_call takes arrays",
 }
@@ -95,7 +96,6 @@ def test_zoo(name):
     paths = [p for p in dict.fromkeys(s.path for s in found) if leaves[p].ndim >= 2]
     formats = dict.fromkeys(paths, INT8)
 
-    @jax.jit
     def run(params, inputs):
         alone, both = pack(params, formats, None), pack(params, formats)
         dense = quantize.unpack(alone)
@@ -109,9 +109,11 @@ def test_zoo(name):
             graph.replay(fn, {handled: rounded})(dense, *inputs),
         )
 
-    by_weights, expected, by_codes, rounded_too = run(params, inputs)
+    # Optimising is most of compiling, and what is optimised runs once.
+    compiled = jax.jit(run).lower(params, inputs).compile({"xla_backend_optimization_level": 0})
+    by_weights, expected, by_codes, rounded_too = compiled(params, inputs)
     close(by_weights, expected)
-    close(by_codes, rounded_too, 2e-3 if "train" in name else 1e-5)
+    close(by_codes, rounded_too)
     uses = quantize.site_kernels(fn, jax.eval_shape(lambda p: pack(p, formats), params), *inputs)
     assert {use.path for use in uses} == set(paths)
     assert {use.site for use in uses if use.site} <= {s.name for s in found}
@@ -337,7 +339,10 @@ def test_backends_are_chosen_or_given(small):
 
 def test_errors(small):
     params, x = small
-    for call in (lambda: quantize.execute(mlp)(params, x), lambda: quantize.site_kernels(mlp, params, x)):
+    for call in (
+        lambda: quantize.execute(mlp)(params, x),
+        lambda: quantize.site_kernels(mlp, params, x),
+    ):
         with pytest.raises(SelectionError, match=r"quantize\.ptq or quantize\.pack"):
             call()
     for call in (quantize.execute, functools.partial(quantize.site_kernels, params=params)):
@@ -364,7 +369,12 @@ def test_shards_compute_what_one_device_does(kind, activation):
     put = lambda x, *spec: jax.device_put(x, NamedSharding(mesh, PartitionSpec(*spec)))
     params = {"up": draw(8, 16), "bias": draw(1, 16)[0], "down": draw(16, 8, seed=1)}
     params |= {"wide": draw(8, 16, seed=2), "narrow": draw(16, 4, seed=3)}
-    specs = {"up": (None, "model"), "down": ("model",), "wide": (None, "model"), "narrow": ("model",)}
+    specs = {
+        "up": (None, "model"),
+        "down": ("model",),
+        "wide": (None, "model"),
+        "narrow": ("model",),
+    }
     formats = {"up": INT8, "down": INT8, "wide": INT4, "narrow": INT4}
     x = draw(4, 8, seed=4)
     rows = NamedSharding(mesh, PartitionSpec("data", None))
