@@ -77,7 +77,7 @@ def from_nnx(
     graphdef, state = nnx.split(module)
 
     def fn(params: Params, *inputs: Any, **kwargs: Any) -> Any:
-        model = nnx.merge(graphdef, params)
+        model = nnx.merge(graphdef, _copied(params))
         outputs = model(*inputs, **{**call_kwargs, **kwargs})
         return outputs if mutable is None else (outputs, nnx.state(model, mutable))
 
@@ -106,7 +106,12 @@ def to_nnx(module: nnx.Module, params: nnx.State) -> nnx.Module:
     """
     graphdef, state = nnx.split(module)
     tree.flatten_like(state, params, name="params")
-    return nnx.merge(graphdef, params)
+    return nnx.merge(graphdef, _copied(params))
+
+
+def _copied(params: Any) -> Any:
+    """Make new variables of the same arrays: a merged module shares them, and writes into them."""
+    return jax.tree.map(lambda x: x, params)
 
 
 def from_equinox(module: Any) -> tuple[Fn, Params]:

@@ -87,6 +87,20 @@ class Converted(nn.Module):
         return nn.DenseGeneral((2, 3), name="heads")(x)
 
 
+def test_an_nnx_fn_leaves_params_and_module_as_they_are():
+    """A module in training mode writes into its variables: not into those it was given."""
+    module = nnx.BatchNorm(3, rngs=nnx.Rngs(0))
+    fn, params = adapters.from_nnx(module, mutable=nnx.BatchStat)
+    before = {path: np.array(leaf) for path, leaf in tree.items(params)}
+    x = jnp.arange(6.0).reshape(2, 3)
+    _, updates = fn(params, x)
+    adapters.to_nnx(module, params)(x)
+    assert dict(tree.items(updates))["mean"][0] != before["mean"][0]
+    for state in (params, nnx.state(module)):
+        for path, leaf in tree.items(state):
+            np.testing.assert_array_equal(leaf, before[path])
+
+
 TOKENS = jnp.zeros((1, 7), jnp.int32)
 VARIABLES = jax.eval_shape(Converted().init, jax.random.key(0), TOKENS)
 

@@ -81,6 +81,7 @@ def close(got, expected, tolerance=1e-5):
 NO_CODES = {  # leaf -> why it is dequantized, where it is
     "mobilenet": "feature groups",
     "efficientnet_block": "feature groups",
+    "conv_gru_equinox": "scales vary along what the convolution sums",  # (out, in) layouts
     "convnext": "feature groups",
     "custom_vjp": "custom_vjp_call takes arrays",
 }
@@ -95,7 +96,6 @@ def test_zoo(name):
     paths = [p for p in dict.fromkeys(s.path for s in found) if leaves[p].ndim >= 2]
     formats = dict.fromkeys(paths, INT8)
 
-    @jax.jit
     def run(params, inputs):
         alone, both = pack(params, formats, None), pack(params, formats)
         dense = quantize.unpack(alone)
@@ -109,9 +109,11 @@ def test_zoo(name):
             graph.replay(fn, {handled: rounded})(dense, *inputs),
         )
 
-    by_weights, expected, by_codes, rounded_too = run(params, inputs)
+    # Optimising is most of compiling, and what is optimised runs once.
+    compiled = jax.jit(run).lower(params, inputs).compile({"xla_backend_optimization_level": 0})
+    by_weights, expected, by_codes, rounded_too = compiled(params, inputs)
     close(by_weights, expected)
-    close(by_codes, rounded_too, 2e-3 if "train" in name else 1e-5)
+    close(by_codes, rounded_too)
     uses = quantize.site_kernels(fn, jax.eval_shape(lambda p: pack(p, formats), params), *inputs)
     assert {use.path for use in uses} == set(paths)
     assert {use.site for use in uses if use.site} <= {s.name for s in found}
