@@ -20,7 +20,7 @@ sys.path.insert(0, str(pathlib.Path(__file__).parents[1] / "examples"))
 from models.llama import LLAMA_1B, Llama, LlamaConfig
 
 README = (pathlib.Path(__file__).parents[1] / "README.md").read_text()
-LOOP, AWARE, SUMMARY, SITES, SESSION = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+LOOP, PTQ, AWARE, SUMMARY, SITES, SESSION = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
 TABLE = re.search(r"```\n(site or leaf .*?)\n```", README, re.DOTALL)
 
 
@@ -44,6 +44,34 @@ def test_the_training_loop(names, tmp_path, monkeypatch):
         names["params"]["params"]["layers_0"]["kernel"],
         scope["params"]["params"]["layers_0"]["kernel"],
     )
+
+
+class ConvNet(nn.Module):
+    """A convolution, BatchNorm, and a dense layer."""
+
+    @nn.compact
+    def __call__(self, x):
+        x = nn.Conv(8, (3, 3), use_bias=False)(x)
+        x = nn.relu(nn.BatchNorm(use_running_average=True)(x)).mean((1, 2))
+        return nn.Dense(3)(x)
+
+
+def test_quantizing_a_trained_model(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    images = jax.random.normal(jax.random.key(0), (16, 6, 6, 3))
+    shapes = jax.eval_shape(ConvNet().init, jax.random.key(0), images)
+    variables = zoo_registry.randomised(shapes)
+    fn, params = adapters.from_linen(ConvNet(), variables)
+    scope = {"fn": fn, "params": params, "images": images, "batches": [images]}
+    scope |= {"jax": jax, "quantize": quantize, "export": export}
+    with contextlib.redirect_stdout(io.StringIO()) as printed:
+        exec(PTQ, scope)
+    before = fn(params, images)
+    assert jnp.linalg.norm(scope["logits"] - before) < 0.05 * jnp.linalg.norm(before)
+    assert "int8 PerTensor static" in printed.getvalue()
+    loaded = export.load("model.safetensors").params
+    again = jax.jit(quantize.execute(scope["fn"]))(loaded, images)
+    assert jnp.array_equal(again, scope["logits"])
 
 
 def test_training_with_rounded_activations(names):

@@ -1,5 +1,8 @@
 """Policies over whole models: Linen dicts, NNX states, Equinox modules."""
 
+import pathlib
+import re
+
 import equinox as eqx
 import flax.linen as nn
 import jax
@@ -168,3 +171,10 @@ def test_tied_rules_keep_dtypes():
     unpacked = quantize.unpack(quantize.pack(params, policy))
     assert jax.tree.map(lambda x: x.dtype, unpacked) == jax.tree.map(lambda x: x.dtype, params)
     assert quantize.unpack(params) == params
+
+
+def test_the_policy_of_the_page():
+    page = (pathlib.Path(__file__).parents[2] / "docs" / "quantization.md").read_text()
+    (code,) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    exec(code, scope := {})
+    assert [rule.where for rule in scope["policy"].rules[:2]] == ["head/**", "embed/**"]
