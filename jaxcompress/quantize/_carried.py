@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from jaxcompress import numerics
-from jaxcompress.numerics import Activation, Format, Int, PerGroup, QArray, Scaled
+from jaxcompress.numerics import Activation, Float, Format, Int, PerGroup, QArray, Scaled
 from jaxcompress.tree import LeafNode
 
 _PLAIN = (jnp.float32, jnp.bfloat16, jnp.float16)
@@ -91,6 +91,19 @@ class Carried(LeafNode):
         return Activation(
             format=self.activation_format, scale=self.activation_scale, zero=self.activation_zero
         )
+
+    def codes(self, dtype: Any, *, backend: str) -> Array:
+        """Give the codes less their zero points as numbers, in the shape of `values`.
+
+        Integers to 255, and float8, are exact in any float dtype of 16 bits or more. CUDA's
+        compiler converts them inside the matmul if it is done in one step, and that of TPUs if
+        it is done by way of float32; otherwise both write the converted weights out.
+        """
+        qtype = self.format.qtype
+        if isinstance(qtype, Int | Float) and backend != "tpu":
+            codes = self.values.astype(dtype)
+            return codes if self.zero is None else codes - self.zero.astype(dtype)
+        return qtype.to_numbers(self.values, jnp.ones((), jnp.float32), self.zero).astype(dtype)
 
     def numbers(self, dtype: Any = jnp.float32) -> Array:
         """Give the numbers that the codes stand for, rounded to a dtype, in the shape of `values`.

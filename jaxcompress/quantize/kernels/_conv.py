@@ -59,15 +59,14 @@ def by_codes(params: Any, node: Carried, x: Array, backend: str, *, patches: boo
     return sums.astype(jnp.float32) * along(weights.scale, channels) * along(acts.scale, batch)
 
 
-def by_weights(params: Any, node: Carried, x: Array) -> Array:
+def by_weights(params: Any, node: Carried, x: Array, backend: str) -> Array:
     """Convolve a float activation with codes, and scale the result.
 
     Returns:
         float32 (or wider, as x is), in the shape of the equation's result.
     """
     wide = jnp.promote_types(x.dtype, jnp.float32)
-    one = jnp.ones((), jnp.float32)
-    w = node.format.qtype.to_numbers(node.values, one, node.zero).astype(x.dtype)
+    w = node.codes(x.dtype, backend=backend)
     sums = lax.conv_general_dilated(x, w, **_options(params), preferred_element_type=wide)
     scale = node.scale.reshape(-1).astype(wide)
     return sums * _along(scale, params["dimension_numbers"].out_spec[1], x.ndim)

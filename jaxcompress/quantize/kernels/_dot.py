@@ -208,6 +208,24 @@ def _beside_free(how: Arrangement, part: Array) -> Array:
     return jnp.squeeze(how.beside(part, of_weights=False), tuple(range(lead)))
 
 
+def _few_rows(how: Arrangement, x: Array, node: Carried) -> bool:
+    """Tell whether the sums of all groups, float32, are smaller than the weights in x's dtype."""
+    rows = math.prod(how.cut(x).shape[k] for k in how.x_free)
+    depth = math.prod(node.values.shape[k] for k in how.summed[1])
+    return 4 * rows <= depth * x.dtype.itemsize
+
+
+def _in_groups(
+    how: Arrangement, node: Carried, x: Array, backend: str, options: dict[str, Any]
+) -> Array:
+    """Contract group by group, as a batch; scale the sums and add them up."""
+    batch = ((*how.x_batch, *how.groups[0]), (*how.w_batch, *how.groups[1]))
+    sums = _contract(how, x, node.codes(x.dtype, backend=backend), how.summed, batch, **options)
+    scaled = sums * how.beside(node.scale, of_weights=True).astype(sums.dtype)
+    lead = len(how.x_batch)
+    return scaled.sum(range(lead, lead + len(how.groups[0])))
+
+
 def _sums(how: Arrangement, acts: Operand, weights: Operand, dtype: Any) -> Array:
     """Sum products of codes less zero points, per group: `(*batch, *groups, *free)`."""
     batch = ((*how.x_batch, *how.groups[0]), (*how.w_batch, *how.groups[1]))
@@ -226,8 +244,11 @@ def _sums(how: Arrangement, acts: Operand, weights: Operand, dtype: Any) -> Arra
     return sums
 
 
-def by_weights(params: Any, operand: int, node: Carried, x: Array) -> Array:
+def by_weights(params: Any, operand: int, node: Carried, x: Array, backend: str) -> Array:
     """Contract a float activation with codes, scales after the sum where they do not vary in it.
+
+    Where they do, scaled codes are contracted over both axes at once. CUDA's compiler would write
+    these out; for few rows the groups are a batch there, whose sums are scaled and added.
 
     Returns:
         float32 (or wider, as x is), in the shape of the equation's result.
@@ -235,13 +256,14 @@ def by_weights(params: Any, operand: int, node: Carried, x: Array) -> Array:
     how = arrange(params, operand, node, x)
     wide = jnp.promote_types(x.dtype, jnp.float32)
     options = {"precision": params["precision"], "preferred_element_type": wide}
-    qtype = node.format.qtype
     summed, batch = (how.x_contract, how.w_contract), (how.x_batch, how.w_batch)
+    if any(how.grouped) and backend == "gpu" and _few_rows(how, x, node):
+        return _in_groups(how, node, how.cut(x), backend, options).reshape(how.shape)
     if any(how.grouped):
         w = node.numbers(x.dtype)
         return _contract(how, how.cut(x), w, summed, batch, **options).reshape(how.shape)
-    # Codes less zero points are integers to 255, exact in bfloat16 too.
-    w = qtype.to_numbers(node.values, jnp.ones((), jnp.float32), node.zero).astype(x.dtype)
-    sums = _contract(how, how.cut(x), w, summed, batch, **options)
+    sums = _contract(
+        how, how.cut(x), node.codes(x.dtype, backend=backend), summed, batch, **options
+    )
     scale = how.beside(node.scale, of_weights=True).astype(wide)
     return (sums * scale).reshape(how.shape)

@@ -103,8 +103,7 @@ def ragged(params: Any, node: Carried, x: Array, sizes: Array, backend: str) -> 
     activation = node.activation
     if activation is None:
         wide = jnp.promote_types(x.dtype, jnp.float32)
-        one = jnp.ones((), jnp.float32)
-        w = node.format.qtype.to_numbers(node.values, one, node.zero).astype(x.dtype)
+        w = node.codes(x.dtype, backend=backend)
         sums = lax.ragged_dot_general(x, w, sizes, numbers, preferred_element_type=wide, **options)
         return sums * of_token(node.scale).astype(wide)
     shared = activations.shared_axes("ragged_dot_general", params, 0, activation, x.ndim)

@@ -175,11 +175,11 @@ def _kernel(
     if name == "dot_general":
         if by_codes:
             return _dot.by_codes(params, operand, node, x, backend)
-        return _dot.by_weights(params, operand, node, x)
+        return _dot.by_weights(params, operand, node, x, backend)
     if name == "conv_general_dilated":
         if by_codes:
             return _conv.by_codes(params, node, x, backend, patches=kind == "codes as patches")
-        return _conv.by_weights(params, node, x)
+        return _conv.by_weights(params, node, x, backend)
     (sizes,) = rest
     return _rows.ragged(params, node, x, sizes, backend)
 
