@@ -145,8 +145,8 @@ def run(
         return equation.bind(*_exchanged(operands, operand, _rounded(equation, operand, node, x)))
 
     def kernel(x: Array, node: Carried, *rest: Any) -> Array:
-        how = choice.kernel, name, params, operand
-        return _kernel(*how, node, x, *rest, backend=backend).astype(dtype)
+        found = _kernel(choice.kernel, name, params, operand, node, x, rest, backend)
+        return found.astype(dtype)
 
     run = placed(kernel, equation, operands)
     if not choice.kernel.startswith("codes"):
@@ -166,7 +166,7 @@ def _kernel(
     operand: int,
     node: Carried,
     x: Array,
-    *rest: Array,
+    rest: Sequence[Any],
     backend: str,
 ) -> Array:
     if kind == "rows":
