@@ -180,7 +180,7 @@ def _kernel(
         if by_codes:
             return _conv.by_codes(params, node, x, backend, patches=kind == "codes as patches")
         return _conv.by_weights(params, node, x)
-    return _rows.ragged(params, node, x, *rest, backend)
+    return _rows.ragged(params, node, x, rest[0], backend)
 
 
 def _exchanged(operands: Sequence[Any], operand: int, pair: tuple[Any, Any]) -> list[Any]:
