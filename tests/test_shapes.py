@@ -11,8 +11,10 @@ import jaxtyping
 import pytest
 
 import jaxcompress
+from jaxcompress import numerics
 
 LOGITS = jnp.arange(24.0).reshape(2, 3, 4)
+INT4 = numerics.Format(numerics.int4)
 LABELS = jnp.zeros((2, 3), jnp.int32)
 
 CALLS = {
@@ -23,9 +25,17 @@ CALLS = {
     "distill.mix": lambda f: f(LOGITS[0, 0], LOGITS[0, 1], weight=0.5),
     "distill.reverse_kl": lambda f: f(LOGITS, -LOGITS),
     "distill.soft_cross_entropy": lambda f: f(LOGITS, -LOGITS),
+    "linalg.damped_cholesky": lambda f: f(jnp.eye(3)),
+    "linalg.descend_columns": lambda f: f(
+        LOGITS[0], LOGITS[0], jnp.eye(3), lambda i, row, state: row
+    ),
+    "linalg.solve_columns": lambda f: f(LOGITS[0], jnp.eye(3), lambda i, row, state: row),
     "linalg.top_k_in_groups": lambda f: f(LOGITS, 1, axis=2, size=2),
     "linalg.top_k_mask": lambda f: f(LOGITS, 5),
     "linalg.top_k_masks": lambda f: f([LOGITS, LOGITS[0]], 5),
+    "quantize.bias_shift": lambda f: f(LOGITS[0], LOGITS[0], jnp.ones(3)),
+    "quantize.clip_search": lambda f: f(LOGITS[0], jnp.ones(3), INT4),
+    "quantize.gptq": lambda f: f(LOGITS[0], jnp.eye(3), INT4),
     "train.augment.pad_crop_flip": lambda f: f(jax.random.key(0), jnp.ones((2, 4, 4, 3))),
     "train.metrics.accuracy": lambda f: f(LOGITS[0], LABELS[0]),
     "train.metrics.confusion": lambda f: f(LOGITS[0], LABELS[0]),

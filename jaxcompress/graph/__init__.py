@@ -20,6 +20,9 @@ from jaxcompress.graph._cost_figures import Memory as Memory
 from jaxcompress.graph._graph import Contraction as Contraction
 from jaxcompress.graph._graph import Graph as Graph
 from jaxcompress.graph._graph import Use as Use
+from jaxcompress.graph._intercept import UNREACHABLE as UNREACHABLE
+from jaxcompress.graph._intercept import Interception as Interception
+from jaxcompress.graph._intercept import intercept as intercept
 from jaxcompress.graph._observe import observe as observe
 from jaxcompress.graph._observe import perturb as perturb
 from jaxcompress.graph._observe import tap as tap

@@ -80,6 +80,9 @@ def _load_tpu(topology: str, options: Mapping[str, Any], name: str) -> list[Any]
     if _tpu_attached():  # then JAX sets libtpu up for the chips here, and first
         jax.devices()
         environment = {}
+    if set(topology.partition(":")[2].split("x")) == {"1"}:
+        # One chip is less than what some versions of libtpu take for a host.
+        options = {"chips_per_host_bounds": [1, 1, 1], **options}
     with _defaults(environment):
         return topologies.get_topology_desc(topology, platform="tpu", **options).devices
 

@@ -118,11 +118,11 @@ def observe(
         params: tree.Params, states: Mapping[str, Any], *inputs: Any, **kwargs: Any
     ) -> tuple[Any, dict[str, Any]]:
         traced = capture(fn, params, inputs, kwargs)
-        names = _named(traced, observers, "observers")
+        names = named_sites(traced, observers, "observers")
         refuse_inside(
             traced, names, ("while condition",), "nothing can leave the condition of a loop"
         )
-        _check_states(traced, states, names)
+        check_states(traced, states, names)
         plan = _plan(traced, names, visit, fills=True)
         outputs, filled = execute(traced, plan, (params, inputs, kwargs), dict(states))
         return outputs, {name: filled[name] for name in names}
@@ -235,7 +235,7 @@ def chosen_sites(traced: Traced, where: tree.Where) -> list[str]:
     return names
 
 
-def _named(traced: Traced, names: Mapping[str, Any], argument: str) -> list[str]:
+def named_sites(traced: Traced, names: Mapping[str, Any], argument: str) -> list[str]:
     known = [site.name for _, site, _ in traced.record.sites]
     unknown = [name for name in names if name not in known]
     if unknown or not names:
@@ -260,7 +260,7 @@ def refuse_inside(traced: Traced, names: Sequence[str], labels: Sequence[str], w
             )
 
 
-def _check_states(traced: Traced, states: Mapping[str, Any], names: Sequence[str]) -> None:
+def check_states(traced: Traced, states: Mapping[str, Any], names: Sequence[str]) -> None:
     fix = "Make one state per observer, with Site.stack as leading axes of its arrays."
     if set(states) != set(names):
         raise StructureError(

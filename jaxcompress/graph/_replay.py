@@ -296,7 +296,7 @@ def _same_sites(found: list[Found], known: list[Site]) -> list[Found]:
         alike = [s for s in left if _form(s) == _form(one.site)]
         if alike:
             left.remove(alike[0])
-            places = ("name", "stack", "scope", "repeats", "upstream")
+            places = ("name", "stack", "layers", "scope", "repeats", "upstream", "beside")
             changes = {place: getattr(alike[0], place) for place in places}
         else:  # the rule's forward program contracts more, or otherwise
             changes = {"name": f"{one.site.path}#forward{number}"}

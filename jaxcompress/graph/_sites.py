@@ -86,8 +86,12 @@ class Site:
         source: Sites with equal source read the same activation: query, key and value, say.
         upstream: Names of the sites that its activation comes from, without those that also feed
             another of them (so a skip beside a longer way is not listed).
+        beside: Names of the other sites of its equation: leaves that it contracts together,
+            joined to one operand or multiplied with each other.
         stack: Lengths of the enclosing scans, outermost first: the leading axes of whatever is
             collected here.
+        layers: For each entry of `stack` the leaf axis that this scan takes apart, index by
+            index; `None` where it does something else.
         repeats: How often it runs in one call of fn, on all devices of a `shard_map`.
         bounded: `False` inside a `while` loop, whose length nobody knows: one iteration counts.
         scope: The constructs around it, outermost first: `jit(block)`, `scan`, `cond[1]`.
@@ -110,7 +114,9 @@ class Site:
     output: jax.ShapeDtypeStruct
     source: int
     upstream: tuple[str, ...]
+    beside: tuple[str, ...]
     stack: tuple[int, ...]
+    layers: tuple[int | None, ...]
     repeats: int
     bounded: bool
     scope: tuple[str, ...]

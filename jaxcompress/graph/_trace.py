@@ -126,12 +126,16 @@ def _named(record: Record, walker: Walker) -> list[Found]:
         k = count.get(site.path, 0)
         count[site.path] = k + 1
         names[number] = f"{site.path}#{k}" if k else site.path
+    at: dict[Any, list[str]] = {}
+    for position, _, number in record.sites:
+        at.setdefault(position, []).append(names[number])
     return [
         found._replace(
             site=replace(
                 found.site,
                 name=names[found.number],
                 upstream=tuple(names[n] for n in walker.upstream(found.number) if n in names),
+                beside=tuple(n for n in at[found.position] if n != names[found.number]),
             )
         )
         for found in record.sites

@@ -43,12 +43,15 @@ class View:
         axes: For each axis of the variable, the factors that it is made of.
         stacked: Leaf axes that enclosing scans have taken apart.
         through: The primitives passed since the leaf.
+        layers: `(leaf axis, entry of Site.stack)` of the scans that take a whole axis of the
+            leaf apart in its order.
     """
 
     path: str
     axes: tuple[AxisFactors, ...]
     stacked: tuple[int, ...] = ()
     through: tuple[str, ...] = ()
+    layers: tuple[tuple[int, int], ...] = ()
 
     def leaf_axes(self, axes: Sequence[int]) -> tuple[int, ...]:
         """List the leaf axes that these axes of the variable hold, in the leaf's order.

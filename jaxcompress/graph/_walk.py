@@ -231,6 +231,7 @@ class Walker:
         weight, output = struct(eqn.invars[k]), struct(eqn.outvars[0])
         activation = struct(eqn.invars[other])
         size = elements(self._leaves[view.path].shape)
+        layers = {depth: axis for axis, depth in view.layers}
         moved = _nbytes(activation) + _nbytes(output)
         if layout.axes.lookup:  # only the rows that are picked are read
             moved += _nbytes(output)
@@ -247,7 +248,9 @@ class Walker:
             output=output,
             source=operands[other].ident,
             upstream=(),
+            beside=(),
             stack=place.stack,
+            layers=tuple(layers.get(k) for k in range(len(place.stack))),
             repeats=place.repeats,
             bounded=place.bounded,
             scope=place.scope,
@@ -347,7 +350,7 @@ class Walker:
             by the ident that they have inside.
         """
         args = [
-            self._fed(operands[k], role, var.aval)
+            self._fed(operands[k], role, var.aval, len(inside.stack) - 1)
             for (k, role), var in zip(body.inputs, body.program.invars, strict=True)
         ]
         carried = [i for i, (_, role) in enumerate(body.inputs) if role == "carry"]
@@ -373,7 +376,7 @@ class Walker:
             operands[k] = operands[k]._replace(views=args[i].views, varies=args[i].varies)
         return record, outs, unchanged
 
-    def _fed(self, value: Value, role: str, aval: Any) -> Value:
+    def _fed(self, value: Value, role: str, aval: Any, depth: int) -> Value:
         if role == "same":
             return value._replace(views=_fitted(value.views, aval))
         if role == "carry":
@@ -383,10 +386,19 @@ class Walker:
                 view,
                 axes=view.axes[1:],
                 stacked=tuple(sorted({*view.stacked, *view.leaf_axes([0])})),
+                layers=(*view.layers, *self._layers(view, depth)),
             )
             for view in value.views
         )
         return value._replace(views=views, ident=self.fresh())
+
+    def _layers(self, view: View, depth: int) -> list[tuple[int, int]]:
+        match view.axes[0]:
+            case (factor,) if factor.exact and len(factor.axes) == 1:
+                (axis,) = factor.axes
+                whole = factor.size == self._leaves[view.path].shape[axis]
+                return [(axis, depth)] if whole else []
+        return []
 
     def _join(
         self,

@@ -131,6 +131,15 @@ class Format:
         low, high = self.qtype.limits
         return (-high, high) if self.convention is Convention.NARROW else (low, high)
 
+    @property
+    def clips(self) -> bool:
+        """Whether a number can lie so far outside its slice's range that it is clipped."""
+        if not isinstance(self.range, AbsMax) or self.scale_dtype != jnp.float32:
+            return True
+        least = self.limits[0] if self.limits else 0
+        whole = self.convention in (None, Convention.NARROW, Convention.TIGHT)
+        return not (whole and (least < 0 or not self.symmetric))
+
     def obstacle(self, shape: tuple[int, ...], dtype: Any) -> str | None:
         """Say why an array cannot be brought into this format.
 

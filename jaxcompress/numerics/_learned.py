@@ -4,6 +4,7 @@ Each is differentiable in its input and its parameters by the rule of its paper,
 """
 
 import math
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -185,7 +186,7 @@ def pact(x: ArrayLike, alpha: ArrayLike, *, bits: int) -> Array:
     return _through(clipped, jnp.round(clipped * (steps / level)) * (level / steps)).astype(x.dtype)
 
 
-def dorefa_weights(x: ArrayLike, *, bits: int) -> Array:
+def dorefa_weights(x: ArrayLike, *, bits: int, axes: Sequence[int] | None = None) -> Array:
     r"""Fake-quantize weights after squeezing them into [-1, 1] by tanh.
 
     $2 \, q_k\!\left(\frac{\tanh x}{2 \max |\tanh x|} + \frac12\right) - 1$ with
@@ -193,8 +194,9 @@ def dorefa_weights(x: ArrayLike, *, bits: int) -> Array:
     \mathrm{mean}|x|$. Backwards $q_k$ and the one-bit form count as the identity.
 
     Args:
-        x: One weight array; maximum and mean are over all of it.
+        x: Weights.
         bits: k, 1 to 8.
+        axes: The axes over which the maximum and the mean are taken; all of them by default.
 
     Returns:
         An array of x's shape and dtype.
@@ -212,10 +214,10 @@ def dorefa_weights(x: ArrayLike, *, bits: int) -> Array:
     x = jnp.asarray(x)
     wide = x.astype(jnp.float32)
     if bits == 1:
-        mean = jnp.abs(wide).mean()
+        mean = jnp.abs(wide).mean(axes, keepdims=True)
         return _through(wide, jnp.where(wide < 0, -mean, mean)).astype(x.dtype)
     squeezed = jnp.tanh(wide)
-    largest = jnp.abs(squeezed).max()
+    largest = jnp.abs(squeezed).max(axes, keepdims=True)
     unit = squeezed / (2 * jnp.where(largest > 0, largest, 1)) + 0.5
     return (2 * _through(unit, jnp.round(unit * steps) / steps) - 1).astype(x.dtype)
 

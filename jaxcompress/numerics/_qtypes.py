@@ -76,6 +76,22 @@ class QType(abc.ABC):
             float32 numbers.
         """
 
+    def round_trip(
+        self, x: Array, scale: Array, zero: Array | None, *, limits: Limits | None
+    ) -> Array:
+        """Round numbers to what their stored values stand for, by way of the values or without.
+
+        Args:
+            x: float32 numbers.
+            scale: As in `to_values`.
+            zero: As in `to_values`.
+            limits: As in `to_values`.
+
+        Returns:
+            float32 numbers, equal to `to_numbers(to_values(...))`.
+        """
+        return self.to_numbers(self.to_values(x, scale, zero, limits=limits), scale, zero)
+
     @abc.abstractmethod
     def inside(self, x: Array, scale: Array, zero: Array | None, *, limits: Limits | None) -> Array:
         """Tell which numbers are rounded rather than clipped: where a gradient passes.
@@ -159,6 +175,25 @@ class Scaled(QType):
         t = self.decode(values)
         return (t if zero is None else t - zero) * scale
 
+    def round_trip(
+        self, x: Array, scale: Array, zero: Array | None, *, limits: Limits | None
+    ) -> Array:
+        """Clip, snap to the grid and scale back; see `QType.round_trip`."""
+        low, high = limits or self.limits
+        shift = 0.0 if zero is None else zero
+        return self.snap(jnp.clip(x * (1 / scale), low - shift, high - shift)) * scale
+
+    def snap(self, t: Array) -> Array:
+        """Round normalised numbers to the nearest that have a code.
+
+        Args:
+            t: float32 numbers inside the limits.
+
+        Returns:
+            float32 numbers.
+        """
+        return self.decode(self.encode(t).astype(self.storage))
+
     def inside(self, x: Array, scale: Array, zero: Array | None, *, limits: Limits | None) -> Array:
         """Compare with the limits and margins; see `QType.inside`."""
         (low, high), (below, above) = limits or self.limits, self.margins
@@ -227,6 +262,10 @@ class Int(Scaled):
         """Round to an integer."""
         return _round(t, noise)
 
+    def snap(self, t: Array) -> Array:
+        """Round to an integer; XLA on CPU is slow at casts to 8 bits and back."""
+        return self.encode(t)
+
 
 @dataclass(frozen=True, kw_only=True)
 class Float(Scaled):
@@ -266,6 +305,10 @@ class Float(Scaled):
         binade = jnp.maximum(binade, jnp.float32(info.smallest_normal))
         ticks = _round(t * (2.0**info.nmant / binade), noise)
         return ticks * (binade * 2.0**-info.nmant)
+
+    def snap(self, t: Array) -> Array:
+        """Round; codes are the numbers themselves."""
+        return self.encode(t)
 
 
 @dataclass(frozen=True, kw_only=True)

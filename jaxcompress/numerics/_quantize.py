@@ -189,7 +189,12 @@ def relative_error(x: ArrayLike, approximation: QArray | ArrayLike) -> Array:
         0.2
     """
     hat = dequantize(approximation) if isinstance(approximation, QArray) else approximation
-    x, hat = jnp.asarray(x).astype(jnp.float32), jnp.asarray(hat).astype(jnp.float32)
+    return _relative_error(jnp.asarray(x), jnp.asarray(hat))
+
+
+@jax.jit
+def _relative_error(x: Array, hat: Array) -> Array:
+    x, hat = x.astype(jnp.float32), hat.astype(jnp.float32)
     peak = jnp.maximum(jnp.abs(x).max(initial=0), jnp.finfo(jnp.float32).smallest_normal)
     norm, off = jnp.linalg.norm(jnp.ravel(x / peak)), jnp.linalg.norm(jnp.ravel((x - hat) / peak))
     return jnp.where(off == 0, 0, off / norm)
@@ -264,13 +269,18 @@ def _dequantize(q: QArray) -> Array:
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(1,))
 def _straight_through(x: Array, format: Format) -> Array:
-    q, _ = _quantize(x, format, _Given(), None)
-    return _dequantize(q)
+    blocked, (scale, zero, global_scale) = _fit(x, format, _Given())
+    assert scale is not None
+    product = effective(scale, global_scale)
+    numbers = format.qtype.round_trip(blocked, product, zero, limits=format.limits)
+    return format.granularity.unblock(numbers).astype(x.dtype)
 
 
 @_straight_through.defjvp
 def _straight_through_jvp(format: Format, primals: Any, tangents: Any) -> tuple[Array, Array]:
     (x,), (tangent,) = primals, tangents
+    if not format.clips:  # nothing to compute, and no mask to keep for the backward pass
+        return _fake_quant(x, format), tangent
     blocked, (scale, zero, global_scale) = _fit(jax.lax.stop_gradient(x), format, _Given())
     assert scale is not None
     product = effective(scale, global_scale)

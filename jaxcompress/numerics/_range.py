@@ -398,5 +398,4 @@ def _from_fraction(
 
 
 def _round_trip(x: Array, scale: Array, zero: Array | None, format: "Format") -> Array:
-    values = format.qtype.to_values(x, scale, zero, limits=format.limits)
-    return format.qtype.to_numbers(values, scale, zero)
+    return format.qtype.round_trip(x, scale, zero, limits=format.limits)

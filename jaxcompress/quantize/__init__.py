@@ -4,6 +4,7 @@ from jaxcompress.quantize import presets as presets
 from jaxcompress.quantize._bias import bias_shift as bias_shift
 from jaxcompress.quantize._clip import ClipSearch as ClipSearch
 from jaxcompress.quantize._clip import clip_search as clip_search
+from jaxcompress.quantize._dorefa import DoReFa as DoReFa
 from jaxcompress.quantize._execute import SiteKernel as SiteKernel
 from jaxcompress.quantize._execute import execute as execute
 from jaxcompress.quantize._execute import site_kernels as site_kernels
@@ -11,8 +12,11 @@ from jaxcompress.quantize._fold import fold_norm as fold_norm
 from jaxcompress.quantize._fold import foldable as foldable
 from jaxcompress.quantize._gptq import GPTQ as GPTQ
 from jaxcompress.quantize._gptq import gptq as gptq
+from jaxcompress.quantize._lsq import LSQ as LSQ
+from jaxcompress.quantize._lsq import LSQPlus as LSQPlus
 from jaxcompress.quantize._method import Method as Method
 from jaxcompress.quantize._method import RoundToNearest as RoundToNearest
+from jaxcompress.quantize._pact import PACT as PACT
 from jaxcompress.quantize._policy import Coverage as Coverage
 from jaxcompress.quantize._policy import Policy as Policy
 from jaxcompress.quantize._policy import Rule as Rule
@@ -22,5 +26,12 @@ from jaxcompress.quantize._policy import pack as pack
 from jaxcompress.quantize._policy import unpack as unpack
 from jaxcompress.quantize._ptq import QResult as QResult
 from jaxcompress.quantize._ptq import ptq as ptq
+from jaxcompress.quantize._qat import QAT as QAT
+from jaxcompress.quantize._quantizer import STE as STE
+from jaxcompress.quantize._quantizer import Quantizer as Quantizer
 from jaxcompress.quantize._report import QLeaf as QLeaf
 from jaxcompress.quantize._report import QReport as QReport
+from jaxcompress.quantize._train import train as train
+from jaxcompress.quantize._train_sites import TrainCoverage as TrainCoverage
+from jaxcompress.quantize._variables import labels as labels
+from jaxcompress.quantize._variables import learnable as learnable

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from jaxcompress.numerics import Activation, PerTensor, Scaled
+from jaxcompress.numerics import Activation, Format, PerTensor
 
 
 def shared_axes(
@@ -84,7 +84,8 @@ def round_through(x: Array, scale: Array, zero: Array | None, activation: Activa
     """Round an activation and come back to its dtype, letting gradients through.
 
     The gradient is the straight-through one: 1 where x was rounded, 0 where it was clipped; scale
-    and zero point count as constants.
+    and zero point count as constants. A range that was found anew and leaves nothing out clips
+    nothing, so that the backward pass needs no mask.
 
     Args:
         x: The activation.
@@ -95,19 +96,27 @@ def round_through(x: Array, scale: Array, zero: Array | None, activation: Activa
     Returns:
         What the codes stand for, in x's shape and dtype.
     """
-    return _round_through(x, scale, zero, activation.format)
+    return _round_through(
+        x, scale, zero, activation.format, activation.is_static or activation.format.clips
+    )
 
 
-@functools.partial(jax.custom_jvp, nondiff_argnums=(3,))
-def _round_through(x: Array, scale: Array, zero: Array | None, format: Any) -> Array:
-    codes = format.qtype.to_values(x.astype(jnp.float32), scale, zero, limits=format.limits)
-    return format.qtype.to_numbers(codes, scale, zero).astype(x.dtype)
+@functools.partial(jax.custom_jvp, nondiff_argnums=(3, 4))
+def _round_through(
+    x: Array, scale: Array, zero: Array | None, format: Format, clips: bool
+) -> Array:
+    del clips
+    wide = x.astype(jnp.float32)
+    return format.qtype.round_trip(wide, scale, zero, limits=format.limits).astype(x.dtype)
 
 
 @_round_through.defjvp
-def _round_through_jvp(format: Any, primals: Any, tangents: Any) -> tuple[Array, Array]:
+def _round_through_jvp(
+    format: Format, clips: bool, primals: Any, tangents: Any
+) -> tuple[Array, Array]:
     x, scale, zero = primals
-    assert isinstance(format.qtype, Scaled)
+    out = _round_through(x, scale, zero, format, clips)
+    if not clips:
+        return out, tangents[0]
     inside = format.qtype.inside(x.astype(jnp.float32), scale, zero, limits=format.limits)
-    out = _round_through(x, scale, zero, format)
     return out, jnp.where(inside, tangents[0], jnp.zeros_like(tangents[0]))

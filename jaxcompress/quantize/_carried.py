@@ -17,8 +17,11 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from jaxcompress import numerics
-from jaxcompress.numerics import Activation, Format, PerGroup, QArray, Scaled
+from jaxcompress.numerics import Activation, Format, Int, PerGroup, QArray, Scaled
 from jaxcompress.tree import LeafNode
+
+_PLAIN = (jnp.float32, jnp.bfloat16, jnp.float16)
+"""Dtypes of scales that go to a site as they are stored."""
 
 
 @functools.partial(
@@ -35,7 +38,7 @@ class Carried(LeafNode):
 
     Attributes:
         values: Codes.
-        scale: float32.
+        scale: As stored, or float32 where it is a product of two levels.
         zero: float32 zero point, or `None`.
         activation_scale: Static scale of the activations that it meets, or `None`.
         activation_zero: Static zero point, or `None`.
@@ -89,9 +92,18 @@ class Carried(LeafNode):
             format=self.activation_format, scale=self.activation_scale, zero=self.activation_zero
         )
 
-    def numbers(self) -> Array:
-        """Give the numbers that the codes stand for, float32, in the shape of `values`."""
-        return self.format.qtype.to_numbers(self.values, self.scale, self.zero)
+    def numbers(self, dtype: Any = jnp.float32) -> Array:
+        """Give the numbers that the codes stand for, rounded to a dtype, in the shape of `values`.
+
+        A 16-bit scale multiplies integers in its own dtype, if it is the one asked for: the
+        product is rounded once either way, and compilers need no wider copy of the scales.
+        """
+        qtype = self.format.qtype
+        if self.scale.dtype == dtype and isinstance(qtype, Int) and dtype != jnp.float32:
+            codes = self.values.astype(dtype)
+            return (codes if self.zero is None else codes - self.zero.astype(dtype)) * self.scale
+        scale = self.scale.astype(jnp.float32)
+        return qtype.to_numbers(self.values, scale, self.zero).astype(dtype)
 
     @property
     def ndim(self) -> int:
@@ -134,7 +146,7 @@ def carried(q: QArray, path: str, original: Array | None = None) -> Carried | No
 
     node = Carried(
         values=q.values,
-        scale=numerics.effective_scale(q),
+        scale=q.scale if q.scale.dtype in _PLAIN else numerics.effective_scale(q),
         zero=None if q.zero is None else q.zero.astype(jnp.float32),
         activation_scale=None if static is None else stored(static.scale),
         activation_zero=None if static is None else stored(static.zero),

@@ -204,13 +204,7 @@ def first_matches(
         ArgumentTypeError: If the policy is none.
         SelectionError: If no rule selects anything.
     """
-    if not isinstance(policy, Policy):
-        raise ArgumentTypeError(
-            "policy",
-            got=type(policy).__name__,
-            expected="a quantize.Policy",
-            fix="For example quantize.presets.int8_weights.",
-        )
+    check_policy(policy)
     rule_of: dict[str, Rule] = {}
     unused = []
     for i, rule in enumerate(policy.rules):
@@ -233,6 +227,17 @@ def _require_all_used(params: Params, policy: Policy, unused: tuple[int, ...]) -
             got=f"rule {i} (where={where!r}), whose {len(chosen)} leaves all fall to earlier rules",
             expected="rules that each decide at least one leaf",
             fix="Put the more particular rule first, or drop this one.",
+        )
+
+
+def check_policy(policy: Any) -> None:
+    """Refuse what is no policy, such as a lone rule."""
+    if not isinstance(policy, Policy):
+        raise ArgumentTypeError(
+            "policy",
+            got=type(policy).__name__,
+            expected="a quantize.Policy",
+            fix="For example quantize.presets.int8_weights.",
         )
 
 

@@ -1,12 +1,6 @@
 """Which leaves of params learn, and which are state that fn itself updates."""
 
-from collections.abc import Mapping
-from typing import Any
-
-import jax
-from flax import nnx
-
-from jaxcompress import tree
+from jaxcompress import quantize, tree
 from jaxcompress.errors import ArgumentTypeError
 from jaxcompress.tree import Params, Where
 
@@ -42,7 +36,8 @@ def default_trainable(params: Params) -> Where:
 
     Mutable state is told by its kind where the tree says it: in a Linen `variables` dict every
     collection but `params`; in an `nnx.State` every variable that is not an `nnx.Param`; anywhere
-    else what lies under a `batch_stats` key. Compressed leaves (`QArray`) do not learn.
+    else what lies under a `batch_stats` key. Of the variables of `quantize.train`, what quantizers
+    learn does, the ranges that they follow do not. Compressed leaves (`QArray`) do not learn.
 
     Args:
         params: Any pytree of arrays.
@@ -56,25 +51,4 @@ def default_trainable(params: Params) -> Where:
         >>> list(tree.select(params, default_trainable(params)))
         ['params/w']
     """
-    fixed = _nnx_state(params)
-    is_linen = isinstance(params, Mapping) and "params" in params and not fixed
-
-    def where(path: str, leaf: Any) -> bool:
-        segments = path.split("/")
-        if isinstance(leaf, tree.LeafNode) or not tree.is_floating(leaf) or path in fixed:
-            return False
-        return segments[0] == "params" if is_linen else "batch_stats" not in segments
-
-    return where
-
-
-def _nnx_state(params: Params) -> frozenset[str]:
-    """List the paths of NNX variables other than `nnx.Param`: statistics, caches, counters."""
-    flat = jax.tree_util.tree_flatten_with_path(
-        params, is_leaf=lambda x: isinstance(x, nnx.Variable)
-    )[0]
-    return frozenset(
-        tree.path_str(keypath)
-        for keypath, leaf in flat
-        if isinstance(leaf, nnx.Variable) and not isinstance(leaf, nnx.Param)
-    )
+    return quantize.learnable(params)

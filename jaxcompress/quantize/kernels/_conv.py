@@ -43,7 +43,9 @@ def by_codes(params: Any, node: Carried, x: Array, backend: str, *, patches: boo
     assert activation is not None
     shared = activations.shared_axes("conv_general_dilated", params, 0, activation, x.ndim)
     acts = codes_of.encoded(x, activation, shared, backend)
-    weights = codes_of.operand(node.values, node.scale, node.zero, node.format, backend)
+    weights = codes_of.operand(
+        node.values, node.scale.astype(jnp.float32), node.zero, node.format, backend
+    )
     numbers = params["dimension_numbers"]
     run = _patches if patches else _convolve
     sums = run(params, acts, weights.codes, codes_of.accumulator(node.format))
@@ -108,6 +110,8 @@ def _padded(params: Any, acts: codes_of.Operand) -> Array:
 def _patches(params: Any, acts: codes_of.Operand, w: Array, dtype: Any) -> Array:
     """Gather windows of codes by strided slices, and multiply them by the kernel as a matrix."""
     numbers = params["dimension_numbers"]
+    # Without the barrier each window would be rounded anew.
+    acts = acts._replace(codes=lax.optimization_barrier(acts.codes))
     x = jnp.transpose(
         _padded(params, acts), (numbers.lhs_spec[0], *numbers.lhs_spec[2:], numbers.lhs_spec[1])
     )

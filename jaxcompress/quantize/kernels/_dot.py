@@ -18,6 +18,10 @@ from jaxcompress.quantize import _activations as activations
 from jaxcompress.quantize._carried import Carried
 from jaxcompress.quantize.kernels import _codes as codes_of
 from jaxcompress.quantize.kernels._codes import Operand
+from jaxcompress.quantize.kernels._turns import in_turn
+
+_IN_TURN = ("cpu",)
+"""Backends on which groups are summed in turn: several times faster than as a batch, measured."""
 
 
 @dataclass(frozen=True)
@@ -177,7 +181,13 @@ def by_codes(params: Any, operand: int, node: Carried, x: Array, backend: str) -
         how.cut(rounded.scale),
         None if rounded.zero is None else how.cut(rounded.zero),
     )
-    weights = codes_of.operand(node.values, node.scale, node.zero, node.format, backend)
+    weights = codes_of.operand(
+        node.values, node.scale.astype(jnp.float32), node.zero, node.format, backend
+    )
+    plain = acts.zero is None and weights.zero is None and not how.x_batch
+    if backend in _IN_TURN and any(how.grouped) and plain:
+        sums = in_turn(how, acts, weights, codes_of.accumulator(node.format))
+        return (sums * _beside_free(how, acts.scale)).reshape(how.shape)
     sums = _sums(how, acts, weights, codes_of.accumulator(node.format))
     scaled = (
         sums.astype(jnp.float32)
@@ -190,6 +200,12 @@ def by_codes(params: Any, operand: int, node: Carried, x: Array, backend: str) -
         if groups
         else scaled.reshape(how.shape)
     )
+
+
+def _beside_free(how: Arrangement, part: Array) -> Array:
+    """Bring a scale of the activation, the same for all groups, next to `(*free)`."""
+    lead = len(how.groups[0])
+    return jnp.squeeze(how.beside(part, of_weights=False), tuple(range(lead)))
 
 
 def _sums(how: Arrangement, acts: Operand, weights: Operand, dtype: Any) -> Array:
@@ -222,7 +238,7 @@ def by_weights(params: Any, operand: int, node: Carried, x: Array) -> Array:
     qtype = node.format.qtype
     summed, batch = (how.x_contract, how.w_contract), (how.x_batch, how.w_batch)
     if any(how.grouped):
-        w = node.numbers().astype(x.dtype)
+        w = node.numbers(x.dtype)
         return _contract(how, how.cut(x), w, summed, batch, **options).reshape(how.shape)
     # Codes less zero points are integers to 255, exact in bfloat16 too.
     w = qtype.to_numbers(node.values, jnp.ones((), jnp.float32), node.zero).astype(x.dtype)

@@ -52,7 +52,10 @@ def lookup(params: Any, node: Carried, indices: Array) -> Array:
 
     fill = params["fill_value"]
     values = rows(node.values, 0)
-    scale, zero = rows(node.scale, None), None if node.zero is None else rows(node.zero, 0)
+    scale, zero = (
+        rows(node.scale, None).astype(jnp.float32),
+        None if node.zero is None else rows(node.zero, 0),
+    )
     found = node.format.qtype.to_numbers(values, scale, zero)
     lead = indices.shape[:-1]
     kept = [n for k, n in enumerate(node.shape) if k != axis]
@@ -106,7 +109,9 @@ def ragged(params: Any, node: Carried, x: Array, sizes: Array, backend: str) -> 
         return sums * of_token(node.scale).astype(wide)
     shared = activations.shared_axes("ragged_dot_general", params, 0, activation, x.ndim)
     acts = codes_of.encoded(x, activation, shared, backend)
-    w = codes_of.operand(node.values, node.scale, node.zero, node.format, backend)
+    w = codes_of.operand(
+        node.values, node.scale.astype(jnp.float32), node.zero, node.format, backend
+    )
     sums = lax.ragged_dot_general(
         acts.codes,
         w.codes,

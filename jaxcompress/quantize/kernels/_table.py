@@ -145,8 +145,8 @@ def run(
         return equation.bind(*_exchanged(operands, operand, _rounded(equation, operand, node, x)))
 
     def kernel(x: Array, node: Carried, *rest: Any) -> Array:
-        found = _kernel(choice.kernel, name, params, operand, node, x, rest, backend)
-        return found.astype(dtype)
+        how = choice.kernel, name, params, operand
+        return _kernel(*how, node, x, *rest, backend=backend).astype(dtype)
 
     run = placed(kernel, equation, operands)
     if not choice.kernel.startswith("codes"):
@@ -166,7 +166,7 @@ def _kernel(
     operand: int,
     node: Carried,
     x: Array,
-    rest: Sequence[Any],
+    *rest: Array,
     backend: str,
 ) -> Array:
     if kind == "rows":
@@ -180,7 +180,8 @@ def _kernel(
         if by_codes:
             return _conv.by_codes(params, node, x, backend, patches=kind == "codes as patches")
         return _conv.by_weights(params, node, x)
-    return _rows.ragged(params, node, x, rest[0], backend)
+    (sizes,) = rest
+    return _rows.ragged(params, node, x, sizes, backend)
 
 
 def _exchanged(operands: Sequence[Any], operand: int, pair: tuple[Any, Any]) -> list[Any]:
