@@ -74,6 +74,7 @@ def ptq(
         ArgumentError: If there are no batches, or static ranges would be of zeros only.
 
     Example:
+        >>> import jax
         >>> from jaxcompress.quantize import execute, presets
         >>> fn = lambda params, x: jnp.tanh(x @ params["up"]) @ params["down"]
         >>> keys = jax.random.split(jax.random.key(0), 3)
