@@ -184,13 +184,7 @@ def coverage(params: Params, policy: Policy, *, strict: bool = False) -> Coverag
 
 def first_matches(params: Params, leaves: Mapping[str, Any], policy: Policy) -> dict[str, Rule]:
     """Give each selected leaf its rule, in traversal order; every rule must get a leaf."""
-    if not isinstance(policy, Policy):
-        raise ArgumentTypeError(
-            "policy",
-            got=type(policy).__name__,
-            expected="a quantize.Policy",
-            fix="For example quantize.presets.int8_weights.",
-        )
+    check_policy(policy)
     rule_of: dict[str, Rule] = {}
     for i, rule in enumerate(policy.rules):
         chosen = tree.select(params, rule.where)
@@ -205,6 +199,17 @@ def first_matches(params: Params, leaves: Mapping[str, Any], policy: Policy) -> 
             )
         rule_of |= dict.fromkeys(fresh, rule)
     return {path: rule_of[path] for path in leaves if path in rule_of}
+
+
+def check_policy(policy: Any) -> None:
+    """Refuse what is no policy, such as a lone rule."""
+    if not isinstance(policy, Policy):
+        raise ArgumentTypeError(
+            "policy",
+            got=type(policy).__name__,
+            expected="a quantize.Policy",
+            fix="For example quantize.presets.int8_weights.",
+        )
 
 
 def _obstacle(leaf: Any, format: Format) -> str | None:

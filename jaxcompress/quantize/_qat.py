@@ -7,15 +7,16 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax import Array
+from jax import Array, lax
 from jax.core import Tracer
 
-from jaxcompress import graph, tree
+from jaxcompress import graph, numerics, tree
 from jaxcompress.errors import ArgumentError, NonFiniteError, SelectionError
 from jaxcompress.graph import Equation, Interception, Site
 from jaxcompress.numerics import Activation, scale_shape
 from jaxcompress.quantize import _observers
-from jaxcompress.quantize._activations import fit, round_through, shared_axes
+from jaxcompress.quantize._activations import fit, round_through, shared_axes, to_codes
+from jaxcompress.quantize._integer_forward import contract, suits
 from jaxcompress.quantize._policy import Coverage, Policy, Rule, coverage, first_matches
 from jaxcompress.quantize._quantizer import STE, Quantizer
 from jaxcompress.quantize._train_sites import Met, TrainCoverage, meet
@@ -52,6 +53,7 @@ class QAT:
         start: Observed calls before anything is rounded.
         freeze: Observed calls after which ranges stand still.
         decay: Of the moving averages of ranges.
+        integers: Whether codes are contracted in the forward pass.
         strict: Whether what cannot be rounded is an error.
     """
 
@@ -62,6 +64,7 @@ class QAT:
     start: int
     freeze: int | None
     decay: float
+    integers: bool
     strict: bool
 
     @property
@@ -224,6 +227,16 @@ class QAT:
         met: Mapping[str, Met],
         unrounded: dict[str, str],
     ) -> TrainCoverage:
+        if self.integers and not any(
+            self._in_integers(site, one, plan) for one in met.values() for site in one.sites
+        ):
+            raise ArgumentError(
+                "integers",
+                got="True where no site can contract codes",
+                expected="a dot of a whole leaf, both in symmetric signed integers whose range is "
+                "found anew and leaves nothing out, a scale per output or per tensor",
+                fix="Leave `integers` out, or see `train` for what it takes.",
+            )
         reached = {site.path for site in sites}
         elsewhere = tuple(path for path in plan.covered.formats if path not in reached)
         if self.strict and (unrounded or elsewhere):
@@ -264,7 +277,7 @@ class QAT:
                 state, {path: one.shape for path, one in found.items() if self._has_range(one.rule)}
             )
             met.update(found)
-            return self._interceptions(found, state, active, watch)
+            return self._interceptions(found, plan, state, active, watch)
 
         rounded = tree.map_with_path(
             lambda path, w: self._weight(path, w, plan, state, active), params
@@ -286,7 +299,7 @@ class QAT:
         return rounded if active is None else jnp.where(active, rounded, w)
 
     def _interceptions(
-        self, met: Mapping[str, Met], state: State, active: Array | None, watch: bool
+        self, met: Mapping[str, Met], plan: _Plan, state: State, active: Array | None, watch: bool
     ) -> dict[str, Interception]:
         chosen = {}
         for path, one in met.items():
@@ -295,7 +308,7 @@ class QAT:
             assert one.rule.activations is not None
             form = Activation(format=one.rule.activations)
             if self._has_range(one.rule) and follows:
-                form = jax.lax.stop_gradient(_observers.settle(state.ranges[path], form.format))
+                form = lax.stop_gradient(_observers.settle(state.ranges[path], form.format))
                 needs["on"] = _observers.is_known(state.ranges[path])
             elif self._has_range(one.rule):
                 needs["learned"] = state.learned[path]["activations"]
@@ -304,11 +317,22 @@ class QAT:
             needs["scale"], needs["zero"] = form.scale, form.zero
             for site in one.sites:
                 cell = jax.tree.map(lambda x, one=one, site=site: one.at(x, site), needs)
+                if self._in_integers(site, one, plan):
+                    leaf = plan.leaves[path]
+                    q = numerics.quantize(lax.stop_gradient(leaf), plan.covered.formats[path])
+                    cell |= {"w": leaf, "codes": q.values.astype(jnp.int8), "factor": q.scale}
                 if watch and follows:
                     cell["seen"] = _observers.nothing(site.stack)
                 handler = functools.partial(_at_site, self.activations, site, form.format)
                 chosen[site.name] = Interception(handler, cell)
         return chosen
+
+    def _in_integers(self, site: Site, met: Met, plan: _Plan) -> bool:
+        found_anew = isinstance(self.activations, STE) and not met.rule.static
+        simple = self.integers and self.start == 0 and isinstance(self.weights, STE) and found_anew
+        weights, activations = plan.covered.formats[met.path], met.rule.activations
+        assert activations is not None
+        return simple and suits(site, weights, activations, plan.leaves[met.path].shape)
 
     def _first_look(
         self, plan: _Plan, params: Params, inputs: Any, kwargs: Any
@@ -385,9 +409,14 @@ def _at_site(
     if "seen" in cell:
         cell = {**cell, "seen": _observers.widen(cell["seen"], x, format)}
     if isinstance(quantizer, STE):
+        still = lax.stop_gradient(x)
         form = Activation(format=format, scale=cell["scale"], zero=cell["zero"])
         shared = shared_axes(site.primitive, equation.params, k, form, x.ndim)
-        scale, zero = fit(jax.lax.stop_gradient(x), form, shared)
+        scale, zero = fit(still, form, shared)
+        if "codes" in cell:
+            codes = to_codes(still, scale, zero, form).astype(jnp.int8)
+            w = (cell["w"], cell["codes"], cell["factor"].astype(jnp.float32))
+            return contract(equation, k, (x, codes, scale), w), cell
         rounded = round_through(x, scale, zero, form)
     else:
         rounded = quantizer.activations(x, cell.get("learned", {}), format)

@@ -5,7 +5,7 @@ from typing import Any
 
 from jaxcompress.errors import ArgumentError
 from jaxcompress.numerics import Entropy
-from jaxcompress.quantize._policy import Policy
+from jaxcompress.quantize._policy import Policy, check_policy
 from jaxcompress.quantize._qat import QAT
 from jaxcompress.quantize._quantizer import STE, Quantizer
 
@@ -19,6 +19,7 @@ def train(
     start: int = 0,
     freeze: int | None = None,
     decay: float = 0.99,
+    integers: bool = False,
     strict: bool = False,
 ) -> QAT:
     r"""Make a function that runs like `fn` with weights and activations rounded, to be trained.
@@ -48,6 +49,11 @@ def train(
         start: Round nothing until that many calls of `observe` have been made.
         freeze: Let the ranges of `Rule(static=True)` stand still after that many; `None` never.
         decay: Of their moving averages, in [0, 1).
+        integers: Contract codes in the forward pass, in int32, where a leaf as it is meets an
+            activation, both `STE()` in symmetric signed integers with `AbsMax()` ranges found in
+            each call, a scale per output or per tensor. The backward pass then is that of the
+            unrounded operands: nothing rounded is kept for it. Elsewhere, and by default,
+            rounded numbers are contracted, and gradients are those at the rounded values.
         strict: Raise where a leaf cannot take its format or has no site, or an activation cannot
             be rounded; see `QAT.coverage`.
 
@@ -69,6 +75,7 @@ def train(
         >>> qat.convert(params)["kernel"].activation.is_static
         False
     """
+    check_policy(policy)
     quantizers = {"weights": weights or STE(), "activations": activations or STE()}
     for name, quantizer in quantizers.items():
         _check_quantizer(name, quantizer, policy)
@@ -81,6 +88,7 @@ def train(
         start=start,
         freeze=freeze,
         decay=decay,
+        integers=integers,
         strict=strict,
     )
 
