@@ -9,17 +9,18 @@ import sys
 
 import jax
 import jax.numpy as jnp
+import optax
 import pytest
 import zoo_registry
 from flax import linen as nn
 
-from jaxcompress import adapters, export, quantize, sparsity
+from jaxcompress import adapters, distill, export, quantize, sparsity
 
 sys.path.insert(0, str(pathlib.Path(__file__).parents[1] / "examples"))
 from models.llama import LLAMA_1B, Llama, LlamaConfig
 
 README = (pathlib.Path(__file__).parents[1] / "README.md").read_text()
-LOOP, SUMMARY, SITES, SESSION = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+LOOP, AWARE, SUMMARY, SITES, SESSION = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
 TABLE = re.search(r"```\n(site or leaf .*?)\n```", README, re.DOTALL)
 
 
@@ -43,6 +44,14 @@ def test_the_training_loop(names, tmp_path, monkeypatch):
         names["params"]["params"]["layers_0"]["kernel"],
         scope["params"]["params"]["layers_0"]["kernel"],
     )
+
+
+def test_training_with_rounded_activations(names):
+    scope = {**names, "teacher": names["params"], "distill": distill, "jax": jax, "optax": optax}
+    exec(AWARE.replace("start=100", "start=1"), scope)
+    kernel = scope["packed"]["params"]["layers_0"]["kernel"]
+    assert kernel.activation.is_static and kernel.format.qtype.name == "int4"
+    assert scope["state"].params["quantizers"]["steps"] == 3 and scope["metrics"]["loss"] > 0
 
 
 def test_the_summary_of_llama(tmp_path, monkeypatch):

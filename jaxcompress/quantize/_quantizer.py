@@ -212,7 +212,8 @@ def from_zero_to(top: Array, format: Format) -> Activation:
 
 def positive(learned: Array, format: Format) -> Array:
     """Keep a step or level positive: one that training drove to zero can still come back."""
-    least = jnp.finfo(format.scale_dtype).smallest_normal.astype(jnp.float32)
+    # Not so small that the square of its reciprocal, in the gradient, is infinite.
+    least = max(2.0**-40, float(jnp.finfo(format.scale_dtype).smallest_normal))
     return instead(learned, jnp.maximum(jax.lax.stop_gradient(learned), least))
 
 
