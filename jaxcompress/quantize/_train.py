@@ -65,6 +65,7 @@ def train(
             with a format. When called, as `QAT` says.
 
     Example:
+        >>> import jax.numpy as jnp
         >>> from jaxcompress.numerics import Format, PerChannel, PerToken, int8
         >>> from jaxcompress.quantize import Rule
         >>> rule = Rule(weights=Format(int8, PerChannel()), activations=Format(int8, PerToken()))
