@@ -46,7 +46,7 @@ class Config:
     """
 
     quick: bool = False
-    images: int = 4000
+    images: int = 1000
     windows: int = 128
     seed: int = 0
     out: pathlib.Path = pathlib.Path("quantize-pretrained")
@@ -111,6 +111,7 @@ POLICIES = {
     "nf4 g64": presets.nf4,
     **INT4,
     "int4 GPTQ, bias corrected": weights_only(GPTQ(), MSE(), correct_bias=True),
+    "int4 GPTQ, whole range": weights_only(GPTQ(), AbsMax()),
 }
 QUICK = ("int8 static", "int4 RTN", "int4 GPTQ")
 
