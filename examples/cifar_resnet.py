@@ -19,13 +19,20 @@ import numpy as np
 import tyro
 from models.resnet import TORCH_NAMES, CifarResNet
 
-from jaxcompress import adapters, distill, export, quantize, report, sparsity, train
+from jaxcompress import adapters, distill, export, numerics, quantize, report, sparsity, train
 from jaxcompress.quantize import presets
 from jaxcompress.train import augment, metrics
 
 ROOT = pathlib.Path(__file__).parents[1]
 MEAN, STD = jnp.array([0.485, 0.456, 0.406]), jnp.array([0.229, 0.224, 0.225])
 TEMPERATURE = 4.0
+INT4 = quantize.Policy(
+    (
+        quantize.Rule(
+            weights=numerics.Format(numerics.int4, numerics.PerChannel(), range=numerics.MSE())
+        ),
+    )
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -198,7 +205,7 @@ def main(config: Config) -> None:
     table.add("gradual 80% + distilled", pruned, mask=mask)
 
     steps = epoch * (1 if config.quick else config.quantize_epochs)
-    for bits, policy in ((8, presets.int8_weights), (4, presets.int4)):
+    for bits, policy in ((8, presets.int8_weights), (4, INT4)):
         for name, start, kept in (("dense", network.params, None), ("80%", pruned, mask)):
             trained, new = distil(
                 network,
