@@ -66,7 +66,7 @@ def execute(fn: Callable[..., Any], *, backend: str | None = None) -> Callable[.
 
     It works under `jit`, `vmap`, `scan`, `checkpoint`, `jax.export` and shardings, and is
     differentiable in activations and in unquantized leaves: rounding passes gradients on where it
-    does not clip.
+    does not clip. Quantized leaves count as constants where codes meet codes.
 
     Args:
         fn: `fn(params, *inputs, **kwargs) -> outputs`, pure.

@@ -52,7 +52,8 @@ def ptq(
 
     Methods that are `sequential` (GPTQ) see activations after all upstream weights have been
     replaced, as do the ranges of static activations beside them; all batches are then kept.
-    Otherwise everything is collected in one pass, which keeps none.
+    Otherwise everything is collected in one pass, which keeps none. A tied embedding is quantized
+    where it is contracted: lookups upstream of that are seen with the rows as they were.
 
     Args:
         fn: `fn(params, *inputs) -> outputs`, pure, as it is used for inference.
