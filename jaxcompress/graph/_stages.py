@@ -364,6 +364,9 @@ def _sliced(site: Site, picks: Mapping[int, int], depth: int) -> Site:
         site,
         axes=Axes(**{role: renumbered(axes) for role, axes in vars(site.axes).items()}),
         stack=site.stack[depth:],
+        layers=tuple(
+            None if axis is None else renumbered((axis,))[0] for axis in site.layers[depth:]
+        ),
         repeats=site.repeats // times,
         flops=site.flops // times,
         bytes=site.bytes // times,

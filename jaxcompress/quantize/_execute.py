@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxcompress import numerics, tree
-from jaxcompress.errors import ArgumentError, SelectionError
+from jaxcompress.errors import ArgumentError, JaxCompressError, SelectionError, StructureError
 from jaxcompress.graph import Equation
 from jaxcompress.graph._constructs import Cells
 from jaxcompress.graph._replay import SitesAt, Visit, make_plan
@@ -164,7 +164,10 @@ class _Run:
         dense = tree.map_with_path(
             lambda _, x: _stand_in(x) if isinstance(x, QArray) else x, params
         )
-        traced = capture(fn, dense, inputs, kwargs, prune=True)
+        try:
+            traced = capture(fn, dense, inputs, kwargs, prune=True)
+        except (TypeError, ValueError) as error:
+            raise _not_traced(error, params, quantized) from error
         plan = make_plan(
             traced.program,
             traced.record,
@@ -234,6 +237,20 @@ class _Run:
 
     def _log(self, path: str, site: str | None, choice: Choice) -> None:
         self.uses.append(SiteKernel(path=path, site=site, kernel=choice.kernel, why=choice.why))
+
+
+def _not_traced(error: Exception, params: tree.Params, quantized: set[str]) -> Exception:
+    """Say that fn could not be run on params: they may be another model's."""
+    if isinstance(error, JaxCompressError):
+        return error
+    shapes = {p: tuple(leaf.shape) for p, leaf in tree.items(params) if p in quantized}
+    listed = ", ".join(f"{path!r} {shape}" for path, shape in list(shapes.items())[:4])
+    return StructureError(
+        "params",
+        got=f"QArrays on which fn raises {type(error).__name__}: {str(error).splitlines()[0]}",
+        expected="params and inputs of fn's own model",
+        fix=f"Quantize the params of this fn; those here have {listed}.",
+    )
 
 
 def _stand_in(q: QArray) -> jax.ShapeDtypeStruct:

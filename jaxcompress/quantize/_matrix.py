@@ -9,12 +9,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
 from jaxcompress.graph import Axes
-from jaxcompress.numerics import Format, PerChannel, PerGroup, PerTensor, QArray
+from jaxcompress.numerics import Format, PerChannel, PerGroup, PerTensor, QArray, Scaled
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,6 +41,12 @@ class Form:
         """The lead shape of the matrices, feature groups last."""
         groups = (self.feature_groups,) if self.feature_groups > 1 else ()
         return (*self._sizes(self.lead), *groups)
+
+    @property
+    def innermost(self) -> int:
+        """The axis along which groups run: the last contracted one of more than one entry."""
+        longer = [k for k in self.inner if self.shape[k] > 1]
+        return longer[-1] if longer else self.inner[-1]
 
     def _sizes(self, axes: Sequence[int]) -> tuple[int, ...]:
         return tuple(self.shape[k] for k in axes)
@@ -172,10 +179,13 @@ def target_of(format: Format, form: Form) -> Target:
         kept = PerChannel(tuple(k - ndim for k in sorted((*form.lead, *form.outer))))
         return Target(leaf=replace(format, granularity=kept), matrix=format)
     if isinstance(granularity, PerGroup) and granularity.axis == -2 and form.inner:
-        axis = form.inner[-1]
+        axis = form.innermost
         size, note = _dividing(granularity.size, form.shape[axis])
         leaf = replace(format, granularity=PerGroup(size, axis - ndim))
-        return Target(leaf=leaf, matrix=replace(format, granularity=PerGroup(size, -2)), note=note)
+        matrix = replace(format, granularity=PerGroup(size, -2))
+        # Feature groups have one global scale for all of them.
+        alone = format.global_scale and form.feature_groups > 1
+        return Target(leaf=leaf, matrix=None if alone else matrix, note=note)
     return Target(leaf=format, matrix=None)
 
 
@@ -205,7 +215,7 @@ def assemble(parts: QArray, form: Form, target: Target, dtype: Any) -> QArray:
     assert target.matrix is not None
     granularity = target.leaf.granularity
     grouped = isinstance(granularity, PerGroup)
-    axis = form.inner[-1] if grouped else len(form.shape)
+    axis = form.innermost if grouped else len(form.shape)
     counts = list(form.shape)
     if isinstance(granularity, PerGroup):
         counts[axis] //= granularity.size
@@ -220,6 +230,8 @@ def assemble(parts: QArray, form: Form, target: Target, dtype: Any) -> QArray:
         # (*matrices, groups, 1, out) -> the leaf with its innermost contracted axis in two
         return jnp.expand_dims(coarse.to_leaf(jnp.squeeze(part, -2)), axis + 1)
 
+    several = not isinstance(target.leaf.qtype, Scaled)  # scales, along a last axis
+    each = jax.vmap(one, in_axes=-1, out_axes=-1) if several else one
     values = parts.values
     if grouped:
         values = values.reshape(*values.shape[:-3], -1, values.shape[-1])
@@ -228,11 +240,12 @@ def assemble(parts: QArray, form: Form, target: Target, dtype: Any) -> QArray:
         # One per matrix, as many axes as the scale.
         shape = [n if k in form.lead else 1 for k, n in enumerate(form.shape)]
         shape[axis + 1 : axis + 1] = [1] * grouped
+        shape += [1] * several
         changes["global_scale"] = parts.global_scale.reshape(shape)
     return replace(
         parts,
         values=granularity.block(form.to_leaf(values)),
-        scale=one(parts.scale),
+        scale=each(parts.scale),
         zero=one(parts.zero),
         format=target.leaf,
         dtype=dtype,

@@ -46,6 +46,11 @@ class Task:
     notes: tuple[str, ...]
 
     @property
+    def is_indexed(self) -> bool:
+        """Whether fn picks slices of the leaf by number, so that only a stop tells which."""
+        return bool(self.keys) and any(site.axes.sliced for site in self.sites)
+
+    @property
     def keys(self) -> set[str]:
         """The statistics that it needs."""
         return {*self.method_keys.values(), self.range_key, self.mean_key} - {None}
@@ -161,6 +166,11 @@ def _task(graph: Graph, path: str, leaf: Any, rule: Rule, book: _Book) -> Task |
     if why and method != RoundToNearest():
         notes.append(f"rounded to nearest, since {why}")
         method = RoundToNearest()
+    if method.sequential and len(alike) > 1 and not any(site.axes.sliced for site in alike):
+        notes.append("codes were chosen by what its first site sees")
+    if rule.correct_bias and (why or not alike):
+        why = why or "its entries are moved about, or it is only looked up"
+        notes.append(f"no bias was corrected: {why}")
     activations = rule.activations if contracting else None
     if rule.activations is not None and not contracting:
         notes.append("no activation is contracted with it")
@@ -177,7 +187,7 @@ def _task(graph: Graph, path: str, leaf: Any, rule: Rule, book: _Book) -> Task |
         },
         range_key=None if static is None else book.key(static, _ranges.statistic(static)),
         mean_key=book.key("mean", mean_covariance(diagonal=True))
-        if rule.correct_bias and alike
+        if rule.correct_bias and alike and target.matrix is not None
         else None,
         activations=activations,
         notes=tuple(notes),

@@ -52,8 +52,9 @@ def ptq(
 
     Methods that are `sequential` (GPTQ) see activations after all upstream weights have been
     replaced, as do the ranges of static activations beside them; all batches are then kept.
-    Otherwise everything is collected in one pass, which keeps none. A tied embedding is quantized
-    where it is contracted: lookups upstream of that are seen with the rows as they were.
+    Otherwise everything is collected in one pass, which keeps none (layers that fn picks from a
+    stacked leaf by number, outside of a scan, need the batches kept too). A tied embedding is
+    quantized where it is contracted: lookups upstream are seen with the rows as they were.
 
     Args:
         fn: `fn(params, *inputs) -> outputs`, pure, as it is used for inference.
@@ -92,10 +93,21 @@ def ptq(
     plan = make_plan(graph.trace(fn, params, *first), params, policy, strict=strict)
     works = {path: Work(task, leaf) for path, task, leaf in _with_leaves(plan, params)}
     stream = itertools.chain([first], matching(stream, first))
-    if any(task.method.sequential for task in plan.tasks.values()):
-        _in_sequence(fn, params, stream, plan, works, host=host, progress=progress)
-    else:
-        _in_one_pass(fn, params, stream, plan, works, progress=progress)
+    replaces = any(task.method.sequential for task in plan.tasks.values())
+    try:
+        if replaces or any(task.is_indexed for task in plan.tasks.values()):
+            _in_sequence(
+                fn, params, stream, plan, works, replaces=replaces, host=host, progress=progress
+            )
+        else:
+            _in_one_pass(fn, params, stream, plan, works, progress=progress)
+    except NonFiniteError as error:  # its advice is for those who call `stats`
+        raise NonFiniteError(
+            error.argument,
+            got=error.got,
+            expected=error.expected,
+            fix="Look at the inputs of that batch, and at the weights before the first site named.",
+        ) from error
     done = {path: work.finish() for path, work in works.items()}
     quantized = tree.map_with_path(lambda path, x: done.get(path, x), params)
     if any(task.mean_key for task in plan.tasks.values()):
@@ -142,10 +154,10 @@ def _in_one_pass(
         )
     for path, work in works.items():
         task = plan.tasks[path]
-        results = {site: collected[site.name] for site in task.sites} if task.keys else {}
-        for site, found in zip(task.sites, results.values(), strict=False):
-            work.watch(site, found, {})
-        work.quantize(work.leaf, list(results.items()), {})
+        found = [(site, collected[site.name]) for site in task.sites] if task.keys else []
+        for site, results in found:
+            work.watch(site, results, {})
+        work.quantize(work.leaf, found, {})
 
 
 def _in_sequence(
@@ -155,10 +167,14 @@ def _in_sequence(
     plan: Plan,
     works: Mapping[str, "Work"],
     *,
+    replaces: bool,
     host: bool,
     progress: bool,
 ) -> None:
-    """Advance all batches together, and quantize leaves by what reaches them then."""
+    """Advance all batches together, and quantize leaves, or their slices, by what reaches them.
+
+    Activations are those after all upstream weights have been replaced, if `replaces`.
+    """
     wanted = {path for path, task in plan.tasks.items() if task.keys}
     # What needs no data is replaced beforehand: it is upstream of something, or of nothing.
     ready = {
@@ -166,7 +182,8 @@ def _in_sequence(
         for path, work in works.items()
         if not plan.tasks[path].method_keys
     }
-    started = tree.map_with_path(lambda path, x: ready.get(path, x), params)
+    upstream = ready if replaces else {}
+    started = tree.map_with_path(lambda path, x: upstream.get(path, x), params)
 
     def visit(stop: stats.Stop) -> dict[str, Any]:
         replaced: dict[str, Any] = {}
@@ -179,7 +196,7 @@ def _in_sequence(
             if path not in ready and not work.has(picks):
                 found = [(site, stop.results[site.name])]
                 replaced[path] = work.quantize(stop.leaves[path], found, picks)
-        return replaced
+        return replaced if replaces else {}
 
     stats.sequential(
         fn,
@@ -208,10 +225,12 @@ def _corrected(
     for work in works.values():
         if work.task.mean_key is None:
             continue
-        site, form, shift = work.task.sites[0], work.task.form, work.shift()
+        site, form = work.task.sites[0], work.task.form
         chain = chains.get(site.name)
         source = [*site.axes.stacked, *site.axes.batch]
-        if len(work.task.sites) > 1 or sorted(source) != list(form.lead):
+        single = len(work.task.sites) == 1 and sorted(source) == list(form.lead)
+        shift = work.shift() if single else None
+        if not single:
             why = "the leaf has several sites, or its slices are told apart outside of scans"
         elif chain is None or chain.unshiftable is not None:
             why = "there is no bias" if chain is None else chain.unshiftable

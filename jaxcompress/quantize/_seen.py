@@ -26,7 +26,7 @@ def by_matrix(result: Any, site: Site, form: Form) -> Any:
     Returns:
         The same, its arrays leading with `form.matrices`.
     """
-    apart, loose = scans(site, form)
+    apart, loose = scans(site)
     result = merged(result, loose)
     source = [*(k for k in apart if k is not None), *site.axes.batch]
     known = [k for k in form.lead if k in source]
@@ -43,24 +43,16 @@ def by_matrix(result: Any, site: Site, form: Form) -> Any:
     return jax.tree.map(place, result)
 
 
-def scans(site: Site, form: Form) -> tuple[list[int | None], tuple[int, ...]]:
+def scans(site: Site) -> tuple[tuple[int | None, ...], tuple[int, ...]]:
     """Tell which scan around a site takes which axis of the leaf apart, and which take none.
 
     Args:
         site: The site.
-        form: The leaf's form.
 
     Returns:
         For each scan the leaf's axis, or `None`; and the numbers of those that have none.
     """
-    left = list(site.axes.stacked)
-    apart: list[int | None] = []
-    for length in site.stack:
-        mine = next((k for k in left if form.shape[k] == length), None)
-        apart.append(mine)
-        if mine is not None:
-            left.remove(mine)
-    return apart, tuple(k for k, axis in enumerate(apart) if axis is None)
+    return site.layers, tuple(k for k, axis in enumerate(site.layers) if axis is None)
 
 
 def together(results: Sequence[Any]) -> Any:

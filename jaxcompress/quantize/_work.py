@@ -56,11 +56,11 @@ class Work:
         """
         form, here = self.task.form.without(tuple(picks)), tuple(sorted(picks.items()))
         mean_key, range_key = self.task.mean_key, self.task.range_key
-        if mean_key is not None and here not in self._means:
+        if mean_key is not None and len(self.task.sites) == 1:
             self._means[here] = _seen.by_matrix(results[mean_key], site, form).mean
         if self._ranges is not None and range_key is not None:
             left = [k for k in range(len(self.task.form.shape)) if k not in picks]
-            axes, _ = _seen.scans(site, form)
+            axes, _ = _seen.scans(site)
             named = tuple(None if k is None else left[k] for k in axes)
             self._ranges.add(results[range_key], named, picks)
 

@@ -212,7 +212,8 @@ def _few_rows(how: Arrangement, x: Array, node: Carried) -> bool:
     """Tell whether the sums of all groups, float32, are smaller than the weights in x's dtype."""
     rows = math.prod(how.cut(x).shape[k] for k in how.x_free)
     depth = math.prod(node.values.shape[k] for k in how.summed[1])
-    return 4 * rows <= depth * x.dtype.itemsize
+    # A symbolic number of rows, of `jax.export`, may be any.
+    return isinstance(rows, int) and 4 * rows <= depth * x.dtype.itemsize
 
 
 def _in_groups(
