@@ -31,6 +31,24 @@ def placement(part: Any, axes: Sequence[Sequence[int]]) -> NamedSharding | None:
     return NamedSharding(sharding.mesh, spec)
 
 
+def replicated(f: Callable[[Any], Any], x: Any) -> Any:
+    """Call `f(x)`, with automatic axes and a result that is on every device, if there are Explicit.
+
+    Args:
+        f: What to call; it may reshape freely.
+        x: An array.
+
+    Returns:
+        `f(x)`.
+    """
+    sharding = getattr(jax.typeof(x), "sharding", None)
+    if sharding is None or AxisType.Explicit not in sharding.mesh.axis_types:
+        return f(x)
+    out = NamedSharding(sharding.mesh, PartitionSpec())
+    automatic: Callable[[Any], Any] = jax.sharding.auto_axes(f, out_sharding=out)
+    return automatic(x)
+
+
 def placed(
     kernel: Callable[..., Any], equation: Any, operands: Sequence[Any]
 ) -> Callable[..., Any]:

@@ -52,13 +52,7 @@ class GPTQ(Method):
     sequential: bool = True  # pyright: ignore[reportIncompatibleMethodOverride]
 
     def __post_init__(self):
-        if not (0 < self.damping <= 10 and self.block >= 1 and self.refine >= 0):
-            raise ArgumentError(
-                "damping, block, refine",
-                got=(self.damping, self.block, self.refine),
-                expected="a fraction in (0, 10], a positive size, and a number of passes",
-                fix="Try GPTQ().",
-            )
+        _check_options(self.damping, self.block, self.refine)
 
     @property
     def statistics(self) -> Mapping[str, Statistic]:
@@ -152,6 +146,7 @@ def gptq(
     algorithm 1, for the codes; Zhang et al., "COMQ" (arXiv:2403.07134), which treats scales as
     coordinates too.
     """
+    _check_options(damping, block, refine)
     w, hessian = jnp.asarray(w), jnp.asarray(hessian)
     if hessian.shape != w.shape[:1] * 2:
         raise ArgumentError(
@@ -179,6 +174,19 @@ def gptq(
         static_groups=static_groups,
         refined=refine > 0,
     )
+
+
+def _check_options(damping: float, block: int, refine: int) -> None:
+    options = (
+        ("damping", damping, 0 < damping <= 10, "a fraction in (0, 10]", 0.01),
+        ("block", block, block >= 1, "a positive number of rows", 128),
+        ("refine", refine, refine >= 0, "a number of passes, 0 or more", 2),
+    )
+    for name, got, fits, expected, default in options:
+        if not fits:
+            raise ArgumentError(
+                name, got=got, expected=expected, fix=f"Try {name}={default}, the default."
+            )
 
 
 @functools.partial(

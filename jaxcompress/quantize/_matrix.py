@@ -4,6 +4,7 @@ Methods see one matrix; a leaf is brought into that form by the axes that its si
 lead axes are those that tell matrices apart: stacked layers, experts, feature groups.
 """
 
+import functools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -16,6 +17,7 @@ from jax import Array
 
 from jaxcompress.graph import Axes
 from jaxcompress.numerics import Format, PerChannel, PerGroup, PerTensor, QArray, Scaled
+from jaxcompress.quantize._explicit import replicated
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,8 +60,11 @@ class Form:
             leaf: An array of the leaf's shape.
 
         Returns:
-            `(*matrices, in, out)`.
+            `(*matrices, in, out)`; with Explicit mesh axes, on every device.
         """
+        return replicated(self._to_matrices, leaf)
+
+    def _to_matrices(self, leaf: Array) -> Array:
         x = jnp.transpose(leaf, (*self.lead, *self.inner, *self.outer))
         lead, inner = self._sizes(self.lead), math.prod(self._sizes(self.inner))
         x = x.reshape(*lead, inner, self.feature_groups, -1)  # (*lead, in, groups, out)
@@ -75,8 +80,12 @@ class Form:
             ones: Whether `in` is 1: one entry for all that is contracted.
 
         Returns:
-            An array of the leaf's shape, with 1 where the matrices had it.
+            An array of the leaf's shape, with 1 where the matrices had it; with Explicit mesh
+            axes, on every device.
         """
+        return replicated(functools.partial(self._to_leaf, ones=ones), matrices)
+
+    def _to_leaf(self, matrices: Array, *, ones: bool) -> Array:
         if self.feature_groups > 1:
             matrices = jnp.moveaxis(matrices, -3, -2)
             matrices = matrices.reshape(*matrices.shape[:-2], -1)  # (*lead, in, outs)

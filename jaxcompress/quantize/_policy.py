@@ -6,7 +6,7 @@ from typing import Any
 
 from jaxcompress import numerics, tree
 from jaxcompress.errors import ArgumentError, ArgumentTypeError, SelectionError
-from jaxcompress.numerics import Entropy, Format, PerTensor, PerToken, QArray
+from jaxcompress.numerics import Entropy, Float, Format, Int, PerTensor, PerToken, QArray
 from jaxcompress.quantize._method import Method, RoundToNearest
 from jaxcompress.tree import LeafNode, Params, Where
 
@@ -30,8 +30,8 @@ class Rule:
 
     Raises:
         ArgumentTypeError: If a format is none, or the method is no `Method`.
-        ArgumentError: If activations have a granularity that no contraction can take, or parts
-            do not go together.
+        ArgumentError: If activations have a type (other than integers and floats), a granularity
+            or a global scale that no contraction can take, or parts do not go together.
     """
 
     where: Where = tree.weights
@@ -76,6 +76,7 @@ class Rule:
                 expected="a format for the weights too: both are contracted together",
                 fix="Give `weights`, or leave `activations` out.",
             )
+        self._check_activation_numbers(self.activations)
         kinds = (PerTensor,) if self.static else (PerTensor, PerToken)
         if not isinstance(self.activations.granularity, kinds):
             raise ArgumentError(
@@ -91,6 +92,23 @@ class Rule:
                 got="Entropy() with static=False",
                 expected="a range method for single arrays where each call finds the range",
                 fix="Pass static=True, or take AbsMax(), Percentile() or MSE().",
+            )
+
+    @staticmethod
+    def _check_activation_numbers(activations: Format) -> None:
+        if not isinstance(activations.qtype, Int | Float):
+            raise ArgumentError(
+                "activations",
+                got=f"{activations.qtype.name}, a {type(activations.qtype).__name__}",
+                expected="integers or floats: codes that can be multiplied",
+                fix="For example Format(int8, PerToken()), or Format(float8_e4m3fn, PerToken()).",
+            )
+        if activations.global_scale:
+            raise ArgumentError(
+                "activations",
+                got=f"{activations.qtype.name} with global_scale=True",
+                expected="one scale per token or tensor, in float32",
+                fix="Leave `global_scale` out, for example Format(int8, PerToken()).",
             )
 
 

@@ -1,5 +1,6 @@
 """What a post-training quantization did, leaf by leaf and site by site."""
 
+import difflib
 import io
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -9,6 +10,7 @@ import rich.box
 import rich.console
 import rich.table
 
+from jaxcompress import tree
 from jaxcompress.numerics import Format
 from jaxcompress.quantize._execute import SiteKernel
 
@@ -75,9 +77,30 @@ class QReport:
     bytes: int
 
     def __getitem__(self, path: str) -> QLeaf:
-        """Look a quantized leaf up by its path."""
+        """Look a quantized leaf up by its path.
+
+        Args:
+            path: Its path.
+
+        Returns:
+            What was done to it.
+
+        Raises:
+            KeyError: If no such leaf was quantized; it says why, or names the nearest paths.
+        """
         found = {leaf.path: leaf for leaf in self.leaves}
-        return found[path]
+        if path in found:
+            return found[path]
+        why = self._why_not(path)
+        near = difflib.get_close_matches(path, found, n=3, cutoff=0.3) or list(found)
+        raise KeyError(f"{path!r} {why}; quantized are, for example: {tree.shorten(near)}")
+
+    def _why_not(self, path: str) -> str:
+        if path in self.exempt:
+            return f"was left alone: it {self.exempt[path]}"
+        if path in self.excluded:
+            return "was left alone by a rule with weights=None"
+        return "was selected by no rule" if path in self.unselected else "is no leaf of params"
 
     @property
     def fallbacks(self) -> tuple[SiteKernel, ...]:

@@ -266,9 +266,13 @@ def test_bfloat16_weights_keep_their_dtype(w, hessian):
 @pytest.mark.parametrize(
     ("call", "error", "says"),
     [
-        (lambda: quantize.GPTQ(damping=0), errors.ArgumentError, "damping"),
-        (lambda: quantize.GPTQ(block=0), errors.ArgumentError, "positive size"),
-        (lambda: quantize.GPTQ(refine=-1), errors.ArgumentError, "passes"),
+        (lambda: quantize.GPTQ(damping=0), errors.ArgumentError, "`damping`"),
+        (lambda: quantize.GPTQ(block=0), errors.ArgumentError, "`block`.*positive"),
+        (lambda: quantize.GPTQ(refine=-1), errors.ArgumentError, "`refine`.*passes"),
+        (lambda: run(Format(int4), damping=0), errors.ArgumentError, "`damping`"),
+        (lambda: run(Format(int4), damping=11), errors.ArgumentError, "`damping`"),
+        (lambda: run(Format(int4), block=0), errors.ArgumentError, "`block`"),
+        (lambda: run(Format(int4), refine=-3), errors.ArgumentError, "`refine`.*got -3"),
         (lambda: run(Format(int4), n=5), errors.ArgumentError, r"\(in, in\)"),
         (
             lambda: run(Format(int4, PerGroup(2)), static_groups=False),

@@ -13,7 +13,19 @@ from flax import nnx
 
 from jaxcompress import numerics, quantize, tree
 from jaxcompress.errors import ArgumentError, ArgumentTypeError, NonFiniteError, SelectionError
-from jaxcompress.numerics import Format, PerChannel, PerGroup, QArray, int4, int8
+from jaxcompress.numerics import (
+    Format,
+    PerChannel,
+    PerGroup,
+    PerTensor,
+    PerToken,
+    QArray,
+    binary_basis,
+    float8_e4m3fn,
+    int4,
+    int8,
+    nf4,
+)
 from jaxcompress.quantize import Policy, Rule, presets
 
 INT4_G4 = Format(int4, PerGroup(4))
@@ -117,6 +129,28 @@ def test_presets_pack_what_they_fake(name):
     error = numerics.relative_error(params["kernel"], packed["kernel"])
     bits = packed["kernel"].format.qtype.bits
     assert error < {1: 0.7, 2: 0.5, 3: 0.3, 4: 0.15, 5: 0.15, 8: 0.05}[bits]
+
+
+@pytest.mark.parametrize("granularity", [PerTensor(), PerToken()], ids=["tensor", "token"])
+@pytest.mark.parametrize(
+    ("qtype", "options", "says"),
+    [
+        (nf4, {}, "`activations`.*integers or floats.*nf4, a Codebook"),
+        (binary_basis(2), {}, "`activations`.*integers or floats.*a Basis"),
+        (
+            int8,
+            {"scale_dtype": jnp.float8_e4m3fn, "global_scale": True},
+            "`activations`.*global_scale=True",
+        ),
+    ],
+    ids=["codebook", "basis", "global"],
+)
+def test_activations_that_no_kernel_takes(granularity, qtype, options, says):
+    activations = Format(qtype, granularity, **options)
+    with pytest.raises(ArgumentError, match=says):
+        Rule(weights=Format(int8, PerChannel()), activations=activations)
+    Rule(weights=activations)  # weights may have it
+    Rule(weights=Format(int8, PerChannel()), activations=Format(float8_e4m3fn, granularity))
 
 
 def test_coverage_needs_shapes_only(params):

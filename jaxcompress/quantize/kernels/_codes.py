@@ -64,7 +64,7 @@ def operand(
     """
     qtype = format.qtype
     if isinstance(qtype, Float):
-        codes = values if backend in ("gpu", "cuda", "rocm") else values.astype(jnp.bfloat16)
+        codes = values if backend == "gpu" else values.astype(jnp.bfloat16)
         return Operand(codes, scale, None)
     assert isinstance(qtype, Int)
     zero = None if zero is None else zero.astype(jnp.int32)
