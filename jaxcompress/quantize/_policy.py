@@ -282,7 +282,7 @@ def _nothing_to_do(
     )
 
 
-def _alone(policy: Policy) -> Policy:
+def alone(policy: Policy) -> Policy:
     """Let each rule's method say which format stands for it where no activations are seen."""
     if not isinstance(policy, Policy):
         return policy  # `coverage` refuses it
@@ -320,7 +320,7 @@ def fake_quant(params: Params, policy: Policy, *, strict: bool = False) -> Param
         >>> fake_quant(params, presets.int8_weights)["kernel"].tolist()
         [[0.0], [127.0]]
     """
-    formats = coverage(params, _alone(policy), strict=strict).formats
+    formats = coverage(params, alone(policy), strict=strict).formats
     return tree.map_with_path(
         lambda path, x: numerics.fake_quant(x, formats[path]) if path in formats else x, params
     )
@@ -349,7 +349,7 @@ def pack(params: Params, policy: Policy, *, strict: bool = False) -> Params:
         >>> tree.nbytes(params), tree.nbytes(pack(params, presets.int8_weights))
         (60, 36)
     """
-    formats = coverage(params, _alone(policy), strict=strict).formats
+    formats = coverage(params, alone(policy), strict=strict).formats
     return tree.map_with_path(
         lambda path, x: numerics.quantize(x, formats[path]) if path in formats else x, params
     )

@@ -17,7 +17,7 @@ from jaxcompress.numerics import Activation, scale_shape
 from jaxcompress.quantize import _observers
 from jaxcompress.quantize._activations import fit, round_through, shared_axes, to_codes
 from jaxcompress.quantize._integer_forward import contract, suits
-from jaxcompress.quantize._policy import Coverage, Policy, Rule, coverage, first_matches
+from jaxcompress.quantize._policy import Coverage, Policy, Rule, alone, coverage, first_matches
 from jaxcompress.quantize._quantizer import STE, Quantizer
 from jaxcompress.quantize._train_sites import Met, TrainCoverage, meet
 from jaxcompress.quantize._variables import (
@@ -209,7 +209,7 @@ class QAT:
         )
 
     def _plan(self, params: Params) -> _Plan:
-        covered = coverage(params, self.policy, strict=self.strict)
+        covered = coverage(params, alone(self.policy), strict=self.strict)
         leaves = dict(tree.items(params))
         chosen, _ = first_matches(params, leaves, self.policy)
         return _Plan(covered, {path: chosen[path] for path in covered.formats}, leaves)

@@ -25,7 +25,10 @@ def train(
     r"""Make a function that runs like `fn` with weights and activations rounded, to be trained.
 
     Every leaf is rounded once, as `fake_quant` does, whatever its sites; every activation where
-    it meets such a leaf. `Rule.method` is for `ptq`: here codes are the nearest ones.
+    it meets such a leaf. Formats name a leaf's own axes, as in `fake_quant` and unlike in `ptq`:
+    `PerChannel()` is a scale per index of the last axis, which is per output in Flax's kernels;
+    say `PerChannel((0, -1))` for stacked layers, `PerChannel((0,))` for `(out, in)`, or take what
+    `ptq` came to, `report[path].format`. A method that needs data, such as GPTQ, is refused.
 
     With `STE()` and ranges found in each call, the result takes fn's params: put it in place of
     fn. With quantizers that learn, `Rule(static=True)` or `start`, it takes
