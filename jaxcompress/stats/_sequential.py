@@ -255,6 +255,7 @@ class _Run:
             put = jax.jit(
                 _put, static_argnames="axes", out_shardings=sharding, donate_argnames=donated
             )
+            new = _placed_like(new, before[path])
             self.current[path] = put(leaf, new, [picks[a] for a in axes], axes=axes)
             self._ours.add(path)
 

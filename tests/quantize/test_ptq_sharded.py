@@ -69,3 +69,22 @@ def test_shards_get_the_codes_of_one_device(kind, policy):
         assert row.weight_sqnr == pytest.approx(alone.weight_sqnr, abs=1e-3)
         assert row.output_sqnr == pytest.approx(alone.output_sqnr, abs=0.05)
         assert [use.kernel for use in row.kernels] == [use.kernel for use in alone.kernels]
+
+
+def test_slices_of_a_stack_over_explicit_axes():
+    """GPTQ meets the layers of a scan one by one, and puts each back where it was."""
+    mesh = jax.make_mesh((2, 4), ("data", "model"), axis_types=(AxisType.Explicit,) * 2)
+    put = lambda x, *spec: jax.device_put(x, NamedSharding(mesh, PartitionSpec(*spec)))
+
+    def layers(out_sharding):
+        layer = lambda h, w: (jnp.tanh(jnp.dot(h, w, out_sharding=out_sharding)), None)
+        return lambda p, x: jax.lax.scan(layer, x, p["layers"])[0]
+
+    params = {"layers": draw(2, 8, 8)}
+    spread = {"layers": put(params["layers"], None, None, "model")}
+    rows = NamedSharding(mesh, PartitionSpec("data", None))
+    with jax.set_mesh(mesh):
+        got = quantize.ptq(layers(rows), spread, [put(X, "data")], SOLVED).params["layers"]
+    want = quantize.ptq(layers(None), params, [X], SOLVED).params["layers"]
+    np.testing.assert_array_equal(got.values, want.values)
+    assert got.values.sharding.shard_shape(got.values.shape)[-1] == 2
