@@ -168,16 +168,12 @@ def policies() -> dict[str, Policy]:
 
 QUICK = ("int8", "int8 static", "int4 per channel RTN", "int4 per channel GPTQ", "mxfp4")
 
-# Training rounds a leaf by its own axes, and layers are stacked along the first of them.
 TUNING = Policy(
-    tuple(
-        Rule(where=where, weights=Format(int4, PerChannel(axes), range=MSE()))
-        for where, axes in {
-            "**/embed/*": (0,),  # a scale per row
-            "**/attention/[qkv]/*": (0, -2, -1),  # (layer, in, head, feature)
-            "**/layers/**/kernel": (0, -1),  # (layer, ..., out)
-            "**/head/*": (-1,),
-        }.items()
+    (
+        Rule(
+            where=["**/embed/*", "**/attention/[qkv]/*", "**/layers/**/kernel", "**/head/*"],
+            weights=Format(int4, PerChannel(), range=MSE()),
+        ),
     )
 )
 
@@ -228,7 +224,7 @@ def main(config: Config) -> None:
     tuning = {"steps": config.tuning_steps, "rate": 5e-4}
     table.add("float32, trained on", fit(fn, params, text, config, **tuning))
     trained_on = fit(qat, params, text, config, **tuning)
-    table.add("int4 per channel QAT", qat.convert(trained_on))
+    table.add("int4 per channel QAT", qat.convert(trained_on, seen))
 
     title = f"A Llama of {tree.count(params):,} params, {table.labels.size:,} held-out characters"
     rows = table.table(title)

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from jaxcompress.graph import Axes
+from jaxcompress.graph import Axes, Site
 from jaxcompress.numerics import Format, PerChannel, PerGroup, PerTensor, QArray, Scaled
 from jaxcompress.quantize._explicit import replicated
 
@@ -145,6 +145,22 @@ def form_of(shape: Sequence[int], axes: Axes, feature_groups: int = 1) -> Form:
     )
 
 
+def form_at(shape: Sequence[int], sites: Sequence[Site]) -> Form:
+    """Find the matrices of a leaf from its sites.
+
+    Args:
+        shape: The leaf's shape.
+        sites: Its sites, at least one. The one of most FLOPs that contracts it counts; the first
+            where it is looked up, if none does.
+
+    Returns:
+        The form.
+    """
+    contracting = [site for site in sites if not site.axes.lookup]
+    main = max(contracting, key=lambda site: site.flops) if contracting else sites[0]
+    return form_of(shape, main.axes, main.feature_groups)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Target:
     """A format in terms of a leaf, and of its matrices.
@@ -196,6 +212,14 @@ def target_of(format: Format, form: Form) -> Target:
         alone = format.global_scale and form.feature_groups > 1
         return Target(leaf=leaf, matrix=None if alone else matrix, note=note)
     return Target(leaf=format, matrix=None)
+
+
+def follows_site(format: Format) -> bool:
+    """Tell whether a site decides what a format means, or its own axes do; see `target_of`."""
+    granularity = format.granularity
+    if isinstance(granularity, PerGroup):
+        return granularity.axis == -2
+    return granularity in (PerTensor(), PerChannel())
 
 
 def _dividing(size: int, length: int) -> tuple[int, str]:

@@ -9,7 +9,7 @@ from jaxcompress.errors import SelectionError
 from jaxcompress.graph import Graph, Site
 from jaxcompress.numerics import Format
 from jaxcompress.quantize import _ranges
-from jaxcompress.quantize._matrix import Form, Target, form_of, target_of
+from jaxcompress.quantize._matrix import Form, Target, form_at, form_of, target_of
 from jaxcompress.quantize._method import Method, RoundToNearest
 from jaxcompress.quantize._policy import Policy, Rule, first_matches, obstacle
 from jaxcompress.stats import Statistic, mean_covariance
@@ -147,8 +147,7 @@ def _task(graph: Graph, path: str, leaf: Any, rule: Rule, book: _Book) -> Task |
     assert rule.weights is not None
     sites, notes = graph.sites_of(path), []
     contracting = [site for site in sites if not site.axes.lookup]
-    main = max(contracting, key=lambda site: site.flops) if contracting else sites[0]
-    form = form_of(leaf.shape, main.axes, main.feature_groups)
+    form = form_at(leaf.shape, sites)
     target = target_of(rule.weights, form)
     why = obstacle(leaf, target.leaf)
     if why:

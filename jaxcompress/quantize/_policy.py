@@ -1,6 +1,6 @@
 """Policies: which leaves of params get which format."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -183,6 +183,30 @@ def coverage(params: Params, policy: Policy, *, strict: bool = False) -> Coverag
         >>> coverage(params, presets.int8_weights).unselected
         ('bias',)
     """
+    return cover(params, policy, lambda path, leaf, format: format, strict=strict)
+
+
+def cover(
+    params: Params,
+    policy: Policy,
+    resolve: Callable[[str, Any, Format], Format],
+    *,
+    strict: bool,
+) -> Coverage:
+    """Decide as `coverage` does, where a rule's format means another for some leaves.
+
+    Args:
+        params: Likewise.
+        policy: Likewise.
+        resolve: `(path, leaf, the rule's format) -> the leaf's`, asked for arrays alone.
+        strict: Likewise.
+
+    Returns:
+        The decision, with the formats of leaves.
+
+    Raises:
+        SelectionError: As `coverage` does.
+    """
     leaves = dict(tree.items(params))
     rule_of, unused = first_matches(params, leaves, policy)
     _require_all_used(params, policy, unused)
@@ -190,9 +214,12 @@ def coverage(params: Params, policy: Policy, *, strict: bool = False) -> Coverag
     for path, rule in rule_of.items():
         if rule.weights is None:
             continue
-        reason = obstacle(leaves[path], rule.weights)
+        reason, format = obstacle(leaves[path], None), rule.weights
         if reason is None:
-            formats[path] = rule.weights
+            format = resolve(path, leaves[path], format)
+            reason = obstacle(leaves[path], format)
+        if reason is None:
+            formats[path] = format
         else:
             exempt[path] = reason
     if not formats or (strict and exempt):

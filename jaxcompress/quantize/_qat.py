@@ -13,13 +13,14 @@ from jax.core import Tracer
 from jaxcompress import graph, numerics, tree
 from jaxcompress.errors import ArgumentError, NonFiniteError, SelectionError
 from jaxcompress.graph import Equation, Interception, Site
-from jaxcompress.numerics import Activation, scale_shape
+from jaxcompress.numerics import Activation, Format, scale_shape
 from jaxcompress.quantize import _observers
 from jaxcompress.quantize._activations import fit, round_through, shared_axes, to_codes
 from jaxcompress.quantize._integer_forward import contract, suits
-from jaxcompress.quantize._policy import Coverage, Policy, Rule, alone, coverage, first_matches
+from jaxcompress.quantize._matrix import follows_site
+from jaxcompress.quantize._policy import Coverage, Policy, Rule, alone, cover, first_matches
 from jaxcompress.quantize._quantizer import STE, Quantizer
-from jaxcompress.quantize._train_sites import Met, TrainCoverage, meet
+from jaxcompress.quantize._train_sites import Met, TrainCoverage, meet, target_at
 from jaxcompress.quantize._variables import (
     State,
     check_activations,
@@ -36,6 +37,7 @@ class _Plan(NamedTuple):
     covered: Coverage
     rules: dict[str, Rule]
     leaves: dict[str, Any]
+    notes: dict[str, str]
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -132,7 +134,7 @@ class QAT:
             SelectionError: If the policy leaves nothing to round.
             NonFiniteError: If concrete activations hold NaN or infinity.
         """
-        plan = self._plan(params)
+        plan = self._plan(params, inputs, kwargs)
         quantizer = self.weights
         learned: dict[str, dict[str, Any]] = {}
         for path, format in plan.covered.formats.items():
@@ -152,7 +154,7 @@ class QAT:
                 )
         return sealed(params, State(learned, ranges, jnp.zeros((), jnp.int32)))
 
-    def convert(self, variables: Params) -> Params:
+    def convert(self, variables: Params, *inputs: Any, **kwargs: Any) -> Params:
         """Bring trained params into their stored form, with the form of activations beside them.
 
         At each site what the codes stand for is what calling rounds to. The exception is
@@ -160,6 +162,9 @@ class QAT:
 
         Args:
             variables: As calling takes them; concrete or traced.
+            *inputs: fn's other arguments, as in training; shapes are enough. They tell where fn
+                contracts a leaf, and so which axes its format names.
+            **kwargs: fn's keyword arguments.
 
         Returns:
             Params with a `QArray` in place of every leaf that has a format.
@@ -167,9 +172,10 @@ class QAT:
         Raises:
             StructureError: As calling does.
             ArgumentError: If a range has never been seen.
+            ArgumentTypeError: If inputs are not those of fn.
         """
         params, state = opened(variables, has_state=self.has_state)
-        plan = self._plan(params)
+        plan = self._plan(params, inputs, kwargs)
         check_weights(state, self._weight_shapes(plan))
 
         def packed(path: str, leaf: Any) -> Any:
@@ -196,7 +202,7 @@ class QAT:
             SelectionError: If the policy leaves nothing to round.
         """
         params = params["params"] if is_variables(params) else params
-        plan = self._plan(params)
+        plan = self._plan(params, inputs, kwargs)
         sites = graph.trace(self.fn, params, *inputs, **kwargs).sites
         met, unrounded = meet(sites, plan.rules, plan.leaves)
         return self._account(plan, sites, met, unrounded)
@@ -208,11 +214,23 @@ class QAT:
             rule.static and isinstance(self.activations, STE)
         )
 
-    def _plan(self, params: Params) -> _Plan:
-        covered = coverage(params, alone(self.policy), strict=self.strict)
+    def _plan(self, params: Params, inputs: Any, kwargs: Any) -> _Plan:
+        policy, notes = alone(self.policy), {}
+        formats = [rule.weights for rule in policy.rules if rule.weights is not None]
+        sites: tuple[Site, ...] = ()
+        if any(follows_site(format) for format in formats):
+            sites = graph.trace(self.fn, params, *inputs, **kwargs).sites
+
+        def resolve(path: str, leaf: Any, format: Format) -> Format:
+            target = target_at(path, leaf, format, sites)
+            if target.note:
+                notes[path] = target.note
+            return target.leaf
+
+        covered = cover(params, policy, resolve, strict=self.strict)
         leaves = dict(tree.items(params))
         chosen, _ = first_matches(params, leaves, self.policy)
-        return _Plan(covered, {path: chosen[path] for path in covered.formats}, leaves)
+        return _Plan(covered, {path: chosen[path] for path in covered.formats}, leaves, notes)
 
     def _weight_shapes(self, plan: _Plan) -> dict[str, tuple[int, ...]]:
         if not self.weights.learns(of="weights"):
@@ -259,13 +277,14 @@ class QAT:
             },
             unrounded=unrounded,
             elsewhere=elsewhere,
+            notes=plan.notes,
         )
 
     def _run(
         self, variables: Params, inputs: Any, kwargs: Any, *, watch: bool
     ) -> tuple[Any, dict[str, Any], Array]:
         params, state = opened(variables, has_state=self.has_state)
-        plan = self._plan(params)
+        plan = self._plan(params, inputs, kwargs)
         check_weights(state, self._weight_shapes(plan))
         active = state.steps >= self.start if self.start else None
         met: dict[str, Met] = {}

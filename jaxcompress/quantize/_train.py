@@ -24,11 +24,13 @@ def train(
 ) -> QAT:
     r"""Make a function that runs like `fn` with weights and activations rounded, to be trained.
 
-    Every leaf is rounded once, as `fake_quant` does, whatever its sites; every activation where
-    it meets such a leaf. Formats name a leaf's own axes, as in `fake_quant` and unlike in `ptq`:
-    `PerChannel()` is a scale per index of the last axis, which is per output in Flax's kernels;
-    say `PerChannel((0, -1))` for stacked layers, `PerChannel((0,))` for `(out, in)`, or take what
-    `ptq` came to, `report[path].format`. A method that needs data, such as GPTQ, is refused.
+    Every leaf is rounded once, however many sites it has; every activation where it meets such a
+    leaf. Formats mean what they do in `ptq`: as written, `PerChannel()`, `PerGroup(n)` and
+    `PerTensor()` follow the contracting site of most FLOPs (else the lookup), whatever the layout:
+    a scale per output, groups along the innermost contracted axis, one per stacked layer or
+    expert. Other axes are the leaf's own, as are all axes of a leaf without a site.
+    `QAT.coverage` shows what each format came to. A method rounds as in `fake_quant`; one that
+    needs data, such as GPTQ, is refused.
 
     With `STE()` and ranges found in each call, the result takes fn's params: put it in place of
     fn. With quantizers that learn, `Rule(static=True)` or `start`, it takes
@@ -76,7 +78,7 @@ def train(
         >>> params = {"kernel": jnp.asarray([[1.0], [127.0]])}
         >>> qat(params, jnp.asarray([[0.4, 127.0]])).tolist()
         [[16129.0]]
-        >>> qat.convert(params)["kernel"].activation.is_static
+        >>> qat.convert(params, jnp.ones((1, 2)))["kernel"].activation.is_static
         False
     """
     check_policy(policy)

@@ -12,6 +12,7 @@ from jaxcompress import tree
 from jaxcompress.errors import SelectionError
 from jaxcompress.graph import UNREACHABLE, Site
 from jaxcompress.numerics import Format, PerToken
+from jaxcompress.quantize._matrix import Target, form_at, target_of
 from jaxcompress.quantize._policy import Coverage, Rule
 
 _TOKENS_KNOWN = ("dot_general", "conv_general_dilated", "ragged_dot_general")
@@ -22,18 +23,21 @@ class TrainCoverage:
     """What training with a policy does to every leaf and at every site of fn.
 
     Attributes:
-        leaves: What becomes of each leaf; see `coverage`.
+        leaves: What becomes of each leaf, with the format that its rule comes to at its sites;
+            see `coverage`.
         rounded: `{site name: format}` where activations are rounded.
         unrounded: `{site name: reason}` where the rule has a format for activations that cannot
             be rounded.
         elsewhere: Paths of leaves that have a format though fn neither contracts nor looks them
             up: they are rounded as they will be stored.
+        notes: `{path: what}` where a leaf's format is not what the rule says, and why.
     """
 
     leaves: Coverage
     rounded: Mapping[str, Format] = field(default_factory=dict)
     unrounded: Mapping[str, str] = field(default_factory=dict)
     elsewhere: tuple[str, ...] = ()
+    notes: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -72,6 +76,21 @@ class Met:
             x = reduce(x, axis=others).transpose([kept.index(axis) for axis in self.layers])
             whole.append(x.reshape(self.shape))
         return reduce(jnp.stack(whole), axis=0)
+
+
+def target_at(path: str, leaf: Any, format: Format, sites: Sequence[Site]) -> Target:
+    """Say what a rule's format means for a leaf, as `ptq` does; without a site, its own axes.
+
+    Args:
+        path: The leaf's path.
+        leaf: An array, or its shape.
+        format: The rule's format.
+        sites: Of fn.
+    """
+    mine = [site for site in sites if site.path == path]
+    if not mine:
+        return Target(leaf=format, matrix=None)
+    return target_of(format, form_at(leaf.shape, mine))
 
 
 def meet(

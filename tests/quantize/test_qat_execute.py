@@ -65,7 +65,7 @@ def test_execution_gives_what_training_saw(model, case):
         _, state = qat.observe(variables, x)
         variables = {**variables, "quantizers": variables["quantizers"] | state["quantizers"]}
     trained = jax.jit(qat)(variables, x)
-    packed = qat.convert(variables)
+    packed = qat.convert(variables, x)
     executed = jax.jit(quantize.execute(fn))(packed, x)
     scale = jnp.abs(trained).max()
     # A sum that lies between two codes can round to either downstream; almost all do not.

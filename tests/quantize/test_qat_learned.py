@@ -95,7 +95,7 @@ def test_what_is_trained_is_what_is_executed(name, params, x):
     value, slope = jax.jit(jax.value_and_grad(lambda p, x: (qat(p, x) ** 2).sum(), allow_int=True))(
         variables, 1.5 * x
     )
-    stored = qat.convert(variables)
+    stored = qat.convert(variables, x)
 
     def contract(x, q):
         if q.activation is not None:
@@ -178,7 +178,7 @@ def test_gradients_of_lsq_plus():
         got["w"]["activations"]["offset"], [[(g_x * ~inside).sum() * scale]], rtol=1e-4
     )
     np.testing.assert_allclose(by_x, g_x * inside, rtol=1e-5)
-    form = qat.convert(with_learned(variables, moved))["w"].activation
+    form = qat.convert(with_learned(variables, moved), x)["w"].activation
     assert form.zero == -5 and 0 < inside.sum() < 6
     paper = quantize.train(linear, qat.policy, weights=LSQ(), activations=LSQPlus(whole=False))
     out = paper(with_learned(variables, moved), x)
@@ -211,7 +211,7 @@ def test_gradients_of_pact():
     expected = (g_x * (x >= 2)).sum()
     np.testing.assert_allclose(got["w"]["activations"]["alpha"], [[expected]], rtol=1e-5)
     np.testing.assert_allclose(by_x, g_x * ((x >= 0) & (x < 2)), rtol=1e-5)
-    form = qat.convert(with_learned(variables, learned))["w"].activation
+    form = qat.convert(with_learned(variables, learned), x)["w"].activation
     np.testing.assert_allclose(form.scale, [[2 / 15]], rtol=1e-6)
     assert qat.init({"w": jnp.asarray(w)}, -x * (x > 9))["quantizers"]["learned"]["w"] == {
         "activations": {"alpha": jnp.ones((1, 1))}
@@ -224,7 +224,7 @@ def test_dorefa_is_stored_in_its_own_levels(params, x):
     )
     assert not qat.has_state
     w = {"w": params["a"]}
-    q = qat.convert(w)["w"]
+    q = qat.convert(w, x)["w"]
     assert isinstance(q.format.qtype, Codebook) and q.format.qtype.bits == 4
     assert q.format.qtype.levels == tuple((2 * k - 15) / 15 for k in range(16))
     w_hat = numerics.dorefa_weights(params["a"], bits=4)
@@ -304,7 +304,7 @@ def test_variables_of_another_training(params, x):
     with pytest.raises(StructureError, match="qat.init"):
         lsq(params, x)
     with pytest.raises(StructureError, match="qat.init"):
-        lsq.convert(params)
+        lsq.convert(params, x)
     pact = quantize.train(mlp, policy(W4, UNSIGNED), activations=PACT())
     with pytest.raises(StructureError, match="what is learned of weights: some for 'a', 'b'"):
         pact(variables, x)
