@@ -1,0 +1,234 @@
+"""Certificates: how far a smaller function is from three references, and what it costs."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxcompress import graph, tree
+
+
+@dataclass(frozen=True, kw_only=True)
+class Distance:
+    """How far outputs are from a reference's.
+
+    Attributes:
+        absolute: The largest absolute difference of an entry.
+        relative: The same over the largest absolute entry of the reference output that it is in.
+    """
+
+    absolute: float
+    relative: float
+
+    def __str__(self) -> str:
+        return f"{self.relative:.1e}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Distances:
+    """The three distances of a smaller function, on one set of inputs.
+
+    Attributes:
+        structural: To fn with everything that is removed set to zero as it runs (to the neutral
+            element before a maximum, a minimum or a product). Rounding, or the surgery is wrong.
+        weights: To fn with the removed entries of params set to zero, and nothing else: what a
+            mask in training sees. Normalisations and biases that see the removed width show here.
+        dense: To fn: what the decision costs before any recovery.
+    """
+
+    structural: Distance
+    weights: Distance
+    dense: Distance
+
+
+@dataclass(frozen=True, kw_only=True)
+class Leak:
+    """An equation that makes something of zeros: why the mask on params is not the removal.
+
+    Attributes:
+        where: The module or function that it is in, as JAX names it.
+        primitive: The primitive's name, and the axes' sizes that it sees.
+        paths: The leaves that it reads, if any.
+        magnitude: The largest absolute entry that it makes at removed indices.
+        effect: How far outputs move if only this is left in, relative to their largest entry.
+    """
+
+    where: str
+    primitive: str
+    paths: tuple[str, ...]
+    magnitude: float
+    effect: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Size:
+    """What a function takes.
+
+    Attributes:
+        params: Entries of params.
+        bytes: Bytes of params.
+        flops: Operations of its contractions, counted from the jaxpr, 2 per multiply-add.
+        compiled_flops: Operations that the CPU's compiler counts; `None` where it was not asked.
+    """
+
+    params: int
+    bytes: int
+    flops: int
+    compiled_flops: float | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Certificate:
+    """What a smaller function was compared with, and how far it is.
+
+    Attributes:
+        given: Distances on the inputs that were given; `None` if they were shapes only.
+        random: Distances on random inputs of the same shapes; `None` likewise for params.
+        tolerance: The largest structural distance, relative, that is rounding for the dtypes.
+        leaks: What explains a distance to the masked params, largest effect first.
+        before: Size of fn.
+        after: Size of the smaller function.
+        notes: What was not done, and why.
+    """
+
+    given: Distances | None
+    random: Distances | None
+    tolerance: float
+    leaks: tuple[Leak, ...]
+    before: Size
+    after: Size
+    notes: tuple[str, ...] = ()
+
+    @property
+    def holds(self) -> bool:
+        """Whether every structural distance is at rounding level, and some was measured."""
+        measured = [d.structural.relative for d in (self.given, self.random) if d is not None]
+        return bool(measured) and all(value <= self.tolerance for value in measured)
+
+    def __str__(self) -> str:
+        lines = [f"certificate: {'holds' if self.holds else 'DOES NOT HOLD'}"]
+        if self.given is None and self.random is None:
+            lines = ["certificate: nothing was run, params are shapes"]
+        for name, distances in (("given", self.given), ("random", self.random)):
+            if distances is not None:
+                lines.append(
+                    f"  {name} inputs: to fn re-masked {distances.structural} "
+                    f"(at most {self.tolerance:.0e}), to masked params {distances.weights}, "
+                    f"to dense {distances.dense}"
+                )
+        for leak in self.leaks:
+            lines.append(
+                f"  {leak.where or 'fn'}: {leak.primitive} makes {leak.magnitude:.2g} of zeros, "
+                f"which moves outputs by {leak.effect:.1e}"
+            )
+        before, after = self.before, self.after
+        lines.append(
+            f"  params {before.params:,} -> {after.params:,}, bytes {before.bytes:,} -> "
+            f"{after.bytes:,}, FLOPs {before.flops:,} -> {after.flops:,}"
+        )
+        if before.compiled_flops is not None and after.compiled_flops is not None:
+            lines.append(
+                f"  FLOPs by the compiler {before.compiled_flops:,.0f} -> "
+                f"{after.compiled_flops:,.0f}"
+            )
+        return "\n".join([*lines, *(f"  {note}" for note in self.notes)])
+
+
+def distance(outputs: Any, reference: Any) -> Distance:
+    """Measure how far two trees of outputs are apart; integers are compared as numbers.
+
+    Args:
+        outputs: Any pytree of arrays.
+        reference: A tree of the same structure and shapes.
+
+    Returns:
+        The distance; NaN in both at one entry is no difference, in one of them an infinite one.
+
+    Example:
+        >>> distance({"y": jnp.array([1.0, 4.0])}, {"y": jnp.array([1.0, 5.0])})
+        Distance(absolute=1.0, relative=0.2)
+    """
+    absolute, relative = 0.0, 0.0
+    for x, y in zip(jax.tree.leaves(outputs), jax.tree.leaves(reference), strict=True):
+        if not x.size or jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
+            continue
+        a, b = (np.asarray(z, np.complex128 if np.iscomplexobj(z) else np.float64) for z in (x, y))
+        same = (a == b) | (np.isnan(a) & np.isnan(b))
+        with np.errstate(invalid="ignore"):
+            gap = np.where(same, 0.0, np.abs(a - b))
+        worst = float(np.max(np.where(np.isnan(gap), np.inf, gap)))
+        scale = float(np.max(np.abs(b), initial=0.0, where=np.isfinite(b)))
+        absolute = max(absolute, worst)
+        relative = max(relative, worst / scale if scale else (np.inf if worst else 0.0))
+    return Distance(absolute=absolute, relative=relative)
+
+
+def random_like(inputs: Any, *, seed: int = 0) -> Any:
+    """Draw other inputs of the same shapes: normal floats; integers and booleans in the range.
+
+    Integers are drawn between the extremes of what was given, since they are mostly indices; for
+    shapes alone, zeros and ones.
+
+    Args:
+        inputs: Any pytree of arrays or `ShapeDtypeStruct`s.
+        seed: Seeds the draw.
+
+    Returns:
+        A tree of arrays like it. Random keys, and what is no array, stay as they are.
+    """
+    rng = np.random.default_rng(seed)
+
+    def draw(x: Any) -> Any:
+        dtype = getattr(x, "dtype", None)
+        if dtype is None or jnp.issubdtype(dtype, jax.dtypes.prng_key):
+            return x
+        if jnp.issubdtype(dtype, jnp.inexact):
+            return jnp.asarray(rng.standard_normal(x.shape), dtype)
+        if isinstance(x, jax.ShapeDtypeStruct) or not np.size(x):
+            low, high = 0, 1
+        else:
+            low, high = int(np.min(x)), int(np.max(x))
+        return jnp.asarray(rng.integers(low, high + 1, x.shape), dtype)
+
+    return jax.tree.map(draw, inputs)
+
+
+def tolerance_of(params: Any, inputs: Any, outputs: Any) -> float:
+    """Give the relative difference that is rounding: that of the coarsest dtype in use."""
+    eps = [
+        float(jnp.finfo(x.dtype).eps)
+        for x in jax.tree.leaves((params, inputs, outputs))
+        if hasattr(x, "dtype") and jnp.issubdtype(x.dtype, jnp.inexact)
+    ]
+    return 100 * max(eps, default=0.0)
+
+
+def is_abstract(*trees: Any) -> bool:
+    """Tell whether any leaf is a shape only."""
+    return any(isinstance(x, jax.ShapeDtypeStruct) for x in jax.tree.leaves(trees))
+
+
+def size_of(
+    fn: Callable[..., Any],
+    params: Any,
+    inputs: Sequence[Any],
+    kwargs: Mapping[str, Any],
+    *,
+    compiled: bool,
+) -> Size:
+    """Count what a function takes; `compiled` asks the CPU's compiler, too."""
+    if compiled:
+        cost = graph.cost(fn, params, *inputs, target="cpu", **kwargs)
+        found = cost.compiled.flops if cost.compiled is not None else None
+        flops, by_compiler = int(cost.flops.value), None if found is None else float(found.value)
+    else:
+        flops, by_compiler = graph.trace(fn, params, *inputs, **kwargs).flops, None
+    return Size(
+        params=tree.count(params),
+        bytes=tree.nbytes(params),
+        flops=flops,
+        compiled_flops=by_compiler,
+    )

@@ -1,0 +1,83 @@
+"""Groups: which slices of which leaves must shrink together."""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal, TypeAlias
+
+import numpy as np
+
+Role: TypeAlias = Literal[
+    "channels", "embedding", "experts", "head size", "heads", "hidden", "residual", "state"
+]
+"""What the units of a group are, in one word."""
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Member:
+    """The slices of one leaf that belong to a group.
+
+    Attributes:
+        path: The leaf's path.
+        axis: The leaf's axis.
+        indices: (size, m) indices along the axis: row `u` goes when unit `u` of the group does.
+            A head of 64 features has 64 of them in the axis of features.
+        produces: Whether the leaf's site computes the group's units here (an output axis of a
+            kernel); otherwise it reads them (a contracted axis) or goes along (a bias, a scale).
+        reads: Whether the leaf's site contracts the group's units here.
+        layers: Axes of the leaf along which each entry has a keep-set of its own: stacked layers.
+    """
+
+    path: str
+    axis: int
+    indices: np.ndarray
+    produces: bool
+    reads: bool
+    layers: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Group:
+    """Units that can be removed one by one, each from all members at once.
+
+    Attributes:
+        name: The path of the leaf that produces it; `#1`, `#2`, ... tell several apart.
+        size: How many units there are.
+        members: Where they are.
+        role: What they are.
+        description: The same in words.
+        layers: `()`, or the lengths of the stacked layers that have keep-sets of their own.
+        round_to: Numbers of units to keep are multiples of it (or all).
+        frozen: Why nothing of it can be removed; `None` if it can.
+    """
+
+    name: str
+    size: int
+    members: tuple[Member, ...]
+    role: Role
+    description: str
+    layers: tuple[int, ...] = ()
+    round_to: int = 1
+    frozen: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Groups(Mapping[str, Group]):
+    """The groups of a function by name, those that can be pruned; `frozen` has the others.
+
+    Attributes:
+        leaves: `{path: ShapeDtypeStruct}` of params.
+        frozen: Groups that cannot be pruned, each with its reason.
+    """
+
+    prunable: Mapping[str, Group]
+    frozen: Mapping[str, Group]
+    leaves: Mapping[str, Any] = field(repr=False)
+
+    def __getitem__(self, name: str) -> Group:
+        return self.prunable[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.prunable)
+
+    def __len__(self) -> int:
+        return len(self.prunable)
