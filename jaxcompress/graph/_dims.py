@@ -510,15 +510,17 @@ class Walker:
 def _state(traced: Traced) -> dict[int, str]:
     """Match outputs with the leaves that they are new values of, by path and shape."""
     found: dict[int, str] = {}
-    flat = jax.tree_util.tree_flatten_with_path(traced.outputs)[0]
-    outvars = traced.program.outvars
-    for number, (keypath, out) in enumerate(flat):
-        path = tree.path_str(keypath)
-        for leaf_path, leaf in traced.leaves.items():
-            mirrors = path == leaf_path or path.endswith("/" + leaf_path)
-            if mirrors and concrete(out.shape) == concrete(leaf.shape) and keypath:
-                found[number] = leaf_path
-    assert len(flat) == len(outvars)
+    for number, (keypath, out) in enumerate(
+        jax.tree_util.tree_flatten_with_path(traced.outputs)[0]
+    ):
+        parts = tree.path_str(keypath).split("/")
+        # The longest path of a leaf that the output's ends with: `bn/mean` is not `1/bn/mean`.
+        for k in range(len(parts)):
+            leaf = traced.leaves.get("/".join(parts[k:]))
+            if leaf is not None and keypath:
+                if concrete(out.shape) == concrete(leaf.shape):
+                    found[number] = "/".join(parts[k:])
+                break
     return found
 
 

@@ -9,3 +9,9 @@ from jaxcompress.structured._find import groups as groups
 from jaxcompress.structured._groups import Group as Group
 from jaxcompress.structured._groups import Groups as Groups
 from jaxcompress.structured._groups import Member as Member
+from jaxcompress.structured._keep import Keep as Keep
+from jaxcompress.structured._keep import keep as keep
+from jaxcompress.structured._shrink import mask_params as mask_params
+from jaxcompress.structured._shrink import rebuild as rebuild
+from jaxcompress.structured._shrink import shrink as shrink
+from jaxcompress.structured._shrink import slice_params as slice_params

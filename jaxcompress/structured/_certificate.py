@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxcompress import graph, tree
+from jaxcompress.graph import Leak as Leak
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,25 +43,6 @@ class Distances:
     structural: Distance
     weights: Distance
     dense: Distance
-
-
-@dataclass(frozen=True, kw_only=True)
-class Leak:
-    """An equation that makes something of zeros: why the mask on params is not the removal.
-
-    Attributes:
-        where: The module or function that it is in, as JAX names it.
-        primitive: The primitive's name, and the axes' sizes that it sees.
-        paths: The leaves that it reads, if any.
-        magnitude: The largest absolute entry that it makes at removed indices.
-        effect: How far outputs move if only this is left in, relative to their largest entry.
-    """
-
-    where: str
-    primitive: str
-    paths: tuple[str, ...]
-    magnitude: float
-    effect: float
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -89,9 +89,10 @@ def _multiple(group: Group, round_to: int | Mapping[str, int]) -> int:
 
 
 def _named(found: Sequence[Group]) -> list[Group]:
+    """Give groups unique names; those that can shrink come first."""
     count: dict[str, int] = {}
     named = []
-    for group in found:
+    for group in sorted(found, key=lambda group: group.frozen is not None):
         k = count.get(group.name, 0)
         count[group.name] = k + 1
         named.append(replace(group, name=f"{group.name}#{k}" if k else group.name))
