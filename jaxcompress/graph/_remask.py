@@ -146,5 +146,142 @@ def _is_float(x: Any) -> bool:
     return jnp.issubdtype(x.dtype, jnp.floating)
 
 
+def remask(fn: Callable[..., Any], removed_from: KeepIndices) -> Callable[..., Any]:
+    """Make fn run at full size with everything that `removed_from` leaves out set to zero.
+
+    Every variable that carries a removed index is zeroed there as soon as it is made, and before a
+    maximum, minimum or product it is set to what changes nothing. This is what `resize` must equal.
+
+    Args:
+        fn: `fn(params, *inputs, **kwargs) -> outputs`, pure.
+        removed_from: `{path: {axis: indices to keep}}`, as for `resize`.
+
+    Returns:
+        A function of params at full size, and of the same inputs. It is not for differentiation.
+
+    Example:
+        >>> fn = lambda p, x: jnp.exp(x @ p["up"]) @ p["down"]
+        >>> keep = {"up": {1: np.array([0])}, "down": {0: np.array([0])}}
+        >>> params = {"up": jnp.zeros((3, 2)), "down": jnp.ones((2, 1))}
+        >>> remask(fn, keep)(params, jnp.ones((1, 3))).tolist(), fn(params, jnp.ones((1, 3))).tolist()
+        ([[1.0]], [[2.0]])
+    """
+
+    @functools.wraps(fn)
+    def remasked(params: tree.Params, *inputs: Any, **kwargs: Any) -> Any:
+        traced = capture(fn, params, inputs, kwargs)
+        masker = Masker(removed_by(dims_of(traced), removed_from))
+        return execute(traced, masker.plan, (params, inputs, kwargs), masker.cells)[0]
+
+    return remasked
+
+
+@dataclass(frozen=True, kw_only=True)
+class Leak:
+    """A place that makes something of zeros.
+
+    Attributes:
+        where: The module or function, as JAX names it.
+        primitive: The primitives that do, with commas between.
+        magnitude: The largest absolute entry that one makes.
+        effect: How far outputs move if nothing is set to zero there, relative to the largest
+            entry of an output.
+    """
+
+    where: str
+    primitive: str
+    magnitude: float
+    effect: float
+
+
+def leaks(
+    fn: Callable[..., Any],
+    removed_from: KeepIndices,
+    params: tree.Params,
+    *inputs: Any,
+    most: int = 32,
+    **kwargs: Any,
+) -> tuple[Leak, ...]:
+    """Find why params with zeros are not fn without what they stand for.
+
+    A sigmoid makes 0.5 of 0, a normalisation subtracts a mean from it. Where such an entry is
+    removed it is gone; where params are only masked it may come back by way of a variance.
+
+    Args:
+        fn: `fn(params, *inputs, **kwargs) -> outputs`, pure.
+        removed_from: `{path: {axis: indices to keep}}`, as for `resize`.
+        params: Params at full size; their removed entries are taken to be zero.
+        *inputs: fn's other arguments.
+        most: How many places are tried, those with the largest entries.
+        **kwargs: fn's keyword arguments.
+
+    Returns:
+        The places that move outputs, largest effect first.
+    """
+    traced = capture(fn, params, inputs, kwargs)
+    removed = removed_by(dims_of(traced), removed_from)
+    zeroed = _zeroed(params, removed)
+    recorder = Masker(removed, records=True)
+    run_with = lambda masker, cells: execute(traced, masker.plan, (zeroed, inputs, kwargs), cells)
+    record = jax.jit(lambda: run_with(recorder, recorder.cells)[1])()
+    places: dict[str, tuple[float, dict[str, None]]] = {}
+    for here, (place, name) in recorder.places.items():
+        made = float(np.max(record.get(_made(here), 0.0)))
+        if made > 0:
+            largest, names = places.get(place, (0.0, {}))
+            places[place] = max(largest, made), {**names, name: None}
+    chosen = sorted(places, key=lambda place: -places[place][0])[:most]
+    if not chosen:
+        return ()
+
+    def outputs(flags: Any) -> list[Any]:
+        opened = lambda place: flags[chosen.index(place)] if place in chosen else None
+        masker = Masker(removed, open_in=opened)
+        return [x for x in jax.tree.leaves(run_with(masker, masker.cells)[0]) if _is_float(x)]
+
+    flags = np.concatenate([np.zeros((1, len(chosen)), bool), np.eye(len(chosen), dtype=bool)])
+    results = jax.jit(lambda flags: lax.map(outputs, flags))(flags)
+    found = []
+    for k, place in enumerate(chosen):
+        moved = [float(jnp.max(jnp.abs(y[k + 1] - y[0]), initial=0)) for y in results]
+        scale = [float(jnp.max(jnp.abs(y[0]), initial=0)) or 1.0 for y in results]
+        effect = max((m / s for m, s in zip(moved, scale, strict=True)), default=0.0)
+        largest, names = places[place]
+        found.append(
+            Leak(where=place, primitive=", ".join(names), magnitude=largest, effect=effect)
+        )
+    found = [leak for leak in found if leak.effect > 1e-6]
+    return tuple(sorted(found, key=lambda leak: -leak.effect))
+
+
+def _zeroed(params: tree.Params, removed: Removed) -> tree.Params:
+    dims = removed.dims
+
+    def zeroed(path: str, leaf: Any) -> Any:
+        for k, mask in enumerate(removed.masks(dims.leaves[path])):
+            if mask is not None:
+                level = None
+                if mask.ndim > 1:
+                    level = dims.layer_axis(
+                        dims.leaves[path], removed.level_of(dims.leaves[path][k])
+                    )
+                leaf = _filled(leaf, mask, k, level, 0)
+        return leaf
+
+    return tree.map_with_path(zeroed, params)
+
+
+def _filled(x: Any, mask: Any, axis: int, layer_axis: int | None, value: Any) -> Any:
+    """Set removed indices of an axis to a value; of each layer its own, along another axis."""
+    if jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
+        return x
+    mask, shape = jnp.asarray(mask), [1] * x.ndim
+    shape[axis] = mask.shape[-1]
+    if layer_axis is not None:
+        shape[layer_axis] = mask.shape[0]
+        mask = mask if layer_axis < axis else mask.T
+    return jnp.where(mask.reshape(shape), x, jnp.asarray(value, x.dtype))
+
+
 def _never(position: Position, program: Program) -> Plan:
     raise AssertionError("the reference is not differentiated")
