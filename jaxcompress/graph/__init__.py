@@ -30,11 +30,11 @@ from jaxcompress.graph._graph import Use as Use
 from jaxcompress.graph._intercept import UNREACHABLE as UNREACHABLE
 from jaxcompress.graph._intercept import Interception as Interception
 from jaxcompress.graph._intercept import intercept as intercept
+from jaxcompress.graph._leaks import Leak as Leak
+from jaxcompress.graph._leaks import leaks as leaks
 from jaxcompress.graph._observe import observe as observe
 from jaxcompress.graph._observe import perturb as perturb
 from jaxcompress.graph._observe import tap as tap
-from jaxcompress.graph._remask import Leak as Leak
-from jaxcompress.graph._remask import leaks as leaks
 from jaxcompress.graph._remask import remask as remask
 from jaxcompress.graph._replay import Equation as Equation
 from jaxcompress.graph._replay import replay as replay

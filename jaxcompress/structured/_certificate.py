@@ -103,8 +103,8 @@ class Certificate:
                 )
         for leak in self.leaks:
             lines.append(
-                f"  {leak.where or 'fn'}: {leak.primitive} makes {leak.magnitude:.2g} of zeros, "
-                f"which moves outputs by {leak.effect:.1e}"
+                f"  {leak.where or 'fn'}: {leak.primitive} of masked params sees up to "
+                f"{leak.magnitude:.2g} at removed indices, which moves outputs by {leak.effect:.1e}"
             )
         before, after = self.before, self.after
         lines.append(
