@@ -72,7 +72,15 @@ def groups(
             for path, leaf in dims.traced.leaves.items()
         },
         dims=dims,
+        fn=fn,
+        like=jax.tree.map(_struct, params),
+        inputs=jax.tree.map(_struct, inputs),
+        kwargs=jax.tree.map(_struct, kwargs),
     )
+
+
+def _struct(x: Any) -> Any:
+    return jax.ShapeDtypeStruct(x.shape, x.dtype) if hasattr(x, "shape") else x
 
 
 def _multiple(group: Group, round_to: int | Mapping[str, int]) -> int:
