@@ -148,19 +148,16 @@ def _steps(
     rank = _ranks(ranked, kinds) if scope == "isomorphic" else {}
     steps = []
     for name, scores in ranked.items():
-        group, before, key = groups[name], groups[name].size, -np.inf
-        # The score of the j-th unit to go, over layers that go together.
-        ordered = np.sort(scores, axis=-1).reshape(-1, group.size).mean(0)
+        group = groups[name]
+        if scope == "local":
+            keys = np.arange(1, group.size + 1) / group.size
+        elif scope == "isomorphic":
+            keys = np.maximum.accumulate(rank[name])
+        else:  # the score of the j-th unit to go, over layers that go together
+            ordered = np.sort(scores, axis=-1).reshape(-1, group.size).mean(0)
+            keys = np.maximum.accumulate(ordered)
         for count in _allowed(group, bounds):
-            gone = slice(group.size - before, group.size - count)
-            if scope == "local":
-                key = (group.size - count) / group.size
-            elif scope == "isomorphic":
-                key = max(key, float(np.max(rank[name][gone])))
-            else:
-                key = max(key, float(np.max(ordered[gone])))
-            steps.append(_Step(key, name, count))
-            before = count
+            steps.append(_Step(float(keys[group.size - count - 1]), name, count))
     return sorted(steps, key=lambda step: step.key)  # stable: order within a group stays
 
 

@@ -152,9 +152,10 @@ class _Finder:
         units, inverse = np.unique(label, return_inverse=True)
         kinds = self._kinds(units, inverse.reshape(-1), code)
         found = []
-        for kind in np.unique(kinds):
-            mine = units[kinds == kind]
-            here = np.isin(label, mine)
+        mine = kinds[inverse.reshape(-1)]
+        order = np.argsort(mine, kind="stable")
+        ends = np.cumsum(np.bincount(mine))
+        for here in np.split(order, ends[:-1]):
             group = self._group(label[here], code[here], position[here])
             if group.size > 1 or group.frozen is not None:
                 found.append(group)
@@ -185,6 +186,8 @@ class _Finder:
             inverse.astype(np.int64) * len(self._codes) + code, return_counts=True
         )
         unit, where = np.divmod(pairs, len(self._codes))
+        self._axes_of = np.zeros(len(self._dims.labels), np.int32)
+        self._axes_of[units] = np.bincount(unit, minlength=len(units))
         reasons = self._dims.reasons[units].astype(str)
         _, reason = np.unique(reasons, return_inverse=True)
         layer = self._dims.layers[units]
@@ -232,6 +235,7 @@ class _Finder:
             description=self._describe(role, placed),
             layers=() if level < 0 else (dims.levels[level].length,),
             frozen=self._frozen(label[0], role, placed),
+            labels=order,
         )
 
     def _frozen(self, label: int, role: Role, members: Sequence[Member]) -> str | None:
@@ -254,12 +258,8 @@ class _Finder:
             if len(mine) and (heads[mine] & (mine >= 0) & (mine != label)).any():
                 # Of two labels of heads, the one with fewer leaves is the queries'.
                 others = np.unique(mine[heads[mine] & (mine >= 0) & (mine != label)])
-                return self._leaves_of(label) < self._leaves_of(others[0])
+                return bool(self._axes_of[label] < self._axes_of[others[0]])
         return False
-
-    def _leaves_of(self, label: int) -> int:
-        axes = (axis for axes in self._dims.leaves.values() for axis in axes)
-        return sum(bool((self._dims.labels.rows(axis) == label).any()) for axis in axes)
 
     def _role(self, label: int, members: Sequence[Member]) -> Role:
         if self._scored["heads"][label]:
