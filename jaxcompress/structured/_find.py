@@ -132,17 +132,23 @@ class _Finder:
         return _Leaf(join("output"), join("contract"), join("batch"), join("lookup"), spatial)
 
     def _attention(self) -> dict[str, np.ndarray]:
-        """Flag the labels that contractions without a leaf share between operands, or not."""
+        """Flag labels by contractions without a leaf: heads are shared, their features are not."""
         dims = self._dims
+        in_leaf = np.zeros(len(dims.labels), bool)
+        for axes in dims.leaves.values():
+            for axis in axes:
+                rows = dims.labels.rows(axis)
+                in_leaf[rows[rows >= 0]] = True
         at_site = {found.position for found in dims.traced.record.sites}
         flags = {name: np.zeros(len(dims.labels), bool) for name in ("heads", "head size")}
         for product in dims.products:
             if product.position in at_site:
                 continue
-            for k, axis in enumerate(product.axes):
-                rows = dims.labels.rows(axis)
-                name = "heads" if k < product.batch else "head size"
-                flags[name][rows[rows >= 0]] = True
+            rows = [dims.labels.rows(axis) for axis in product.axes]
+            mine = [np.unique(row[(row > 0) & in_leaf[row]]) for row in rows]
+            if any(len(labels) for labels in mine[: product.batch]):
+                for k, labels in enumerate(mine):
+                    flags["heads" if k < product.batch else "head size"][labels] = True
         return flags
 
     def groups(self) -> list[Group]:
@@ -262,12 +268,12 @@ class _Finder:
         return False
 
     def _role(self, label: int, members: Sequence[Member]) -> Role:
+        if any(m.axis in self._sites[m.path].batch for m in members):
+            return "experts"
         if self._scored["heads"][label]:
             return "heads"
         if self._scored["head size"][label]:
             return "head size"
-        if any(m.axis in self._sites[m.path].batch and not m.produces for m in members):
-            return "experts"
         producers = {m.path for m in members if m.produces}
         stacked = bool(self._dims.levels) and any(
             self._dims.layer_axis(self._dims.leaves[m.path], k) is not None
