@@ -107,6 +107,8 @@ def activation_svd(
             expected=f"XᵀX of the {len(w)} inputs",
             fix="W is (in, out): transpose it if it is the other way round.",
         )
+    if not damping > 0:
+        raise ArgumentError("damping", got=damping, expected="a positive number", fix="Try 1e-4.")
     return _activation_svd(w, gram, rank, damping)
 
 
@@ -119,8 +121,10 @@ def _svd(w: Array, rank: int) -> Pair:
 
 @functools.partial(jax.jit, static_argnums=(2, 3))
 def _activation_svd(w: Array, gram: Array, rank: int, damping: float) -> Pair:
+    # λ goes on every entry first: entries of 0 would be set to 1, which is no part of the mean.
+    added = damping * gram.diagonal().mean() * jnp.eye(len(gram), dtype=gram.dtype)
     # (XᵀX + λI)⁻¹ = UᵀU, so that S = U⁻¹ and SᵀW solves Uᵀ Y = W.
-    upper = damped_cholesky(gram, damping=damping).upper
+    upper = damped_cholesky(gram + added, damping=1e-7).upper
     whitened = lax.linalg.triangular_solve(upper, w, left_side=True, transpose_a=True)
     _, values, vt = jnp.linalg.svd(whitened, full_matrices=False)
     right = vt[:rank]
