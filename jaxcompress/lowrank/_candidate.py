@@ -26,7 +26,7 @@ class Rung(NamedTuple):
         ranks: The ranks; `()` for the array itself.
         params: Entries that are stored.
         flops: Operations of its sites in one call of fn.
-        loss: The share of its energy that is lost, from 0 to 1.
+        loss: The negative logarithm of the share of its energy that is kept, 0 for all of it.
     """
 
     ranks: tuple[int, ...]
@@ -78,7 +78,8 @@ class Candidate(Protocol):
 
 def rung(candidate: Candidate, ranks: tuple[int, ...]) -> Rung:
     """Describe a candidate at some ranks."""
-    return Rung(ranks, *candidate.cost(ranks), candidate.loss(ranks))
+    kept = max(1 - candidate.loss(ranks), np.finfo(np.float32).tiny)
+    return Rung(ranks, *candidate.cost(ranks), -math.log(kept))
 
 
 def saves(candidate: Candidate, ranks: tuple[int, ...]) -> bool:

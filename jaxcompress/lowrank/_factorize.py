@@ -70,16 +70,22 @@ def factorize(
     strict: bool = False,
     progress: bool = False,
 ) -> LowRank:
-    """Replace leaves by factors of low rank, so that a budget is met at the least loss.
+    r"""Replace leaves by factors of low rank, so that a budget is met at the least loss.
 
     fn is traced to its sites. Each leaf is brought into matrices by the axes that its sites
     contract (any layout; stacked layers and experts apart, with one rank for all of them), and
     taken where some rank saves both params and FLOPs. Ranks are allocated over all leaves
-    together, by the share of a leaf's energy (its squared singular values) that is lost per param
-    or FLOP saved: from step to step it grows, and the steps end where the budget is met; what
-    the last one saved too much is given back. So no leaf could keep one rank more, and none
-    costs more than it did whole. For `Seconds` the steps are those for FLOPs, and their number is
-    found by asking the target's compiler at each halving.
+    together, so that as much as can be is kept of the product of the shares of energy that the
+    leaves keep,
+
+    $$\max_r \prod_l \frac{\sum_{i \le r_l} \sigma_{l,i}^2}{\sum_i \sigma_{l,i}^2}
+    \quad \text{within the budget,}$$
+
+    by the steps down that lose least of its logarithm per param or FLOP saved, until the budget
+    is met; what the last step saved too much is given back. So no leaf could keep one rank
+    more, and none costs more than it did whole. $\sigma_l$ are the singular values of a leaf, or
+    of what it does to its inputs (`ActivationSVD`). For `Seconds` the steps are those for FLOPs,
+    and their number is found by asking the target's compiler at each halving.
 
     Args:
         fn: `fn(params, *inputs) -> outputs`, pure, as it is used for inference.
