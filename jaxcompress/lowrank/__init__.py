@@ -1,13 +1,14 @@
 """Low rank: contractions as products of thinner ones, chosen under a budget."""
 
+from jaxcompress.lowrank._choose import Ranks as Ranks
 from jaxcompress.lowrank._execute import Place as Place
 from jaxcompress.lowrank._execute import execute as execute
 from jaxcompress.lowrank._execute import places as places
 from jaxcompress.lowrank._factorize import LowRank as LowRank
-from jaxcompress.lowrank._factorize import Ranks as Ranks
 from jaxcompress.lowrank._factorize import factorize as factorize
 from jaxcompress.lowrank._factors import Factors as Factors
 from jaxcompress.lowrank._factors import densify as densify
+from jaxcompress.lowrank._factors import restore as restore
 from jaxcompress.lowrank._methods import SVD as SVD
 from jaxcompress.lowrank._methods import ActivationSVD as ActivationSVD
 from jaxcompress.lowrank._methods import Tucker2 as Tucker2

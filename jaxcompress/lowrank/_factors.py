@@ -2,7 +2,7 @@
 
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -12,6 +12,7 @@ from jax import Array, lax
 from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxcompress import tree
+from jaxcompress.errors import SelectionError
 from jaxcompress.graph._moved import Parted, placement
 
 
@@ -104,6 +105,37 @@ def densify(params: tree.Params) -> tree.Params:
         (5, 7)
     """
     return jax.tree.map(lambda x: x.dense() if is_factors(x) else x, params, is_leaf=is_factors)
+
+
+def restore(params: tree.Params) -> tree.Params:
+    """Make `Factors` of what `export.load` gives in their place without a `like`: mappings.
+
+    Args:
+        params: Params with mappings of `left`, `core` and `right`.
+
+    Returns:
+        Params with `Factors`.
+
+    Raises:
+        SelectionError: If there are none.
+
+    Example:
+        >>> parts = {"left": jnp.ones((5, 1, 2)), "core": None, "right": jnp.ones((1, 7, 2))}
+        >>> restore({"kernel": parts})["kernel"].shape
+        (5, 7)
+    """
+
+    def is_parts(x: Any) -> bool:
+        return isinstance(x, Mapping) and set(x) == {"left", "core", "right"}
+
+    if not any(map(is_parts, jax.tree.leaves(params, is_leaf=is_parts))):
+        raise SelectionError(
+            "params",
+            got="params without mappings of left, core and right",
+            expected="params with factorised leaves, as export.load gives them",
+            fix="With export.load(path, like=params) they are Factors already.",
+        )
+    return jax.tree.map(lambda x: Factors(**x) if is_parts(x) else x, params, is_leaf=is_parts)
 
 
 @functools.partial(

@@ -9,8 +9,10 @@ from jaxcompress import tree
 from jaxcompress.errors import ArgumentTypeError
 from jaxcompress.graph import Graph, Site
 from jaxcompress.graph._forms import Form, form_at, form_of
-from jaxcompress.lowrank._candidate import Candidate, MatrixCandidate, TuckerCandidate, saving
+from jaxcompress.lowrank._candidate import Candidate, saving
+from jaxcompress.lowrank._conv_leaf import TuckerCandidate
 from jaxcompress.lowrank._execute import places
+from jaxcompress.lowrank._matrix_leaf import MatrixCandidate
 from jaxcompress.lowrank._methods import SVD, ActivationSVD, Method, Tucker2
 
 
