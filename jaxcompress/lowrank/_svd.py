@@ -119,8 +119,8 @@ def _svd(w: Array, rank: int) -> Pair:
     return Pair(u[:, :rank] * root, root[:, None] * vt[:rank], values)
 
 
-@functools.partial(jax.jit, static_argnums=(2, 3))
-def _activation_svd(w: Array, gram: Array, rank: int, damping: float) -> Pair:
+@functools.partial(jax.jit, static_argnums=2)
+def _activation_svd(w: Array, gram: Array, rank: int, damping: ArrayLike) -> Pair:
     # λ goes on every entry first: entries of 0 would be set to 1, which is no part of the mean.
     added = damping * gram.diagonal().mean() * jnp.eye(len(gram), dtype=gram.dtype)
     # (XᵀX + λI)⁻¹ = UᵀU, so that S = U⁻¹ and SᵀW solves Uᵀ Y = W.

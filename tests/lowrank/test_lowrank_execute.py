@@ -179,9 +179,17 @@ CONVS = {
 }
 
 
-@pytest.mark.parametrize("name", CONVS)
-@pytest.mark.parametrize("kind", ["svd", "tucker", "separable"])
-def test_convolutions(name, kind):
+@pytest.mark.parametrize(
+    ("kind", "name"),
+    [
+        *(("svd", name) for name in CONVS),
+        ("tucker", "strided"),
+        ("tucker", "transposed"),
+        ("separable", "strided"),
+        ("separable", "dilated"),
+    ],
+)
+def test_convolutions(kind, name):
     shape, x = (3, 3, 6, 7), draw(2, 5, 6, 6, seed=1)
     f = {
         "svd": factors(shape, (0, 1, 2), (3,)),
@@ -274,7 +282,7 @@ def split(fn, params, inputs):
     return tree.map_with_path(one, params)
 
 
-WHOLE = "llama llama_scanned gpt2 resnet_eval mobilenet char_lstm moe_ragged mixer_nnx"
+WHOLE = "llama_scanned gpt2 resnet_eval mobilenet char_lstm moe_ragged"
 
 
 @pytest.mark.parametrize("name", WHOLE.split())
