@@ -19,9 +19,10 @@ from jaxcompress.structured._units import unit_sums
 class ActivationNorm(Method):
     r"""Score by the size of a unit's activations.
 
-    $\mathrm{mean}_t |x_t|$, or $\sqrt{\mathrm{mean}_t x_t^2}$ for order 2. Where the members read the units (after the nonlinearity), or where they compute them, over
-    all tokens of all batches and positions of feature maps. The features of a unit (a head's)
-    are summed, squares before the root; so are the sites that read it.
+    $\mathrm{mean}_t |x_t|$, or $\sqrt{\mathrm{mean}_t x_t^2}$ for order 2: where the members read
+    the units (after the nonlinearity), or where they compute them, over all tokens of all
+    batches and positions of feature maps. The features of a unit (a head's) are summed, squares
+    before the root; so are the sites that read it, and the layers of a stack that share units.
 
     Attributes:
         order: 1 for the mean of absolute values, 2 for the root of the mean of squares.
@@ -83,6 +84,7 @@ class ActivationNorm(Method):
             norm: stats.ChannelNorm = results["norm"]
             sums = norm.l1 if self.order == 1 else jnp.square(norm.l2)
             total += unit_sums(beside(sums, site, shape), member)
-            tokens += jnp.max(norm.tokens)
+            time = [k for k, axis in enumerate(site.layers) if axis is None]
+            tokens += jnp.max(norm.tokens.sum(time))
         mean = total / jnp.maximum(tokens, 1)
         return mean if self.order == 1 else jnp.sqrt(mean)

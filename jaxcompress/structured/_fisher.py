@@ -20,9 +20,9 @@ from jaxcompress.structured._taylor import no_slopes
 class Fisher(Method):
     r"""Score by the empirical Fisher information of a unit's gate.
 
-    $\frac{1}{2N} \sum_n (\sum g_n w)^2$ for N examples. The inner sum is over all learned entries that go with a unit, $g_n$ the gradient of the loss
-    of example n alone: fn or `loss` is run on batches of one, so that it must not look across
-    examples (BatchNorm in inference mode).
+    $\frac{1}{2N} \sum_n (\sum g_n w)^2$ for N examples. The inner sum is over all learned entries
+    that go with a unit, $g_n$ the gradient of the loss of example n alone: fn or `loss` is run on
+    batches of one, so that it must not look across examples (BatchNorm in inference mode).
 
     Attributes:
         at_once: How many examples' gradients are held at a time.
