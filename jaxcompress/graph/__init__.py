@@ -17,6 +17,13 @@ from jaxcompress.graph._cost import SiteCost as SiteCost
 from jaxcompress.graph._cost import cost as cost
 from jaxcompress.graph._cost_figures import Figure as Figure
 from jaxcompress.graph._cost_figures import Memory as Memory
+from jaxcompress.graph import _dims_contract as _dims_contract
+from jaxcompress.graph import _dims_rules as _dims_rules
+from jaxcompress.graph._dims import Dims as Dims
+from jaxcompress.graph._dims import DimsRule as DimsRule
+from jaxcompress.graph._dims import Step as Step
+from jaxcompress.graph._dims import dims as dims
+from jaxcompress.graph._dims import register_dims as register_dims
 from jaxcompress.graph._graph import Contraction as Contraction
 from jaxcompress.graph._graph import Graph as Graph
 from jaxcompress.graph._graph import Use as Use
@@ -28,6 +35,10 @@ from jaxcompress.graph._observe import perturb as perturb
 from jaxcompress.graph._observe import tap as tap
 from jaxcompress.graph._replay import Equation as Equation
 from jaxcompress.graph._replay import replay as replay
+from jaxcompress.graph._kept import Kept as Kept
+from jaxcompress.graph._resize import KeepIndices as KeepIndices
+from jaxcompress.graph._resize import remask as remask
+from jaxcompress.graph._resize import resize as resize
 from jaxcompress.graph._sites import Axes as Axes
 from jaxcompress.graph._sites import Layout as Layout
 from jaxcompress.graph._sites import Site as Site

@@ -14,6 +14,7 @@ from jax._src import source_info_util
 from jax._src.interpreters import partial_eval
 from jax._src.named_sharding import UNSPECIFIED
 from jax.experimental.layout import Format
+from jax.custom_derivatives import SymbolicZero
 from jax.extend.core import Literal as Literal
 from jax.extend.core import Primitive as Primitive
 from jax.extend.core import Var as Var
@@ -119,13 +120,29 @@ def scan_counts(eqn: Any) -> tuple[int, int]:
     return len(list(consts)), len(list(carry))
 
 
-def bind_custom_jvp(eqn: Any, operands: Sequence[Any], primal: Callable[..., Any]) -> list[Any]:
-    """Bind a `custom_jvp` whose values come from `primal`, and tangents from its own rule."""
+def bind_custom_jvp(
+    eqn: Any,
+    operands: Sequence[Any],
+    primal: Callable[..., Any],
+    derivative: Callable[..., Any] | None = None,
+) -> list[Any]:
+    """Bind a `custom_jvp` whose values come from `primal`, and tangents from its own rule.
+
+    Args:
+        eqn: The equation.
+        operands: Its operands.
+        primal: `(*operands) -> results`.
+        derivative: `(program, *operands and tangents) -> results`, given the rule's own program
+            over operands and tangents that are not zero; `None` runs the rule as it is.
+    """
     params = eqn.primitive.get_bind_params(eqn.params)
     _, rule = params["subfuns"]
 
     def jvp(*primals_and_tangents: Any) -> list[Any]:
-        results = rule.call_wrapped(*primals_and_tangents)
+        if derivative is None:
+            results = rule.call_wrapped(*primals_and_tangents)
+        else:
+            results = _derived(eqn, primals_and_tangents, derivative)
         tangents = results[len(results) // 2 :]
         return [*primal(*primals_and_tangents[: len(operands)]), *tangents]
 
@@ -134,6 +151,31 @@ def bind_custom_jvp(eqn: Any, operands: Sequence[Any], primal: Callable[..., Any
         return list(
             eqn.primitive.bind(*operands, **{**params, "subfuns": (wrap(primal), wrap(jvp))})
         )
+
+
+def _derived(eqn: Any, values: Sequence[Any], derivative: Callable[..., Any]) -> list[Any]:
+    """Run the program of a `custom_jvp` rule, as JAX does, but by `derivative`."""
+    half, skipped = len(values) // 2, eqn.params["num_consts"]
+    primals, tangents = values[skipped:half], values[half + skipped :]
+    zeros = [isinstance(t, SymbolicZero) for t in tangents]
+    jaxpr, consts, out_zeros = eqn.params["jvp_jaxpr_fun"].call_wrapped(*zeros)
+    given = [t for t, zero in zip(tangents, zeros, strict=True) if not zero]
+    results = derivative(_with_consts(jaxpr, consts), zeros, *primals, *given)
+    outs, rest = results[: len(out_zeros)], iter(results[len(out_zeros) :])
+    moved = [
+        SymbolicZero(jax.typeof(out).to_tangent_aval()) if zero else next(rest)
+        for out, zero in zip(outs, out_zeros, strict=True)
+    ]
+    return [*outs, *moved]
+
+
+def _with_consts(jaxpr: Any, consts: Sequence[Any]) -> Program:
+    """Close a jaxpr over its constants, which are leading arguments in JAX 0.12."""
+    closed = program(jaxpr)._replace(consts=tuple(consts))
+    if len(closed.constvars) != len(consts):
+        cut = len(consts)
+        closed = closed._replace(constvars=closed.invars[:cut], invars=closed.invars[cut:])
+    return closed
 
 
 def bind_custom_vjp(
@@ -153,21 +195,29 @@ def bind_custom_vjp(
     """
     params = eqn.primitive.get_bind_params(eqn.params)
     thunk, skipped = eqn.params["fwd_jaxpr_thunk"], eqn.params["num_consts"]
-    backward = params["subfuns"][2]
+    backward = _fitted(params["subfuns"][2], [jax.typeof(x) for x in operands[skipped:]])
 
     def fwd(*values_and_flags: Any) -> list[Any]:
         values, flags = values_and_flags[::2], values_and_flags[1::2]
         jaxpr, consts = thunk.call_wrapped(*flags[skipped:])
-        closed = program(jaxpr)._replace(consts=tuple(consts))
-        if len(closed.constvars) != len(consts):  # JAX 0.12: constants are leading arguments
-            cut = len(consts)
-            closed = closed._replace(constvars=closed.invars[:cut], invars=closed.invars[cut:])
-        return forward(closed, *values[skipped:])
+        return forward(_with_consts(jaxpr, consts), *values[skipped:])
 
     wrap = _wrap(eqn)
     subfuns = (wrap(primal), wrap(fwd), backward)
     with context(eqn):
         return list(eqn.primitive.bind(*operands, **{**params, "subfuns": subfuns}))
+
+
+def _fitted(backward: Any, avals: Sequence[Any]) -> Any:
+    """Have a backward rule expect cotangents of the operands that there are, not of fn's own."""
+    fitted = lu.wrap_init(backward.f, debug_info=backward.debug_info)
+    for transform, given in reversed(backward.transforms):
+        args = list(given)
+        for k, arg in enumerate(args):
+            if isinstance(arg, tuple | list) and [type(a) for a in arg] == [type(a) for a in avals]:
+                args[k] = tuple(avals)
+        fitted = fitted.wrap(transform, tuple(args), None)
+    return fitted
 
 
 def _wrap(eqn: Any) -> Callable[[Callable[..., Any]], Any]:

@@ -88,6 +88,10 @@ class Enter(Protocol):
         """Run the forward program of a `custom_vjp`, and return its results."""
         ...
 
+    def derivative(self) -> Callable[..., list] | None:
+        """Give what runs the program of a `custom_jvp` rule; `None` to run it as it is."""
+        ...
+
 
 class Construct(Protocol):
     """What `graph` knows of a primitive that runs jaxprs.
@@ -179,7 +183,8 @@ class _CustomJvp:
     ) -> tuple[list, Cells]:
         if enter.fills:
             return _beside(eqn, operands, cells, enter)
-        return _compat.bind_custom_jvp(eqn, operands, lambda *xs: enter(0, xs, {})[0]), {}
+        primal = lambda *xs: enter(0, xs, {})[0]
+        return _compat.bind_custom_jvp(eqn, operands, primal, enter.derivative()), {}
 
 
 @register_construct("custom_vjp_call")

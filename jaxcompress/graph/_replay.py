@@ -96,6 +96,11 @@ class Plan:
             is only known under differentiation.
         fills: Whether visits fill cells, named as the sites they visit.
         carrier: What takes nodes through the program, if any are among the arguments.
+        entered: Positions of constructs to rebuild though nothing inside is visited.
+        consts: Other constants of the programs at some positions.
+        derivative: `(position, program, which tangents are zero) -> plan` of the program of a
+            `custom_jvp` rule, which is only known under differentiation; `None` runs it as it is.
+        keyed: Names of cells that visits at some positions read, beside those of their sites.
     """
 
     visits: Mapping[Position, Visit]
@@ -103,6 +108,10 @@ class Plan:
     forward: Callable[[Position, Program], "Plan"]
     fills: bool = False
     carrier: Carrier | None = None
+    entered: frozenset[Position] = frozenset()
+    consts: Mapping[Position, Sequence[Any]] = field(default_factory=dict)
+    derivative: Callable[[Position, Program, Sequence[bool]], "Plan"] | None = None
+    keyed: Mapping[Position, str] = field(default_factory=dict)
 
     @functools.cached_property
     def cells(self) -> Mapping[Position, frozenset[str]]:
@@ -110,6 +119,7 @@ class Plan:
         below: dict[Position, set[str]] = {}
         for position in self.visits:
             names = {site.name for site in self.sites.get(position, ())}
+            names |= {self.keyed[position]} if position in self.keyed else set()
             for k in range(len(position) + 1):
                 below.setdefault(position[:k], set()).update(names)
         return {position: frozenset(names) for position, names in below.items()}
@@ -138,7 +148,7 @@ class Entry:
     def forward(self, program: Program, operands: Sequence[Any]) -> list:
         """Run the forward program of a `custom_vjp` under the same handlers."""
         plan = self._plan.forward(self._position, program)
-        if not plan.visits:
+        if not plan.visits and self._plan.derivative is None:
             raise ArgumentError(
                 "handlers",
                 got="a handler inside a custom_vjp whose forward rule has no such equation",
@@ -146,6 +156,17 @@ class Entry:
                 fix="Leave it out of the handlers, or handle the primitive that the rule uses.",
             )
         return run(program, operands, plan, {})[0]
+
+    def derivative(self) -> Callable[..., list] | None:
+        """Give what runs the program of a `custom_jvp` rule under the same plan."""
+        make = self._plan.derivative
+        if make is None:
+            return None
+
+        def derived(program: Program, zeros: Sequence[bool], *operands: Any) -> list:
+            return run(program, operands, make(self._position, program, zeros), {})[0]
+
+        return derived
 
 
 def run(
@@ -158,7 +179,8 @@ def run(
     keep_nodes: bool = False,
 ) -> tuple[list, Cells]:
     """Interpret a program, visiting the planned equations and binding all others whole."""
-    env: dict[Any, Any] = dict(zip(program.constvars, program.consts, strict=True))
+    consts = plan.consts.get(position, program.consts)
+    env: dict[Any, Any] = dict(zip(program.constvars, consts, strict=True))
     env.update(zip(program.invars, args, strict=True))
     dying = _last_uses(program)
     filled: Cells = {}
@@ -175,7 +197,9 @@ def run(
             equation = Equation(eqn.primitive, eqn.params, plan.sites.get(here, ()), eqn)
             results, new = plan.visits[here](equation, operands, cells)
             filled |= new
-        elif rule is not None and (here in plan.cells or (nodes and _passes(eqn, rule))):
+        elif rule is not None and (
+            here in plan.cells or here in plan.entered or (nodes and _passes(eqn, rule))
+        ):
             below = sorted(plan.cells.get(here, ()))
             inside = {name: cells[name] for name in below if name in cells}
             bodies, passes = functools.partial(rule.bodies, eqn), _passes(eqn, rule)

@@ -8,6 +8,7 @@ from jaxcompress.structured._certificate import Leak as Leak
 from jaxcompress.structured._certificate import Size as Size
 from jaxcompress.structured._fisher import Fisher as Fisher
 from jaxcompress.structured._fpgm import FPGM as FPGM
+from jaxcompress.structured._find import groups as groups
 from jaxcompress.structured._groups import Group as Group
 from jaxcompress.structured._groups import Groups as Groups
 from jaxcompress.structured._groups import Member as Member
@@ -24,3 +25,9 @@ from jaxcompress.structured._scales import BatchNormScale as BatchNormScale
 from jaxcompress.structured._scales import scales as scales
 from jaxcompress.structured._taylor import Taylor as Taylor
 from jaxcompress.structured._wanda import Wanda as Wanda
+from jaxcompress.structured._group_lasso import GroupLassoState as GroupLassoState
+from jaxcompress.structured._group_lasso import group_lasso as group_lasso
+from jaxcompress.structured._growing import GrowingState as GrowingState
+from jaxcompress.structured._growing import growing_regularization as growing_regularization
+from jaxcompress.structured._scale_l1 import ScaleL1State as ScaleL1State
+from jaxcompress.structured._scale_l1 import scale_l1 as scale_l1

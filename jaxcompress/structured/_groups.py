@@ -6,6 +6,8 @@ from typing import Any, Literal, TypeAlias
 
 import numpy as np
 
+from jaxcompress import graph
+
 Role: TypeAlias = Literal[
     "channels", "embedding", "experts", "head size", "heads", "hidden", "residual", "state"
 ]
@@ -67,11 +69,13 @@ class Groups(Mapping[str, Group]):
     Attributes:
         leaves: `{path: ShapeDtypeStruct}` of params.
         frozen: Groups that cannot be pruned, each with its reason.
+        dims: The labels that they were found from.
     """
 
     prunable: Mapping[str, Group]
     frozen: Mapping[str, Group]
     leaves: Mapping[str, Any] = field(repr=False)
+    dims: graph.Dims | None = field(default=None, repr=False)
 
     def __getitem__(self, name: str) -> Group:
         return self.prunable[name]

@@ -1,0 +1,562 @@
+"""`dims`: which indices of which axes of which variables are the same index.
+
+A walk over fn's program gives every axis of every variable a vector of labels (`_labels`), and one
+rule per primitive says how those of its results follow from those of its operands. What a rule does
+not know is frozen, with a reason.
+"""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol, TypeAlias
+
+import jax
+import numpy as np
+
+from jaxcompress import tree
+from jaxcompress.graph import _compat
+from jaxcompress.graph._compat import Program
+from jaxcompress.graph._constructs import Body, construct
+from jaxcompress.graph._labels import Axis, Labels
+from jaxcompress.graph._sites import contraction_flops, elements
+from jaxcompress.graph._trace import Traced, capture
+from jaxcompress.graph._walk import Position
+
+Axes: TypeAlias = tuple[Axis, ...]
+"""The labels along each axis of one variable."""
+
+
+def concrete(shape: Sequence[Any]) -> tuple[int, ...]:
+    """Give a shape as integers; a symbolic dimension counts as 1."""
+    return tuple(elements([n]) for n in shape)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Step:
+    """One equation, as a rule sees it.
+
+    Attributes:
+        eqn: The JAX equation.
+        operands: The labels of its operands.
+        known: Their values, where they are small integers that depend on nothing; else `None`.
+        labels: The store.
+        uniform: Says of labels that they stand for one index in all layers of a scan.
+    """
+
+    eqn: Any
+    operands: tuple[Axes, ...]
+    known: tuple[np.ndarray | None, ...]
+    labels: Labels
+    uniform: Callable[[Axis], None]
+
+    @property
+    def params(self) -> Mapping[str, Any]:
+        """The equation's parameters."""
+        return self.eqn.params
+
+    @property
+    def name(self) -> str:
+        """The primitive's name."""
+        return self.eqn.primitive.name
+
+    def shape(self, result: int = 0) -> tuple[int, ...]:
+        """The shape of a result, a symbolic dimension counted as 1."""
+        return concrete(self.eqn.outvars[result].aval.shape)
+
+    def fresh(self, *, frozen: str | None = None) -> list[Axes]:
+        """Make new labels for all results; `frozen` says why they may not be removed."""
+        results = []
+        for var in self.eqn.outvars:
+            axes = tuple(self.labels.fresh(n) for n in concrete(getattr(var.aval, "shape", ())))
+            for axis in axes:
+                self.uniform(axis)
+                if frozen:
+                    self.labels.freeze(axis, frozen)
+            results.append(axes)
+        return results
+
+
+class DimsRule(Protocol):
+    """What `dims` knows of a primitive.
+
+    An optional method `resize(eqn, operands, kept)` runs the equation on smaller operands, where
+    the same parameters would not do; see `Kept`. A class attribute `neutral` gives the number that
+    changes nothing when a result is reduced over it; 0 without.
+    """
+
+    def follow(self, step: Step) -> list[Axes]:
+        """Give the labels of the results."""
+        ...
+
+
+_RULES: dict[str, DimsRule] = {}
+
+
+def register_dims(*primitives: str) -> Callable[[type], type]:
+    """Say how the indices of a primitive's results are those of its operands.
+
+    Args:
+        *primitives: Names of primitives.
+
+    Returns:
+        A decorator for a class with the methods of `DimsRule`.
+    """
+
+    def register(kind: type) -> type:
+        for name in primitives:
+            _RULES[name] = kind()
+        return kind
+
+    return register
+
+
+def dims_rule(primitive: str) -> DimsRule | None:
+    return _RULES.get(primitive)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Level:
+    """A scan: the labels of its iterations.
+
+    Attributes:
+        axis: The labels.
+        length: How many there are.
+    """
+
+    axis: Axis
+    length: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Product:
+    """A contraction as the labels of its axes; FLOPs are 2 x the product of their sizes.
+
+    Attributes:
+        position: The equation.
+        axes: The axes of its result and those that it sums over.
+        batch: How many of these, at the front, both operands share.
+        summed: How many, at the end, it sums over.
+        repeats: How often it runs.
+        branch: The branch that it is in: `(position of the cond, number)` pairs.
+        flops: What it takes at full size.
+    """
+
+    position: Position
+    axes: Axes
+    batch: int
+    summed: int
+    repeats: int
+    branch: tuple[tuple[Position, int], ...]
+    flops: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Dims:
+    """The labels of every axis of every variable, with everything that is tied.
+
+    Attributes:
+        traced: The captured call.
+        labels: The store; `labels.rows(axis)` writes an axis as tuples of representatives.
+        leaves: `{path: labels of its axes}`.
+        programs: The program at each prefix of positions, and the labels of its variables.
+        scans: The numbers of the scans around each, outermost first.
+        reasons: For each label, why it may not be removed; empty if it may.
+        layers: For each label, 1 + the number of the scan each of whose layers may keep another
+            index; 0 if all layers keep the same.
+        levels: The scans.
+        products: All contractions.
+        summed: Labels of axes along which two results are added: residual streams.
+        carried: Labels of axes that a scan carries round.
+        state: Which outputs mirror leaves of params: `{number of the output: path}`.
+    """
+
+    traced: Traced
+    labels: Labels
+    leaves: Mapping[str, Axes]
+    programs: Mapping[Position, tuple[Program, Mapping[Any, Axes]]] = field(repr=False)
+    scans: Mapping[Position, tuple[int, ...]] = field(repr=False)
+    reasons: np.ndarray = field(repr=False)
+    layers: np.ndarray = field(repr=False)
+    levels: tuple[Level, ...]
+    products: tuple[Product, ...] = field(repr=False)
+    summed: np.ndarray = field(repr=False)
+    carried: np.ndarray = field(repr=False)
+    state: Mapping[int, str]
+
+    def layer_axis(self, axes: Axes, level: int) -> int | None:
+        """Find the axis of a variable that counts the layers of a scan."""
+        want = int(self.labels.find(self.levels[level].axis[:1])[0])
+        for k, axis in enumerate(axes):
+            if len(axis) > 1 and int(self.labels.find(axis[:1])[0]) == want:
+                return k
+        return None
+
+
+def dims(
+    fn: Callable[..., Any], params: tree.Params, *inputs: Any, **kwargs: Any
+) -> Dims:
+    """Find which indices of the leaves are the same index, so that they live and die together.
+
+    Args:
+        fn: `fn(params, *inputs, **kwargs) -> outputs`, pure.
+        params: Any pytree of arrays; shapes are enough.
+        *inputs: fn's other arguments; shapes are enough.
+        **kwargs: fn's keyword arguments.
+
+    Returns:
+        The labels. Axes of inputs are frozen, and so are those of outputs, but for outputs that
+        mirror a leaf of params (a path that ends with the leaf's, and its shape): new state.
+
+    Raises:
+        ArgumentTypeError: As `trace`.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> fn = lambda p, x: jnp.tanh(x @ p["up"]) @ p["down"]
+        >>> found = dims(fn, {"up": jnp.ones((3, 4)), "down": jnp.ones((4, 2))}, jnp.ones((1, 3)))
+        >>> up, down = (found.labels.find(found.leaves["up"][1]), found.leaves["down"][0])
+        >>> bool((up == found.labels.find(down)).all()), found.reasons[up].tolist()
+        (True, ['', '', '', ''])
+        >>> str(found.reasons[found.labels.find(found.leaves["up"][0])[0]])
+        'it is tied to axis 1 of input 0'
+    """
+    return dims_of(capture(fn, params, inputs, kwargs))
+
+
+def dims_of(traced: Traced) -> Dims:
+    labels = Labels()
+    leaves = {
+        path: tuple(labels.fresh(n) for n in concrete(leaf.shape))
+        for path, leaf in traced.leaves.items()
+    }
+    for _ in range(4):
+        before = len(labels.frozen), labels.conflicts
+        labels.frozen, labels.conflicts = [], 0
+        walker = Walker(traced, labels)
+        result = walker.whole(leaves)
+        if not labels.conflicts or before == (len(labels.frozen), labels.conflicts):
+            break
+    return result
+
+
+class Walker:
+    """One pass over a program."""
+
+    def __init__(self, traced: Traced, labels: Labels):
+        self._traced, self._labels = traced, labels
+        self.programs: dict[Position, tuple[Program, dict[Any, Axes]]] = {}
+        self.scans: dict[Position, tuple[int, ...]] = {}
+        self._levels: list[Level] = []
+        self._uniform: list[Axis] = []
+        self._products: list[Product] = []
+        self._summed: list[Axis] = []
+        self._carried: list[Axis] = []
+
+    def whole(self, leaves: Mapping[str, Axes]) -> Dims:
+        traced, labels, program = self._traced, self._labels, self._traced.program
+        args: list[Axes] = []
+        for path, leaf in traced.leaves.items():
+            if not isinstance(leaf, tree.LeafNode):
+                args.append(leaves[path])
+                continue
+            for axis in leaves[path]:
+                labels.freeze(axis, "it is quantized: shrink before that")
+            for part in jax.tree.leaves(leaf):
+                args.append(self._outer(part.shape, f"{path} is quantized"))
+        for number, var in enumerate(program.invars[len(args) :]):
+            axes = self._outer(var.aval.shape, None)
+            for k, axis in enumerate(axes):
+                labels.freeze(axis, f"it is tied to axis {k} of input {number}")
+            args.append(axes)
+        outs = self.walk(program, args, (), (), 1, ())
+        state = _state(traced)
+        for number, axes in enumerate(outs):
+            path = state.get(number)
+            for k, axis in enumerate(axes):
+                if path is None:
+                    labels.freeze(axis, f"it is axis {k} of output {number}")
+                else:
+                    labels.unify(axis, leaves[path][k])
+        return self._result(leaves, state)
+
+    def _outer(self, shape: Sequence[Any], reason: str | None) -> Axes:
+        axes = tuple(self._labels.fresh(n) for n in concrete(shape))
+        for axis in axes if reason else ():
+            self._labels.freeze(axis, str(reason))
+        return axes
+
+    def _result(self, leaves: Mapping[str, Axes], state: Mapping[int, str]) -> Dims:
+        labels = self._labels
+        reasons = np.full(len(labels), "", object)
+        for axis, reason in reversed(labels.frozen):
+            rows = labels.rows(axis)
+            reasons[rows[rows >= 0]] = reason
+        levels, layers = tuple(self._levels), np.zeros(len(labels), np.int32)
+        first = [int(labels.find(level.axis)[0]) for level in levels]
+        canonical = [first.index(label) for label in first]  # scans over the same layers are one
+        if levels:
+            layers = self._layers(canonical)
+        return Dims(
+            traced=self._traced,
+            labels=labels,
+            leaves=leaves,
+            programs=self.programs,
+            scans={prefix: tuple(canonical[k] for k in at) for prefix, at in self.scans.items()},
+            reasons=reasons,
+            layers=layers,
+            levels=levels,
+            products=tuple(self._products),
+            summed=self._flags(self._summed),
+            carried=self._flags(self._carried),
+            state=state,
+        )
+
+    def _flags(self, axes: Sequence[Axis]) -> np.ndarray:
+        flags = np.zeros(len(self._labels), bool)
+        for axis in axes:
+            rows = self._labels.rows(axis)
+            flags[rows[rows >= 0]] = True
+        return flags
+
+    def _layers(self, canonical: Sequence[int]) -> np.ndarray:
+        """Find the labels that occur only beside the layers of a scan, or inside it."""
+        labels, levels = self._labels, self._levels
+        names = {int(labels.find(levels[k].axis)[0]): k for k in canonical}
+        allowed = np.full(len(labels), -1, np.int64)
+        for prefix, (_, env) in self.programs.items():
+            inside = sum(1 << k for k in {canonical[k] for k in self.scans[prefix]})
+            for axes in env.values():
+                beside = inside
+                for axis in axes:
+                    k = names.get(int(labels.find(axis[:1])[0])) if len(axis) > 1 else None
+                    if k is not None and len(axis) == levels[k].length:
+                        beside |= 1 << k
+                for axis in axes:
+                    rows = labels.rows(axis)
+                    allowed[rows[rows >= 0]] &= beside
+        for axis in self._uniform:
+            rows = labels.rows(axis)
+            allowed[rows[rows >= 0]] = 0
+        layers = np.zeros(len(labels), np.int32)
+        for k in sorted(set(canonical), reverse=True):
+            layers[(allowed & (1 << k) > 0) & (allowed >= 0)] = k + 1
+        return layers
+
+    # --- walking --------------------------------------------------------------------------------
+
+    def walk(
+        self,
+        program: Program,
+        args: Sequence[Axes],
+        prefix: Position,
+        scans: tuple[int, ...],
+        repeats: int,
+        branch: tuple[tuple[Position, int], ...],
+        known: Mapping[Any, np.ndarray] | None = None,
+    ) -> list[Axes]:
+        env: dict[Any, Axes] = dict(zip(program.invars, args, strict=True))
+        values: dict[Any, np.ndarray] = dict(known or {})
+        self.programs[prefix], self.scans[prefix] = (program, env), scans
+        for var, value in zip(program.constvars, program.consts, strict=True):
+            env[var] = self._outer(np.shape(value), None)
+            self._uniform += env[var]
+            if _is_small(value):
+                values[var] = np.asarray(value)
+        for number, eqn in enumerate(program.eqns):
+            operands = tuple(self._read(atom, env) for atom in eqn.invars)
+            here = (*prefix, number)
+            mine = tuple(_value(atom, values) for atom in eqn.invars)
+            rule = construct(eqn.primitive.name)
+            if rule is not None:
+                bodies = rule.bodies(eqn)
+                results = self._construct(eqn, here, bodies, operands, scans, repeats, branch, mine)
+            else:
+                results = self._follow(eqn, here, operands, mine, repeats, branch)
+                if (value := _folded(eqn, mine)) is not None:
+                    values[eqn.outvars[0]] = value
+            env.update(zip(eqn.outvars, results, strict=True))
+        return [self._read(atom, env) for atom in program.outvars]
+
+    def _read(self, atom: Any, env: Mapping[Any, Axes]) -> Axes:
+        if isinstance(atom, _compat.Literal):
+            return tuple(self._labels.fresh(n) for n in np.shape(atom.val))
+        return env[atom]
+
+    def _follow(
+        self,
+        eqn: Any,
+        here: Position,
+        operands: tuple[Axes, ...],
+        known: tuple[np.ndarray | None, ...],
+        repeats: int,
+        branch: tuple[tuple[Position, int], ...],
+    ) -> list[Axes]:
+        step = Step(eqn=eqn, operands=operands, known=known, labels=self._labels,
+                    uniform=self._uniform.append)  # fmt: skip
+        rule = dims_rule(eqn.primitive.name)
+        if rule is None:
+            reason = f"{eqn.primitive.name} has no rule"
+            for axes in operands:
+                for axis in axes:
+                    self._labels.freeze(axis, reason)
+            return step.fresh(frozen=reason)
+        results = rule.follow(step)
+        if flops := contraction_flops(eqn):
+            self._contracts(eqn, here, operands, results[0], repeats, branch, flops)
+        elif eqn.primitive.name in ("add", "sub") and all(len(axes) for axes in operands):
+            whole = [axes for axes in operands if all(len(a) == len(r) for a, r in
+                                                      zip(axes, results[0], strict=True))]
+            if len(whole) == 2:
+                self._summed += results[0]
+        return results
+
+    def _contracts(self, eqn, here, operands, result, repeats, branch, flops) -> None:
+        name = eqn.primitive.name
+        if name == "dot_general":
+            (contract, _), (batch, _) = eqn.params["dimension_numbers"]
+            sums = tuple(operands[0][k] for k in contract)
+            shared = len(batch)
+        elif name == "conv_general_dilated":
+            spec = eqn.params["dimension_numbers"].rhs_spec
+            sums, shared = tuple(operands[1][k] for k in spec[1:]), 0
+        else:
+            numbers = eqn.params["ragged_dot_dimension_numbers"].dot_dimension_numbers
+            (contract, _), _ = numbers
+            sums, shared = tuple(operands[0][k] for k in contract), 0
+        self._products.append(
+            Product(position=here, axes=(*result, *sums), batch=shared, summed=len(sums),
+                    repeats=repeats, branch=branch, flops=flops * repeats)
+        )  # fmt: skip
+
+    def _construct(
+        self,
+        eqn: Any,
+        here: Position,
+        bodies: Sequence[Body],
+        operands: tuple[Axes, ...],
+        scans: tuple[int, ...],
+        repeats: int,
+        branch: tuple[tuple[Position, int], ...],
+        known: tuple[np.ndarray | None, ...],
+    ) -> list[Axes]:
+        labels = self._labels
+        results: list[Axes | None] = [None] * len(eqn.outvars)
+        name = eqn.primitive.name
+        for number, body in enumerate(bodies):
+            inner, level = scans, None
+            if name == "scan":
+                level = self._level(eqn, body, operands)
+                inner = (*scans, len(self._levels) - 1)
+            args, values = [], {}
+            for (k, role), var in zip(body.inputs, body.program.invars, strict=True):
+                axes = operands[k][1:] if role == "slice" else operands[k]
+                args.append(self._fitted(axes, var.aval.shape, name))
+                if role == "same" and known[k] is not None:
+                    values[var] = known[k]
+                if role == "carry":
+                    self._carried += axes
+            inside = branch
+            if body.branch:
+                inside = (*branch, (here, number))
+                for axis in operands[0]:
+                    labels.freeze(axis, "it chooses a branch")
+            outs = self.walk(
+                body.program, args, (*here, number), inner, repeats * body.repeats, inside, values
+            )
+            carried = [i for i, (_, role) in enumerate(body.inputs) if role == "carry"]
+            returns = [i for i, (_, role) in enumerate(body.results) if role == "carry"]
+            for i, j in zip(carried, returns, strict=False):
+                for a, b in zip(args[i], outs[j], strict=True):
+                    labels.unify(a, b)
+            for (target, role), axes in zip(body.results, outs, strict=True):
+                if target is None:
+                    continue
+                if role == "slice" and level is not None:
+                    axes = (level.axis, *axes)
+                axes = self._fitted(axes, eqn.outvars[target].aval.shape, name)
+                before = results[target]
+                if before is not None:
+                    for a, b in zip(before, axes, strict=True):
+                        labels.unify(a, b)
+                results[target] = axes
+        assert all(axes is not None for axes in results), f"{name} gives a result of no body"
+        return [axes for axes in results if axes is not None]
+
+    def _level(self, eqn: Any, body: Body, operands: Sequence[Axes]) -> Level:
+        length = int(eqn.params["length"])
+        sliced = [operands[k][0] for k, role in body.inputs if role == "slice" and operands[k]]
+        axis = sliced[0] if sliced else self._labels.fresh(length)
+        for other in sliced[1:]:
+            self._labels.unify(axis, other)
+        self._labels.freeze(axis, "a scan runs over it: drop_layers removes layers")
+        level = Level(axis=axis, length=length)
+        self._levels.append(level)
+        return level
+
+    def _fitted(self, axes: Axes, shape: Sequence[Any], name: str) -> Axes:
+        """Cut an axis off where a border changes its size: inside a `shard_map` it is a shard."""
+        fitted = []
+        for axis, n in zip(axes, concrete(shape), strict=True):
+            if len(axis) == n:
+                fitted.append(axis)
+                continue
+            reason = f"{name} divides it among devices"
+            self._labels.freeze(axis, reason)
+            fitted.append(self._labels.fresh(n))
+            self._labels.freeze(fitted[-1], reason)
+        return tuple(fitted)
+
+
+def _state(traced: Traced) -> dict[int, str]:
+    """Match outputs with the leaves that they are new values of, by path and shape."""
+    found: dict[int, str] = {}
+    flat = jax.tree_util.tree_flatten_with_path(traced.outputs)[0]
+    outvars = traced.program.outvars
+    for number, (keypath, out) in enumerate(flat):
+        path = tree.path_str(keypath)
+        for leaf_path, leaf in traced.leaves.items():
+            mirrors = path == leaf_path or path.endswith("/" + leaf_path)
+            if mirrors and concrete(out.shape) == concrete(leaf.shape) and keypath:
+                found[number] = leaf_path
+    assert len(flat) == len(outvars)
+    return found
+
+
+# --- Small integers that are known ----------------------------------------------------------------
+
+_SMALL = 1 << 16
+_FOLDED = frozenset(
+    {
+        "add", "broadcast_in_dim", "clamp", "concatenate", "convert_element_type", "copy", "div",
+        "eq", "ge", "gt", "iota", "le", "lt", "max", "min", "mul", "ne", "neg", "rem", "reshape",
+        "select_n", "slice", "squeeze", "sub", "transpose", "and", "or", "not", "rev", "floor",
+    }
+)  # fmt: skip
+
+
+def _is_small(value: Any) -> bool:
+    dtype = getattr(value, "dtype", None)
+    if dtype is None or isinstance(value, jax.core.Tracer):
+        return isinstance(value, bool | int)
+    integer = isinstance(dtype, np.dtype) and dtype.kind in "iub"
+    return integer and math.prod(np.shape(value)) <= _SMALL
+
+
+def _value(atom: Any, values: Mapping[Any, np.ndarray]) -> np.ndarray | None:
+    if isinstance(atom, _compat.Literal):
+        return np.asarray(atom.val) if _is_small(np.asarray(atom.val)) else None
+    return values.get(atom)
+
+
+def _folded(eqn: Any, known: Sequence[np.ndarray | None]) -> np.ndarray | None:
+    """Evaluate an equation on small integers that are known."""
+    if eqn.primitive.name not in _FOLDED or any(value is None for value in known):
+        return None
+    out = eqn.outvars[0].aval
+    small = all(isinstance(n, int) for n in out.shape) and math.prod(out.shape) <= _SMALL
+    integer = isinstance(out.dtype, np.dtype) and out.dtype.kind in "iub"
+    if not small or not integer:
+        return None
+    with jax.ensure_compile_time_eval():
+        return np.asarray(_compat.bind(eqn, [jax.numpy.asarray(value) for value in known])[0])
+

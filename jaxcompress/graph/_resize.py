@@ -1,0 +1,483 @@
+"""`resize`: fn with axes made smaller, and `remask`: fn with what was removed set to zero.
+
+Both trace fn on its full shapes and run that program otherwise: `resize` on smaller arrays, with
+the parameters that carry shapes derived again; `remask` at full size, with zeros (or what changes
+nothing, before a maximum or a product) wherever a removed index occurs. Widths that are written in
+fn as numbers, such as the divisor of a mean, stay in both.
+"""
+
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, TypeAlias
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxcompress import tree
+from jaxcompress.errors import ArgumentError, StructureError
+from jaxcompress.graph import _compat
+from jaxcompress.graph._compat import Program
+from jaxcompress.graph._constructs import Cells, construct
+from jaxcompress.graph._dims import Axes, Dims, Walker, dims_of, dims_rule
+from jaxcompress.graph._kept import Kept, Mask, taken
+from jaxcompress.graph._labels import Axis
+from jaxcompress.graph._replay import Equation, Plan, Visit, execute, run
+from jaxcompress.graph._trace import Traced, capture
+from jaxcompress.graph._walk import Position
+
+KeepIndices: TypeAlias = Mapping[str, Mapping[int, np.ndarray]]
+"""`{path: {axis: indices to keep}}`, (K,), or (L, K) where L stacked layers differ."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Removed:
+    """Which labels are gone.
+
+    Attributes:
+        dims: The labels.
+        everywhere: (labels,) bool: gone from all layers.
+        by_layer: `{level: (L, labels) bool}`: gone from some layers of a scan.
+    """
+
+    dims: Dims
+    everywhere: np.ndarray
+    by_layer: Mapping[int, np.ndarray]
+    _masks: dict[int, tuple[Axis, Mask]] = field(default_factory=dict, repr=False)
+
+    def mask(self, axis: Axis) -> Mask:
+        """Say which indices of an axis are kept; `None` if all are."""
+        known = self._masks.get(id(axis))
+        if known is None:
+            known = self._masks[id(axis)] = axis, self._mask(axis)
+        return known[1]
+
+    def _mask(self, axis: Axis) -> Mask:
+        rows = self.dims.labels.rows(axis)
+        real = rows >= 0
+        gone = (self.everywhere[rows] & real).any(axis=1)
+        for flags in self.by_layer.values():
+            inside = (flags[:, rows] & real).any(axis=2)
+            if inside.any():
+                return ~(inside | gone)
+        return ~gone if gone.any() else None
+
+    def level_of(self, axis: Axis) -> int:
+        """Find the scan between whose layers an axis keeps different indices."""
+        rows = self.dims.labels.rows(axis)
+        rows = rows[rows >= 0]
+        (level,) = (k for k, flags in self.by_layer.items() if flags[:, rows].any())
+        return level
+
+    def masks(self, axes: Axes) -> tuple[Mask, ...]:
+        """Say it for all axes of a variable."""
+        return tuple(self.mask(axis) for axis in axes)
+
+
+def removed_by(dims: Dims, keep: KeepIndices) -> Removed:
+    """Find the labels that indices to keep leave out, and check that nothing else goes.
+
+    Raises:
+        ArgumentError: If an index that goes is tied to one that stays, or may not go.
+    """
+    everywhere, by_layer = np.zeros(len(dims.labels), bool), dict[int, np.ndarray]()
+    for path, axes in keep.items():
+        for k, indices in axes.items():
+            rows = dims.labels.rows(dims.leaves[path][k])
+            for layer, kept in enumerate(np.atleast_2d(indices)):
+                gone = _absent(rows, kept)
+                if np.ndim(indices) == 1:
+                    everywhere[gone] = True
+                else:
+                    _add_layer(dims, by_layer, gone, layer, len(indices), path)
+    removed = Removed(dims=dims, everywhere=everywhere, by_layer=by_layer)
+    _check(dims, removed, keep)
+    return removed
+
+
+def _absent(rows: np.ndarray, kept: np.ndarray) -> np.ndarray:
+    """List the labels of an axis that no kept index has."""
+    there = np.unique(rows[kept])
+    return np.setdiff1d(np.unique(rows[rows >= 0]), there)
+
+
+def _add_layer(
+    dims: Dims, by_layer: dict[int, np.ndarray], gone: Axis, layer: int, count: int, path: str
+) -> None:
+    for level in np.unique(dims.layers[gone]):
+        if level == 0 or dims.levels[level - 1].length != count:
+            raise ArgumentError(
+                "keep",
+                got=f"indices of its own for each of {count} layers of {path!r}",
+                expected="one set of indices, as the layers share this axis",
+                fix="Give indices of shape (K,).",
+            )
+        flags = by_layer.setdefault(int(level) - 1, np.zeros((count, len(dims.labels)), bool))
+        flags[layer, gone[dims.layers[gone] == level]] = True
+
+
+def _check(dims: Dims, removed: Removed, keep: KeepIndices) -> None:
+    any_layer = removed.everywhere.copy()
+    for flags in removed.by_layer.values():
+        any_layer |= flags.any(axis=0)
+    frozen = np.flatnonzero(any_layer & (dims.reasons != ""))
+    for path, axes in dims.leaves.items():
+        for k, axis in enumerate(axes):
+            rows = dims.labels.rows(axis)
+            if len(frozen) and np.isin(rows, frozen).any():
+                label = rows[np.isin(rows, frozen)][0]
+                raise ArgumentError(
+                    "keep",
+                    got=f"fewer than all indices along axis {k} of {path!r}",
+                    expected=f"all of them: {dims.reasons[label]}",
+                    fix="Keep the whole of a frozen axis; `structured.groups` says which are.",
+                )
+            mask, mine = removed.mask(axis), keep.get(path, {}).get(k)
+            want = np.ones(len(axis), bool) if mine is None else _mask_of(mine, len(axis))
+            have = np.ones(len(axis), bool) if mask is None else mask
+            if not np.array_equal(np.broadcast_to(have, want.shape) if have.ndim <= want.ndim
+                                  else have, want):  # fmt: skip
+                raise ArgumentError(
+                    "keep",
+                    got=f"{want.sum(-1)} of {len(axis)} indices along axis {k} of {path!r}",
+                    expected=f"{have.sum(-1)}, which go with what is kept of the other leaves",
+                    fix="Take `keep` from `structured.choose`, or from groups, of this function.",
+                )
+
+
+def _mask_of(indices: np.ndarray, size: int) -> np.ndarray:
+    mask = np.zeros((*indices.shape[:-1], size), bool)
+    np.put_along_axis(mask, indices, True, axis=-1)
+    return mask
+
+
+# --- Running --------------------------------------------------------------------------------------
+
+
+class _Resizer:
+    """Makes the plan by which a program runs on smaller arrays."""
+
+    def __init__(self, removed: Removed):
+        self._removed, self._dims = removed, removed.dims
+
+    def plan(self) -> Plan:
+        visits: dict[Position, Visit] = {}
+        entered: set[Position] = set()
+        consts: dict[Position, Sequence[Any]] = {}
+        for prefix, (program, env) in self._dims.programs.items():
+            self._program(prefix, program, env, visits, entered, consts)
+        return self._plan(visits, entered, consts)
+
+    def _plan(self, visits: Any, entered: set[Position], consts: Any) -> Plan:
+        around = {p[:k] for p in entered for k in range(1, len(p) + 1)}
+        return Plan(
+            visits,
+            {},
+            self._forward,
+            entered=frozenset(around),
+            consts=consts,
+            derivative=self._derivative,
+        )
+
+    def _program(
+        self,
+        prefix: Position,
+        program: Program,
+        env: Mapping[Any, Axes],
+        visits: dict[Position, Visit],
+        entered: set[Position],
+        consts: dict[Position, Sequence[Any]],
+    ) -> None:
+        masks = [self._removed.masks(env[var]) for var in program.constvars]
+        if any(mask is not None for one in masks for mask in one):
+            pairs = zip(program.consts, masks, strict=True)
+            consts[prefix] = [taken(value, one) for value, one in pairs]
+            entered.add(prefix)
+        for number, eqn in enumerate(program.eqns):
+            kept = Kept(
+                eqn,
+                [self._of(atom, env) for atom in eqn.invars],
+                [self._of(atom, env) for atom in eqn.outvars],
+            )
+            here = (*prefix, number)
+            if not kept.changes:
+                continue
+            if construct(eqn.primitive.name) is not None:
+                entered.add(here)
+                continue
+            rule: Any = dims_rule(eqn.primitive.name)
+            resize = getattr(rule, "resize", None)
+            visits[here] = functools.partial(self._visit, resize, kept)
+
+    def _of(self, atom: Any, env: Mapping[Any, Axes]) -> tuple[Mask, ...]:
+        return () if isinstance(atom, _compat.Literal) else self._removed.masks(env[atom])
+
+    def _visit(
+        self, resize: Any, kept: Kept, equation: Equation, operands: Sequence[Any], cells: Cells
+    ) -> tuple[list, Cells]:
+        if resize is None:
+            return _compat.bind(equation._eqn, operands), {}
+        with _compat.context(equation._eqn):
+            return resize(equation._eqn, operands, kept), {}
+
+    # --- rules of differentiation ---------------------------------------------------------------
+
+    def _forward(self, position: Position, program: Program) -> Plan:
+        operands = self._operands(position)
+        return self._later(program, operands[len(operands) - len(program.invars) :])
+
+    def _derivative(self, position: Position, program: Program, zeros: Sequence[bool]) -> Plan:
+        operands = self._operands(position)
+        operands = operands[len(operands) - len(zeros) :]
+        moved = [axes for axes, zero in zip(operands, zeros, strict=True) if not zero]
+        return self._later(program, [*operands, *moved])
+
+    def _operands(self, position: Position) -> list[Axes]:
+        program, env = self._dims.programs[position[:-1]]
+        labels = self._dims.labels
+        return [
+            tuple(labels.fresh(n) for n in np.shape(atom.val))
+            if isinstance(atom, _compat.Literal)
+            else env[atom]
+            for atom in program.eqns[position[-1]].invars
+        ]
+
+    def _later(self, program: Program, operands: Sequence[Axes]) -> Plan:
+        """Label a program that comes to light under differentiation, and plan it likewise."""
+        return _Resizer(_extended(self._removed, program, operands)).plan()
+
+
+def _extended(removed: Removed, program: Program, operands: Sequence[Axes]) -> Removed:
+    dims = removed.dims
+    labels = dims.labels
+    roots = np.flatnonzero(removed.everywhere)
+    walker = Walker(dims.traced, labels)
+    walker.walk(program, operands, (), (), 1, ())
+    grown = len(labels) - len(removed.everywhere)
+    everywhere = np.concatenate([removed.everywhere, np.zeros(grown, bool)])
+    # Labels made here join those that are known: what stands for them now is gone as they are.
+    rows = labels.rows(roots) if len(roots) else np.zeros((0, 1), np.int32)
+    everywhere[rows[rows >= 0]] = True
+    by_layer = {}
+    for level, flags in removed.by_layer.items():
+        wide = np.concatenate([flags, np.zeros((len(flags), grown), bool)], axis=1)
+        gone = np.flatnonzero(flags.any(axis=0))
+        wide[:, labels.find(gone)] |= flags[:, gone]
+        by_layer[level] = wide
+    later = Dims(**{**vars(dims), "programs": walker.programs})
+    return Removed(dims=later, everywhere=everywhere, by_layer=by_layer)
+
+
+def dense_like(params: tree.Params, shapes: Mapping[str, tuple[int, ...]]) -> tree.Params:
+    """Write params as shapes at full size, with the dtypes (and explicit shardings) they have."""
+
+    def like(path: str, leaf: Any) -> Any:
+        shape = shapes.get(path)
+        if shape is None:
+            raise StructureError(
+                "params",
+                got=f"a leaf {path!r} that the kept indices do not know",
+                expected="the params that `shrink` gave, or trained from them",
+                fix="Give the params of the model that the indices were chosen for.",
+            )
+        aval = jax.typeof(leaf) if isinstance(leaf, jax.Array) else leaf
+        spec = getattr(aval, "sharding", None)
+        explicit = spec is not None and getattr(spec, "mesh", None) is not None \
+            and any(name is not None for name in getattr(spec, "spec", ()))  # fmt: skip
+        return jax.ShapeDtypeStruct(shape, aval.dtype, sharding=spec if explicit else None)
+
+    return tree.map_with_path(like, params)
+
+
+def resize(
+    fn: Callable[..., Any], keep: KeepIndices, shapes: Mapping[str, tuple[int, ...]]
+) -> Callable[..., Any]:
+    """Make fn run on params with axes that are smaller: only `keep` of their indices.
+
+    Args:
+        fn: `fn(params, *inputs, **kwargs) -> outputs`, pure.
+        keep: `{path: {axis: indices}}` of all leaves that are smaller.
+        shapes: `{path: shape at full size}` of all leaves.
+
+    Returns:
+        A function of the smaller params and the same inputs. It is fn replayed, so it works
+        wherever fn does: under jit, grad, vmap and export, and for other batch sizes.
+
+    Raises:
+        ArgumentError: When called, if the indices do not fit fn, or params do not fit them.
+        StructureError: When called, if params has other leaves.
+
+    Example:
+        >>> fn = lambda p, x: jnp.tanh(x @ p["up"]).reshape(-1, 4) @ p["down"]
+        >>> keep = {"up": {1: np.array([0, 2])}, "down": {0: np.array([0, 2])}}
+        >>> small = resize(fn, keep, {"up": (3, 4), "down": (4, 2)})
+        >>> small({"up": jnp.ones((3, 2)), "down": jnp.ones((2, 2))}, jnp.ones((5, 3))).shape
+        (5, 2)
+    """
+
+    @functools.wraps(fn)
+    def resized(params: tree.Params, *inputs: Any, **kwargs: Any) -> Any:
+        dense = dense_like(params, shapes)
+        _check_shapes(params, keep, shapes)
+        traced = capture(fn, dense, inputs, kwargs, prune=True)
+        removed = removed_by(dims_of(traced), keep)
+        plan = _Resizer(removed).plan()
+        return execute(traced, plan, (params, inputs, kwargs), {})[0]
+
+    return resized
+
+
+def _check_shapes(
+    params: tree.Params, keep: KeepIndices, shapes: Mapping[str, tuple[int, ...]]
+) -> None:
+    found = {path: tuple(leaf.shape) for path, leaf in tree.items(params)}
+    if missing := sorted(set(shapes) - set(found)):
+        raise StructureError(
+            "params",
+            got=f"no leaf at {tree.shorten(missing)}",
+            expected="all leaves of the shrunk model",
+            fix="Give the params that `shrink` gave, or trained from them.",
+        )
+    for path, shape in shapes.items():
+        want = list(shape)
+        for k, indices in keep.get(path, {}).items():
+            want[k] = indices.shape[-1]
+        if found[path] != tuple(want):
+            raise ArgumentError(
+                "params",
+                got=f"{path!r} of shape {found[path]}",
+                expected=f"{tuple(want)}: {shape} with the kept indices only",
+                fix="Give the params that `shrink` gave, not those at full size.",
+            )
+
+
+# --- Re-masking -----------------------------------------------------------------------------------
+
+
+class _Masker:
+    """Makes the plan by which a program runs at full size, with zeros where indices are gone."""
+
+    def __init__(self, removed: Removed):
+        self._removed, self.cells = removed, dict[str, Any]()
+        self._layer_axes: dict[tuple[Position, str, int, int], int] = {}
+        visits: dict[Position, Visit] = {}
+        keyed: dict[Position, str] = {}
+        for prefix, (program, env) in removed.dims.programs.items():
+            for number, eqn in enumerate(program.eqns):
+                here = (*prefix, number)
+                if eqn.primitive.name in ("custom_jvp_call", "custom_vjp_call"):
+                    # Nothing here is differentiated, so that the body can stand in the open.
+                    visits[here] = functools.partial(self._inline, here)
+                    continue
+                of = functools.partial(self._of, env)
+                kept = Kept(eqn, [*map(of, eqn.invars)], [*map(of, eqn.outvars)])
+                if kept.changes and construct(eqn.primitive.name) is None:
+                    visits[here] = functools.partial(self._visit, here, kept)
+                    self._add_cell(here, kept, env, keyed)
+        self.plan = Plan(visits, {}, _never, keyed=keyed)
+
+    def _of(self, env: Mapping[Any, Axes], atom: Any) -> tuple[Mask, ...]:
+        return () if isinstance(atom, _compat.Literal) else self._removed.masks(env[atom])
+
+    def _add_cell(
+        self, here: Position, kept: Kept, env: Mapping[Any, Axes], keyed: dict[Position, str]
+    ) -> None:
+        """Have masks that differ between layers sliced by the scans around, layer by layer."""
+        dims, scans = self._removed.dims, self._removed.dims.scans[here[:-1]]
+        cell: dict[str, Any] = {}
+        for side, masks, atoms in (("operand", kept.operand, kept.eqn.invars),
+                                   ("result", kept.result, kept.eqn.outvars)):  # fmt: skip
+            for number, atom in enumerate(atoms):
+                for k, mask in enumerate(masks(number)):
+                    if mask is None or mask.ndim == 1:
+                        continue
+                    level = self._removed.level_of(env[atom][k])
+                    if level in scans:
+                        cell[f"{side} {number} {k}"] = self._spread(mask, scans, level)
+                    else:
+                        at = dims.layer_axis(env[atom], level)
+                        assert at is not None, "masks that differ stand beside their layers"
+                        self._layer_axes[here, side, number, k] = at
+        if cell:
+            keyed[here] = str(here)
+            self.cells[str(here)] = cell
+
+    def _spread(self, mask: np.ndarray, scans: Sequence[int], level: int) -> np.ndarray:
+        """Give a mask an axis for each scan around; it differs along one of them."""
+        lengths = [self._removed.dims.levels[k].length for k in scans]
+        shape = [n if k == level else 1 for k, n in zip(scans, lengths, strict=True)]
+        wide = mask.reshape((*shape, mask.shape[1]))
+        return np.broadcast_to(wide, (*lengths, mask.shape[1]))
+
+    def _inline(
+        self, here: Position, equation: Equation, operands: Sequence[Any], cells: Cells
+    ) -> tuple[list, Cells]:
+        rule: Any = construct(equation.primitive.name)
+        (body,) = rule.bodies(equation._eqn)
+        return run(body.program, operands, self.plan, cells, (*here, 0))
+
+    def _visit(
+        self, here: Position, kept: Kept, equation: Equation, operands: Sequence[Any], cells: Cells
+    ) -> tuple[list, Cells]:
+        eqn, cell = equation._eqn, cells.get(str(here), {})
+        neutral = getattr(dims_rule(eqn.primitive.name), "neutral", 0)
+        if callable(neutral):
+            neutral = neutral(eqn.invars[0].aval.dtype)
+
+        def masked(x: Any, side: str, number: int, value: Any) -> Any:
+            for k, mask in enumerate(getattr(kept, side)(number)):
+                mask = cell.get(f"{side} {number} {k}", mask)
+                if mask is not None:
+                    x = _filled(x, mask, k, self._layer_axes.get((here, side, number, k)), value)
+            return x
+
+        operands = [masked(x, "operand", k, neutral) for k, x in enumerate(operands)]
+        results = _compat.bind(eqn, operands)
+        return [masked(y, "result", k, 0) for k, y in enumerate(results)], {}
+
+
+def remask(fn: Callable[..., Any], removed_from: KeepIndices) -> Callable[..., Any]:
+    """Make fn run at full size with everything that `removed_from` leaves out set to zero.
+
+    Every variable that carries a removed index is zeroed there as soon as it is made, and before a
+    maximum, minimum or product it is set to what changes nothing. This is what `resize` must equal.
+
+    Args:
+        fn: `fn(params, *inputs, **kwargs) -> outputs`, pure.
+        removed_from: `{path: {axis: indices to keep}}`, as for `resize`.
+
+    Returns:
+        A function of params at full size, and of the same inputs. It is not for differentiation.
+
+    Example:
+        >>> fn = lambda p, x: jnp.exp(x @ p["up"]) @ p["down"]
+        >>> keep = {"up": {1: np.array([0])}, "down": {0: np.array([0])}}
+        >>> params = {"up": jnp.zeros((3, 2)), "down": jnp.ones((2, 1))}
+        >>> remask(fn, keep)(params, jnp.ones((1, 3))).tolist(), fn(params, jnp.ones((1, 3))).tolist()
+        ([[1.0]], [[2.0]])
+    """
+
+    @functools.wraps(fn)
+    def remasked(params: tree.Params, *inputs: Any, **kwargs: Any) -> Any:
+        traced = capture(fn, params, inputs, kwargs, prune=True)
+        masker = _Masker(removed_by(dims_of(traced), removed_from))
+        return execute(traced, masker.plan, (params, inputs, kwargs), masker.cells)[0]
+
+    return remasked
+
+
+def _filled(x: Any, mask: Any, axis: int, layer_axis: int | None, value: Any) -> Any:
+    """Set removed indices of an axis to a value; of each layer its own, along another axis."""
+    if jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
+        return x
+    mask, shape = jnp.asarray(mask), [1] * x.ndim
+    shape[axis] = mask.shape[-1]
+    if layer_axis is not None:
+        shape[layer_axis] = mask.shape[0]
+        mask = mask if layer_axis < axis else mask.T
+    return jnp.where(mask.reshape(shape), x, jnp.asarray(value, x.dtype))
+
+
+def _never(position: Position, program: Program) -> Plan:
+    raise AssertionError("the reference is not differentiated")
