@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Int
 
-from jaxcompress import tree
+from jaxcompress import linalg, tree
 from jaxcompress.structured._groups import Group, Member
 from jaxcompress.structured._penalties import Figure, check_figure, figure_at, needed, wide
 from jaxcompress.structured._units import learned_members, spread, unit_size, unit_sums
@@ -101,14 +101,21 @@ def group_lasso(
         given = dict(zip(before, tree.flatten_like(params, updates, name="updates"), strict=True))
         members = learned_members(groups, params)
         paths = dict.fromkeys(m.path for several in members.values() for m in several)
-        moved = {path: wide(before[path]) + given[path] for path in paths}
+        moved = {path: _sum(before[path], given[path]) for path in paths}
         for several in members.values():
             moved |= _shrunk(moved, several, weight)
-        steps = {path: moved[path] - wide(before[path]) for path in paths}
+        steps = {path: moved[path] - before[path].astype(moved[path].dtype) for path in paths}
         stepped = tree.map_with_path(lambda path, p, u: steps.get(path, u), params, updates)
         return stepped, GroupLassoState(step=jnp.asarray(optax.safe_increment(state.step)))
 
     return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _sum(p: jax.Array, u: jax.Array) -> jax.Array:
+    """Add in float32 or wider."""
+    p, u = wide(p), wide(u)
+    dtype = linalg.common_float(p.dtype, u.dtype)
+    return p.astype(dtype) + u.astype(dtype)
 
 
 def _shrunk(

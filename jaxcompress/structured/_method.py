@@ -39,8 +39,8 @@ class Given:
         """List the members that are kernels or tables: those at a site of the graph.
 
         Biases and norm scales go along with a unit, and their size says nothing about it: a
-        scale of 1 and a bias of 0 are as good as none, whatever the kernel holds. Groups
-        without any site have all their leaves counted.
+        scale of 1 and a bias of 0 are as good as none, whatever the kernel holds. Of experts, and
+        of groups without any site, all leaves count: an expert is a whole slice of each.
 
         Args:
             group: One of the groups.
@@ -49,6 +49,8 @@ class Given:
             The members.
         """
         learned = self.learned[group.name]
+        if group.role == "experts":
+            return learned
         return tuple(m for m in learned if m.produces or m.reads) or learned
 
     def array(self, member: Member) -> jax.Array:

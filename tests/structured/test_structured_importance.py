@@ -409,7 +409,7 @@ METHODS = {
 
 
 @pytest.mark.parametrize("name", METHODS)
-def test_every_method_in_bfloat16_and_on_an_explicit_mesh(name):
+def test_every_method_in_bfloat16_and_on_an_explicit_mesh(name, strict_promotion):
     given = {"method": METHODS[name], "fn": stack, "batches": BATCHES[:1]}
     scores = structured.importance(STACK_GROUPS, STACK, **given)
     assert all(np.all(s >= 0) and s.dtype == jnp.float32 for s in scores.values())
