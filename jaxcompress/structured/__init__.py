@@ -1,6 +1,7 @@
 """Physical shrinking: channels, heads, widths and layers removed, with a certificate."""
 
 from jaxcompress.structured._activation_norm import ActivationNorm as ActivationNorm
+from jaxcompress.structured._batch_norm import reestimate as reestimate
 from jaxcompress.structured._certificate import Certificate as Certificate
 from jaxcompress.structured._certificate import Distance as Distance
 from jaxcompress.structured._certificate import Distances as Distances
