@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from jaxcompress import graph, tree
+from jaxcompress import tree
 from jaxcompress.structured._groups import Groups
 
 _Kinds = tuple[tuple[int, tuple[str, ...]], ...]

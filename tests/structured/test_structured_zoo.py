@@ -113,7 +113,10 @@ def test_heads_are_kept_whole_unless_asked():
     whole, parts = groups_of("llama"), groups_of("llama", whole_heads=False)
     assert {g.role for g in whole.values()} == {"residual", "heads", "hidden"}
     reasons = {g.frozen for g in whole.frozen.values()}
-    assert {"heads are kept whole", "the number of query heads for each key head is kept"} <= reasons
+    assert {
+        "heads are kept whole",
+        "the number of query heads for each key head is kept",
+    } <= reasons
     # Rotary halves are pairs: two features of a head are one unit, which is no choice; values'
     # features are not turned.
     assert sum(g.role == "head size" for g in parts.values()) == 2  # of values, in two layers
