@@ -189,9 +189,11 @@ class _Slice:
             else:
                 starts[k] = kept.count(mask[..., :here])
                 limits[k] = kept.count(mask[..., :stop])
-        changed = {"start_indices": tuple(starts), "limit_indices": tuple(limits)}
-        unit = all(n == 1 for n in strides)
-        changed["strides"] = None if unit else tuple(strides)
+        changed = {
+            "start_indices": tuple(starts),
+            "limit_indices": tuple(limits),
+            "strides": None if all(n == 1 for n in strides) else tuple(strides),
+        }
         return _compat.bind(eqn, [x], {**params, **changed})
 
 
@@ -295,6 +297,8 @@ class _DynamicUpdate:
 
 def _reducer(*names: str, neutral: Any = 0) -> None:
     class Reduce:
+        neutral: Any
+
         def follow(self, step: Step) -> list[Axes]:
             gone = {k % len(step.operands[0]) for k in step.params["axes"]}
             return [tuple(a for k, a in enumerate(step.operands[0]) if k not in gone)]
@@ -333,6 +337,8 @@ class _Positions:
 
 def _accumulator(name: str, neutral: Any = 0) -> None:
     class Accumulate:
+        neutral: Any
+
         def follow(self, step: Step) -> list[Axes]:
             return [step.operands[0]]
 

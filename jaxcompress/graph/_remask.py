@@ -151,7 +151,8 @@ def remask(fn: Callable[..., Any], removed_from: KeepIndices) -> Callable[..., A
         >>> fn = lambda p, x: jnp.exp(x @ p["up"]) @ p["down"]
         >>> keep = {"up": {1: np.array([0])}, "down": {0: np.array([0])}}
         >>> params = {"up": jnp.zeros((3, 2)), "down": jnp.ones((2, 1))}
-        >>> remask(fn, keep)(params, jnp.ones((1, 3))).tolist(), fn(params, jnp.ones((1, 3))).tolist()
+        >>> x = jnp.ones((1, 3))
+        >>> remask(fn, keep)(params, x).tolist(), fn(params, x).tolist()
         ([[1.0]], [[2.0]])
     """
 

@@ -59,8 +59,8 @@ class Removed:
         for flags in self.by_layer.values():
             inside = (flags[:, rows] & real).any(axis=2)
             if inside.any():
-                return ~(inside | gone)
-        return ~gone if gone.any() else None
+                return np.logical_not(inside | gone)
+        return np.logical_not(gone) if gone.any() else None
 
     def level_of(self, axis: Axis) -> int:
         """Find the scan between whose layers an axis keeps different indices."""

@@ -98,15 +98,17 @@ def choose(
                 "budget",
                 got=f"{budget}: {limit:,.6g} of {dense:,.6g}",
                 expected=f"at least {have:,.6g}, which is left with the least of each group",
-                fix="Raise the budget, lower `bounds` or `round_to`, or give scores to more groups.",
+                fix="Raise the budget, lower `bounds` or `round_to`, or score more groups.",
             )
         taken += 1
 
 
 class _Step(NamedTuple):
+    """A step of shrinking: so many units of a group are left after it."""
+
     key: float
     group: str
-    count: int
+    left: int
 
 
 def _ranked(groups: Groups, name: str, scores: np.ndarray) -> np.ndarray:
@@ -207,14 +209,14 @@ def _allowed(group: Group, bounds: Bounds) -> list[int]:
 
 
 def _units(bound: float, size: int) -> int:
-    return int(round(bound * size)) if isinstance(bound, float) else int(bound)
+    return round(bound * size) if isinstance(bound, float) else int(bound)
 
 
 def _counts(
     groups: Groups, ranked: Mapping[str, np.ndarray], steps: Sequence[_Step], taken: int
 ) -> dict[str, int]:
     counts = {name: groups[name].size for name in ranked}
-    counts |= {step.group: step.count for step in steps[:taken]}
+    counts |= {step.group: step.left for step in steps[:taken]}
     return counts
 
 

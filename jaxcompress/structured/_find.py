@@ -188,7 +188,8 @@ class _Finder:
                     positions.append(there)
                     self._codes.append((path, k))
         if not labels:
-            return (np.zeros(0, int),) * 3
+            none = np.zeros(0, int)
+            return none, none, none
         return np.concatenate(labels), np.concatenate(codes), np.concatenate(positions)
 
     def _kinds(self, units: np.ndarray, inverse: np.ndarray, code: np.ndarray) -> np.ndarray:
