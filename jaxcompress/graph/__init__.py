@@ -20,10 +20,10 @@ from jaxcompress.graph._cost import cost as cost
 from jaxcompress.graph._cost_figures import Figure as Figure
 from jaxcompress.graph._cost_figures import Memory as Memory
 from jaxcompress.graph._dims import Dims as Dims
-from jaxcompress.graph._dims import DimsRule as DimsRule
-from jaxcompress.graph._dims import Step as Step
 from jaxcompress.graph._dims import dims as dims
-from jaxcompress.graph._dims import register_dims as register_dims
+from jaxcompress.graph._dims_step import DimsRule as DimsRule
+from jaxcompress.graph._dims_step import Step as Step
+from jaxcompress.graph._dims_step import register_dims as register_dims
 from jaxcompress.graph._graph import Contraction as Contraction
 from jaxcompress.graph._graph import Graph as Graph
 from jaxcompress.graph._graph import Use as Use

@@ -1,4 +1,4 @@
-"""Small integers that are known as a program is traced: indices of a lookup, and what they are of."""
+"""Small integers that are known as a program is traced, such as the indices of a lookup."""
 
 import math
 from collections.abc import Mapping, Sequence

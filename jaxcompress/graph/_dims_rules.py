@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxcompress.graph import _compat
-from jaxcompress.graph._dims import Axes, Step, concrete, register_dims
+from jaxcompress.graph._dims_step import Axes, Step, concrete, register_dims
 from jaxcompress.graph._kept import Kept
 from jaxcompress.graph._labels import Axis
 

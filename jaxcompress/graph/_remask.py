@@ -16,7 +16,8 @@ from jaxcompress import tree
 from jaxcompress.graph import _compat
 from jaxcompress.graph._compat import Program
 from jaxcompress.graph._constructs import Cells, construct
-from jaxcompress.graph._dims import Axes, dims_of, dims_rule
+from jaxcompress.graph._dims import dims_of
+from jaxcompress.graph._dims_step import Axes, dims_rule
 from jaxcompress.graph._kept import Kept, Mask
 from jaxcompress.graph._replay import Equation, Plan, Visit, execute, run
 from jaxcompress.graph._resize import KeepIndices, Removed, removed_by
