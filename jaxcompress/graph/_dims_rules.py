@@ -23,7 +23,9 @@ _LARGEST = 1 << 22
     "gt", "imag", "integer_pow", "is_finite", "le", "lgamma", "log", "log1p", "logistic", "lt",
     "max", "min", "mul", "name", "ne", "neg", "nextafter", "not", "or", "population_count", "pow",
     "pvary", "real", "reduce_precision", "rem", "reshard", "round", "rsqrt", "select_n",
-    "sharding_constraint", "shift_left", "shift_right_arithmetic", "shift_right_logical", "sign",
+    "sharding_constraint", "bessel_i0e", "bessel_i1e", "clz", "igamma", "igammac", "log2", "mulhi",
+    "one_minus_square", "polygamma", "regularized_incomplete_beta", "vary_unreduced_cast", "zeta",
+     "shift_left", "shift_right_arithmetic", "shift_right_logical", "sign",
     "sin", "sinh", "sqrt", "square", "stop_gradient", "sub", "tan", "tanh", "xor",
 )  # fmt: skip
 class _Elementwise:
@@ -56,7 +58,9 @@ class _Bitcast:
         return [(*axes[: len(shape)], *extra)]
 
 
-@register_dims("optimization_barrier")
+@register_dims(
+    "optimization_barrier", "pbroadcast", "pmax", "pmin", "ppermute", "psum", "psum_invariant",
+)  # fmt: skip
 class _Barrier:
     def follow(self, step: Step) -> list[Axes]:
         return list(step.operands)

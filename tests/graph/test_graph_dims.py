@@ -14,8 +14,9 @@ W = {"up": (3, 8), "down": (8, 2)}
 
 def params_of(shapes, seed=0):
     rng = np.random.default_rng(seed)
-    return {name: jnp.asarray(rng.standard_normal(shape), jnp.float32)
-            for name, shape in shapes.items()}  # fmt: skip
+    return {
+        name: jnp.asarray(rng.standard_normal(shape), jnp.float32) for name, shape in shapes.items()
+    }
 
 
 def check(between, kept, *, hidden=8, width=None, out=None):
@@ -28,8 +29,10 @@ def check(between, kept, *, hidden=8, width=None, out=None):
     labels = found.labels.rows(found.leaves["up"][1])
     down = found.labels.rows(found.leaves["down"][0])
     removed = np.setdiff1d(labels[gone], labels[np.asarray(kept)])
-    keep = {"up": {1: np.asarray(kept)},
-            "down": {0: np.flatnonzero(~np.isin(down, removed[removed >= 0]).any(axis=1))}}  # fmt: skip
+    keep = {
+        "up": {1: np.asarray(kept)},
+        "down": {0: np.flatnonzero(~np.isin(down, removed[removed >= 0]).any(axis=1))},
+    }
     shapes = {name: leaf.shape for name, leaf in params.items()}
     small = {"up": params["up"][:, keep["up"][1]], "down": params["down"][keep["down"][0]]}
     x = jnp.asarray(np.random.default_rng(1).standard_normal((5, 3)), jnp.float32)
@@ -51,7 +54,10 @@ RULES = {
     "roll": (lambda h: jnp.roll(h, 3, axis=1), [0, 1, 5]),
     "gather": (lambda h: h[:, np.array([3, 1, 0, 2, 7, 6, 5, 4])], [0, 3, 5]),
     "halves": (lambda h: jnp.concatenate([h[:, :4] - h[:, 4:], h[:, :4] + h[:, 4:]], 1), PAIRS),
-    "every other": (lambda h: jnp.stack([h[:, ::2], h[:, 1::2] ** 2], -1).reshape(-1, 8), [0, 1, 6, 7]),
+    "every other": (
+        lambda h: jnp.stack([h[:, ::2], h[:, 1::2] ** 2], -1).reshape(-1, 8),
+        [0, 1, 6, 7],
+    ),
     "heads": (lambda h: (h.reshape(-1, 2, 4) ** 2).transpose(0, 2, 1).reshape(-1, 8), [0, 1, 2, 3]),
     "softmax": (lambda h: jax.nn.softmax(h, axis=-1), [0, 3, 4]),
     "logsumexp": (lambda h: h - jax.nn.logsumexp(h, axis=-1, keepdims=True), [0, 3, 4]),
@@ -66,9 +72,12 @@ RULES = {
     "cond": (lambda h: lax.cond(h.sum() > 0, jnp.sin, lambda h: 2 * h, h), [1, 5]),
     "remat": (jax.checkpoint(lambda h: jnp.sin(h) * jnp.arange(8.0)), [1, 5]),
     "vmap": (jax.vmap(lambda h: h * jnp.arange(8.0) / jnp.linalg.norm(h)), [1, 5]),
-    "dynamic slice": (lambda h: lax.dynamic_slice(h, (h.astype(int)[0, 0] * 0, 0), (h.shape[0], 8)), [0, 1, 5]),
+    "dynamic slice": (
+        lambda h: lax.dynamic_slice(h, (h.astype(int)[0, 0] * 0, 0), (h.shape[0], 8)),
+        [0, 1, 5],
+    ),
     "update": (lambda h: jnp.zeros((9, 8)).at[: h.shape[0]].set(h)[: h.shape[0]], [1, 5]),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", RULES)
@@ -90,6 +99,7 @@ def test_tiles_widen_units():
 
 def test_flatten_before_dense():
     """(4, 2) positions of each unit: a unit is rows 2u and 2u + 1 of the next kernel."""
+
     def between(h):
         return (h[:, :, None] * jnp.array([1.0, -1.0])).reshape(h.shape[0], -1)
 
@@ -115,10 +125,16 @@ def hidden_reason(between, down=8):
         (lambda h: lax.top_k(h, 8)[0], "top_k gives positions along it"),
         (lambda h: h + jnp.argmax(h, axis=-1, keepdims=True), "argmax gives positions along it"),
         (lambda h: jnp.fft.fft(h).real, "fft has no rule"),
-        (lambda h: lax.reduce_window(h, 0.0, lax.add, (1, 3), (1, 1), "SAME"), "a window slides over it"),
-        (lambda h: h[:, jnp.int32(h[0, 0])][:, None] * jnp.ones(8), "an index that depends on values picks from it"),
+        (
+            lambda h: lax.reduce_window(h, 0.0, lax.add, (1, 3), (1, 1), "SAME"),
+            "a window slides over it",
+        ),
+        (
+            lambda h: h[:, jnp.int32(h[0, 0])][:, None] * jnp.ones(8),
+            "an index that depends on values picks from it",
+        ),
     ],
-)  # fmt: skip
+)
 def test_what_ends_a_unit_is_named(between, because):
     assert because in hidden_reason(between)
 
