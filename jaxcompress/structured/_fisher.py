@@ -6,6 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import ArrayLike
 
 from jaxcompress import tree
 from jaxcompress.errors import ArgumentError
@@ -64,7 +65,7 @@ class Fisher(Method):
             totals = step(totals, given.params, batch)
         return {name: total / (2 * examples) for name, total in totals.items()}
 
-    def parts(self, group: Group, given: Given, prepared: Slopes) -> list[jax.Array]:
+    def parts(self, group: Group, given: Given, prepared: Slopes) -> list[ArrayLike]:
         """Look the group up."""
         return [prepared[group.name]]
 
