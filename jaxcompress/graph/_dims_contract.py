@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 
 from jaxcompress.graph import _compat
-from jaxcompress.graph._dims import Axes, Step, register_dims
+from jaxcompress.graph._dims_step import Axes, Step, register_dims
 from jaxcompress.graph._kept import Kept
 from jaxcompress.graph._labels import Axis
 

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxcompress.graph import _compat
-from jaxcompress.graph._dims import Axes, Step, concrete, register_dims
+from jaxcompress.graph._dims_step import Axes, Step, concrete, register_dims
 from jaxcompress.graph._kept import Kept
 from jaxcompress.graph._labels import Axis
 
@@ -74,9 +74,7 @@ class _Broadcast:
     def follow(self, step: Step) -> list[Axes]:
         shape = step.shape()
         result = [step.labels.fresh(n) for n in shape]
-        for axis, target in zip(
-            step.operands[0], step.params["broadcast_dimensions"], strict=True
-        ):
+        for axis, target in zip(step.operands[0], step.params["broadcast_dimensions"], strict=True):
             if len(axis) == shape[target]:
                 result[target] = axis
         return [tuple(result)]
@@ -191,9 +189,11 @@ class _Slice:
             else:
                 starts[k] = kept.count(mask[..., :here])
                 limits[k] = kept.count(mask[..., :stop])
-        changed = {"start_indices": tuple(starts), "limit_indices": tuple(limits)}
-        unit = all(n == 1 for n in strides)
-        changed["strides"] = None if unit else tuple(strides)
+        changed = {
+            "start_indices": tuple(starts),
+            "limit_indices": tuple(limits),
+            "strides": None if all(n == 1 for n in strides) else tuple(strides),
+        }
         return _compat.bind(eqn, [x], {**params, **changed})
 
 
@@ -297,6 +297,8 @@ class _DynamicUpdate:
 
 def _reducer(*names: str, neutral: Any = 0) -> None:
     class Reduce:
+        neutral: Any
+
         def follow(self, step: Step) -> list[Axes]:
             gone = {k % len(step.operands[0]) for k in step.params["axes"]}
             return [tuple(a for k, a in enumerate(step.operands[0]) if k not in gone)]
@@ -335,6 +337,8 @@ class _Positions:
 
 def _accumulator(name: str, neutral: Any = 0) -> None:
     class Accumulate:
+        neutral: Any
+
         def follow(self, step: Step) -> list[Axes]:
             return [step.operands[0]]
 

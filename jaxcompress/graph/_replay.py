@@ -111,7 +111,7 @@ class Plan:
     entered: frozenset[Position] = frozenset()
     consts: Mapping[Position, Sequence[Any]] = field(default_factory=dict)
     derivative: Callable[[Position, Program, Sequence[bool]], "Plan"] | None = None
-    keyed: Mapping[Position, str] = field(default_factory=dict)
+    keyed: Mapping[Position, tuple[str, ...]] = field(default_factory=dict)
 
     @functools.cached_property
     def cells(self) -> Mapping[Position, frozenset[str]]:
@@ -119,7 +119,7 @@ class Plan:
         below: dict[Position, set[str]] = {}
         for position in self.visits:
             names = {site.name for site in self.sites.get(position, ())}
-            names |= {self.keyed[position]} if position in self.keyed else set()
+            names.update(self.keyed.get(position, ()))
             for k in range(len(position) + 1):
                 below.setdefault(position[:k], set()).update(names)
         return {position: frozenset(names) for position, names in below.items()}

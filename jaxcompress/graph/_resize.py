@@ -1,9 +1,9 @@
-"""`resize`: fn with axes made smaller, and `remask`: fn with what was removed set to zero.
+"""`resize`: fn on params with axes that are smaller.
 
-Both trace fn on its full shapes and run that program otherwise: `resize` on smaller arrays, with
-the parameters that carry shapes derived again; `remask` at full size, with zeros (or what changes
-nothing, before a maximum or a product) wherever a removed index occurs. Widths that are written in
-fn as numbers, such as the divisor of a mean, stay in both.
+fn is traced on its full shapes, and that program is run on smaller arrays, with the parameters that
+carry shapes derived again. What fn makes itself (iotas, constants, random bits) is made at full
+size, then the kept indices are taken. Widths that are written in fn as numbers, such as the divisor
+of a mean, stay.
 """
 
 import functools
@@ -12,7 +12,6 @@ from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from jaxcompress import tree
@@ -20,11 +19,12 @@ from jaxcompress.errors import ArgumentError, StructureError
 from jaxcompress.graph import _compat
 from jaxcompress.graph._compat import Program
 from jaxcompress.graph._constructs import Cells, construct
-from jaxcompress.graph._dims import Axes, Dims, Walker, dims_of, dims_rule
+from jaxcompress.graph._dims import Dims, Walker, dims_of
+from jaxcompress.graph._dims_step import Axes, dims_rule
 from jaxcompress.graph._kept import Kept, Mask, taken
 from jaxcompress.graph._labels import Axis
-from jaxcompress.graph._replay import Equation, Plan, Visit, execute, run
-from jaxcompress.graph._trace import Traced, capture
+from jaxcompress.graph._replay import Equation, Plan, Visit, execute
+from jaxcompress.graph._trace import capture
 from jaxcompress.graph._walk import Position
 
 KeepIndices: TypeAlias = Mapping[str, Mapping[int, np.ndarray]]
@@ -60,8 +60,8 @@ class Removed:
         for flags in self.by_layer.values():
             inside = (flags[:, rows] & real).any(axis=2)
             if inside.any():
-                return ~(inside | gone)
-        return ~gone if gone.any() else None
+                return np.logical_not(inside | gone)
+        return np.logical_not(gone) if gone.any() else None
 
     def level_of(self, axis: Axis) -> int:
         """Find the scan between whose layers an axis keeps different indices."""
@@ -320,7 +320,7 @@ def resize(
     def resized(params: tree.Params, *inputs: Any, **kwargs: Any) -> Any:
         dense = dense_like(params, shapes)
         _check_shapes(params, keep, shapes)
-        traced = capture(fn, dense, inputs, kwargs, prune=True)
+        traced = capture(fn, dense, inputs, kwargs)
         removed = removed_by(dims_of(traced), keep)
         plan = _Resizer(removed).plan()
         return execute(traced, plan, (params, inputs, kwargs), {})[0]
@@ -350,134 +350,3 @@ def _check_shapes(
                 expected=f"{tuple(want)}: {shape} with the kept indices only",
                 fix="Give the params that `shrink` gave, not those at full size.",
             )
-
-
-# --- Re-masking -----------------------------------------------------------------------------------
-
-
-class _Masker:
-    """Makes the plan by which a program runs at full size, with zeros where indices are gone."""
-
-    def __init__(self, removed: Removed):
-        self._removed, self.cells = removed, dict[str, Any]()
-        self._layer_axes: dict[tuple[Position, str, int, int], int] = {}
-        visits: dict[Position, Visit] = {}
-        keyed: dict[Position, str] = {}
-        for prefix, (program, env) in removed.dims.programs.items():
-            for number, eqn in enumerate(program.eqns):
-                here = (*prefix, number)
-                if eqn.primitive.name in ("custom_jvp_call", "custom_vjp_call"):
-                    # Nothing here is differentiated, so that the body can stand in the open.
-                    visits[here] = functools.partial(self._inline, here)
-                    continue
-                of = functools.partial(self._of, env)
-                kept = Kept(eqn, [*map(of, eqn.invars)], [*map(of, eqn.outvars)])
-                if kept.changes and construct(eqn.primitive.name) is None:
-                    visits[here] = functools.partial(self._visit, here, kept)
-                    self._add_cell(here, kept, env, keyed)
-        self.plan = Plan(visits, {}, _never, keyed=keyed)
-
-    def _of(self, env: Mapping[Any, Axes], atom: Any) -> tuple[Mask, ...]:
-        return () if isinstance(atom, _compat.Literal) else self._removed.masks(env[atom])
-
-    def _add_cell(
-        self, here: Position, kept: Kept, env: Mapping[Any, Axes], keyed: dict[Position, str]
-    ) -> None:
-        """Have masks that differ between layers sliced by the scans around, layer by layer."""
-        dims, scans = self._removed.dims, self._removed.dims.scans[here[:-1]]
-        cell: dict[str, Any] = {}
-        for side, masks, atoms in (("operand", kept.operand, kept.eqn.invars),
-                                   ("result", kept.result, kept.eqn.outvars)):  # fmt: skip
-            for number, atom in enumerate(atoms):
-                for k, mask in enumerate(masks(number)):
-                    if mask is None or mask.ndim == 1:
-                        continue
-                    level = self._removed.level_of(env[atom][k])
-                    if level in scans:
-                        cell[f"{side} {number} {k}"] = self._spread(mask, scans, level)
-                    else:
-                        at = dims.layer_axis(env[atom], level)
-                        assert at is not None, "masks that differ stand beside their layers"
-                        self._layer_axes[here, side, number, k] = at
-        if cell:
-            keyed[here] = str(here)
-            self.cells[str(here)] = cell
-
-    def _spread(self, mask: np.ndarray, scans: Sequence[int], level: int) -> np.ndarray:
-        """Give a mask an axis for each scan around; it differs along one of them."""
-        lengths = [self._removed.dims.levels[k].length for k in scans]
-        shape = [n if k == level else 1 for k, n in zip(scans, lengths, strict=True)]
-        wide = mask.reshape((*shape, mask.shape[1]))
-        return np.broadcast_to(wide, (*lengths, mask.shape[1]))
-
-    def _inline(
-        self, here: Position, equation: Equation, operands: Sequence[Any], cells: Cells
-    ) -> tuple[list, Cells]:
-        rule: Any = construct(equation.primitive.name)
-        (body,) = rule.bodies(equation._eqn)
-        return run(body.program, operands, self.plan, cells, (*here, 0))
-
-    def _visit(
-        self, here: Position, kept: Kept, equation: Equation, operands: Sequence[Any], cells: Cells
-    ) -> tuple[list, Cells]:
-        eqn, cell = equation._eqn, cells.get(str(here), {})
-        neutral = getattr(dims_rule(eqn.primitive.name), "neutral", 0)
-        if callable(neutral):
-            neutral = neutral(eqn.invars[0].aval.dtype)
-
-        def masked(x: Any, side: str, number: int, value: Any) -> Any:
-            for k, mask in enumerate(getattr(kept, side)(number)):
-                mask = cell.get(f"{side} {number} {k}", mask)
-                if mask is not None:
-                    x = _filled(x, mask, k, self._layer_axes.get((here, side, number, k)), value)
-            return x
-
-        operands = [masked(x, "operand", k, neutral) for k, x in enumerate(operands)]
-        results = _compat.bind(eqn, operands)
-        return [masked(y, "result", k, 0) for k, y in enumerate(results)], {}
-
-
-def remask(fn: Callable[..., Any], removed_from: KeepIndices) -> Callable[..., Any]:
-    """Make fn run at full size with everything that `removed_from` leaves out set to zero.
-
-    Every variable that carries a removed index is zeroed there as soon as it is made, and before a
-    maximum, minimum or product it is set to what changes nothing. This is what `resize` must equal.
-
-    Args:
-        fn: `fn(params, *inputs, **kwargs) -> outputs`, pure.
-        removed_from: `{path: {axis: indices to keep}}`, as for `resize`.
-
-    Returns:
-        A function of params at full size, and of the same inputs. It is not for differentiation.
-
-    Example:
-        >>> fn = lambda p, x: jnp.exp(x @ p["up"]) @ p["down"]
-        >>> keep = {"up": {1: np.array([0])}, "down": {0: np.array([0])}}
-        >>> params = {"up": jnp.zeros((3, 2)), "down": jnp.ones((2, 1))}
-        >>> remask(fn, keep)(params, jnp.ones((1, 3))).tolist(), fn(params, jnp.ones((1, 3))).tolist()
-        ([[1.0]], [[2.0]])
-    """
-
-    @functools.wraps(fn)
-    def remasked(params: tree.Params, *inputs: Any, **kwargs: Any) -> Any:
-        traced = capture(fn, params, inputs, kwargs, prune=True)
-        masker = _Masker(removed_by(dims_of(traced), removed_from))
-        return execute(traced, masker.plan, (params, inputs, kwargs), masker.cells)[0]
-
-    return remasked
-
-
-def _filled(x: Any, mask: Any, axis: int, layer_axis: int | None, value: Any) -> Any:
-    """Set removed indices of an axis to a value; of each layer its own, along another axis."""
-    if jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
-        return x
-    mask, shape = jnp.asarray(mask), [1] * x.ndim
-    shape[axis] = mask.shape[-1]
-    if layer_axis is not None:
-        shape[layer_axis] = mask.shape[0]
-        mask = mask if layer_axis < axis else mask.T
-    return jnp.where(mask.reshape(shape), x, jnp.asarray(value, x.dtype))
-
-
-def _never(position: Position, program: Program) -> Plan:
-    raise AssertionError("the reference is not differentiated")

@@ -1,5 +1,9 @@
 """Physical shrinking: channels, heads, widths and layers removed, with a certificate."""
 
+from jaxcompress.budget import Bytes as Bytes
+from jaxcompress.budget import Flops as Flops
+from jaxcompress.budget import Params as Params
+from jaxcompress.budget import Seconds as Seconds
 from jaxcompress.structured._activation_norm import ActivationNorm as ActivationNorm
 from jaxcompress.structured._batch_norm import reestimate as reestimate
 from jaxcompress.structured._certificate import Certificate as Certificate
@@ -7,6 +11,7 @@ from jaxcompress.structured._certificate import Distance as Distance
 from jaxcompress.structured._certificate import Distances as Distances
 from jaxcompress.structured._certificate import Leak as Leak
 from jaxcompress.structured._certificate import Size as Size
+from jaxcompress.structured._choose import choose as choose
 from jaxcompress.structured._find import groups as groups
 from jaxcompress.structured._fisher import Fisher as Fisher
 from jaxcompress.structured._fpgm import FPGM as FPGM
@@ -20,6 +25,8 @@ from jaxcompress.structured._growing import growing_regularization as growing_re
 from jaxcompress.structured._importance import Normalize as Normalize
 from jaxcompress.structured._importance import Reduce as Reduce
 from jaxcompress.structured._importance import importance as importance
+from jaxcompress.structured._keep import Keep as Keep
+from jaxcompress.structured._keep import keep as keep
 from jaxcompress.structured._lamp import LAMP as LAMP
 from jaxcompress.structured._magnitude import Magnitude as Magnitude
 from jaxcompress.structured._method import Given as Given
@@ -30,5 +37,9 @@ from jaxcompress.structured._scale_l1 import ScaleL1State as ScaleL1State
 from jaxcompress.structured._scale_l1 import scale_l1 as scale_l1
 from jaxcompress.structured._scales import BatchNormScale as BatchNormScale
 from jaxcompress.structured._scales import scales as scales
+from jaxcompress.structured._shrink import mask_params as mask_params
+from jaxcompress.structured._shrink import rebuild as rebuild
+from jaxcompress.structured._shrink import shrink as shrink
+from jaxcompress.structured._shrink import slice_params as slice_params
 from jaxcompress.structured._taylor import Taylor as Taylor
 from jaxcompress.structured._wanda import Wanda as Wanda

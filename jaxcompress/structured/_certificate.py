@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxcompress import graph, tree
+from jaxcompress.graph import Leak as Leak
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,25 +43,6 @@ class Distances:
     structural: Distance
     weights: Distance
     dense: Distance
-
-
-@dataclass(frozen=True, kw_only=True)
-class Leak:
-    """An equation that makes something of zeros: why the mask on params is not the removal.
-
-    Attributes:
-        where: The module or function that it is in, as JAX names it.
-        primitive: The primitive's name, and the axes' sizes that it sees.
-        paths: The leaves that it reads, if any.
-        magnitude: The largest absolute entry that it makes at removed indices.
-        effect: How far outputs move if only this is left in, relative to their largest entry.
-    """
-
-    where: str
-    primitive: str
-    paths: tuple[str, ...]
-    magnitude: float
-    effect: float
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -121,8 +103,8 @@ class Certificate:
                 )
         for leak in self.leaks:
             lines.append(
-                f"  {leak.where or 'fn'}: {leak.primitive} makes {leak.magnitude:.2g} of zeros, "
-                f"which moves outputs by {leak.effect:.1e}"
+                f"  {leak.where or 'fn'}: {leak.primitive} of masked params sees up to "
+                f"{leak.magnitude:.2g} at removed indices, which moves outputs by {leak.effect:.1e}"
             )
         before, after = self.before, self.after
         lines.append(
@@ -223,7 +205,7 @@ def size_of(
     if compiled:
         cost = graph.cost(fn, params, *inputs, target="cpu", **kwargs)
         found = cost.compiled.flops if cost.compiled is not None else None
-        flops, by_compiler = int(cost.flops.value), None if found is None else float(found.value)
+        flops, by_compiler = cost.flops, None if found is None else float(found.value)
     else:
         flops, by_compiler = graph.trace(fn, params, *inputs, **kwargs).flops, None
     return Size(

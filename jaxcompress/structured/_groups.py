@@ -1,6 +1,6 @@
 """Groups: which slices of which leaves must shrink together."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeAlias
 
@@ -50,6 +50,7 @@ class Group:
         layers: `()`, or the lengths of the stacked layers that have keep-sets of their own.
         round_to: Numbers of units to keep are multiples of it (or all).
         frozen: Why nothing of it can be removed; `None` if it can.
+        labels: The labels of its units in `Groups.dims`.
     """
 
     name: str
@@ -60,6 +61,7 @@ class Group:
     layers: tuple[int, ...] = ()
     round_to: int = 1
     frozen: str | None = None
+    labels: np.ndarray | None = field(default=None, repr=False)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -70,12 +72,20 @@ class Groups(Mapping[str, Group]):
         leaves: `{path: ShapeDtypeStruct}` of params.
         frozen: Groups that cannot be pruned, each with its reason.
         dims: The labels that they were found from.
+        fn: The function.
+        like: Its params as shapes.
+        inputs: Its inputs as shapes.
+        kwargs: Its keyword arguments as shapes.
     """
 
     prunable: Mapping[str, Group]
     frozen: Mapping[str, Group]
     leaves: Mapping[str, Any] = field(repr=False)
     dims: graph.Dims | None = field(default=None, repr=False)
+    fn: Callable[..., Any] | None = field(default=None, repr=False)
+    like: Any = field(default=None, repr=False)
+    inputs: tuple[Any, ...] = field(default=(), repr=False)
+    kwargs: Mapping[str, Any] = field(default_factory=dict, repr=False)
 
     def __getitem__(self, name: str) -> Group:
         return self.prunable[name]

@@ -1,0 +1,278 @@
+"""`choose`: which units stay, so that a budget is met exactly."""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Literal, NamedTuple, TypeAlias
+
+import numpy as np
+from jax.typing import ArrayLike
+
+from jaxcompress import graph, tree
+from jaxcompress.budget import Budget, Bytes, Flops, Params, Seconds, fewest_steps
+from jaxcompress.errors import ArgumentError, NonFiniteError, SelectionError, StructureError
+from jaxcompress.structured._groups import Group, Groups
+from jaxcompress.structured._keep import Keep
+from jaxcompress.structured._keep import keep as make_keep
+from jaxcompress.structured._shrink import rebuild, slice_params
+from jaxcompress.structured._sizes import Sizes
+
+Scope: TypeAlias = Literal["global", "isomorphic", "local"]
+Bounds: TypeAlias = Mapping[str, tuple[float, float]]
+"""`{glob over names of groups, or role: (least, most)}` units, floats being fractions."""
+
+
+def choose(
+    groups: Groups,
+    scores: Mapping[str, ArrayLike],
+    *,
+    budget: Budget,
+    scope: Scope = "global",
+    bounds: Bounds | None = None,
+) -> Keep:
+    """Choose which units stay: those with the highest scores that a budget leaves room for.
+
+    Units go one by one (or `round_to` at a time), always the least important next, until the budget
+    is met; a cut at any other place would miss it or remove more. What is kept is counted on the
+    shrunk function itself.
+
+    Args:
+        groups: From `structured.groups`.
+        scores: `{group: (size,) or (layers, size)}`, from `importance`; groups that are left out
+            stay whole.
+        budget: What may remain: `Params(0.5)`, `Flops(2_000_000)`, `Bytes(0.5)`, or
+            `Seconds(0.5, "tpu-v5e")`, which compiles a few shrunk functions for that target.
+        scope: `"global"` compares the scores of all groups; `"local"` takes the same fraction of
+            each group; `"isomorphic"` compares within groups of one kind (the same role and kinds
+            of members) and takes the same fraction of each kind (Fang et al. 2024,
+            arXiv:2407.04616).
+        bounds: Least and most units to keep of some groups, the first match counting:
+            `{"heads": (2, 1.0), "**/conv1/*": (0.25, 0.75)}`. At least one unit always stays.
+
+    Returns:
+        The decision, for `shrink`.
+
+    Raises:
+        SelectionError: If there is no such group, or it is frozen.
+        StructureError: If scores have other shapes.
+        NonFiniteError: If scores hold NaN.
+        ArgumentError: If the budget cannot be met; the message says what the least is.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from jaxcompress import structured
+        >>> fn = lambda p, x: jnp.tanh(x @ p["up"]) @ p["down"]
+        >>> params = {"up": jnp.ones((3, 8)), "down": jnp.ones((8, 2))}
+        >>> found = structured.groups(fn, params, jnp.ones((1, 3)))
+        >>> chosen = choose(found, {"up": jnp.arange(8.0)}, budget=structured.Params(0.5))
+        >>> chosen["up"].tolist()
+        [4, 5, 6, 7]
+    """
+    ranked = {name: _ranked(groups, name, np.asarray(s)) for name, s in scores.items()}
+    if not ranked:
+        raise SelectionError(
+            "scores",
+            got="no groups",
+            expected="scores of at least one group",
+            fix=f"These can shrink: {tree.shorten(sorted(groups))}.",
+        )
+    steps = _steps(groups, ranked, scope, bounds or {})
+    measure = _measure(groups, budget)
+    dense = measure(_keep_after(groups, ranked, steps, 0), {})
+    limit = budget.limit(dense)
+    counted = _counted(groups, budget)
+
+    def cost(taken: int) -> float:
+        counts = _counts(groups, ranked, steps, taken)
+        if counted is not None:
+            return counted(counts)
+        return measure(_keep_after(groups, ranked, steps, taken), counts)
+
+    taken = fewest_steps(cost, len(steps), limit)
+    taken = len(steps) if taken is None else taken
+    while True:  # the count by labels is exact for all but odd structures: what is shrunk decides
+        chosen = _keep_after(groups, ranked, steps, taken)
+        have = measure(chosen, _counts(groups, ranked, steps, taken))
+        if have <= limit:
+            return chosen
+        if taken == len(steps):
+            raise ArgumentError(
+                "budget",
+                got=f"{budget}: {limit:,.6g} of {dense:,.6g}",
+                expected=f"at least {have:,.6g}, which is left with the least of each group",
+                fix="Raise the budget, lower `bounds` or `round_to`, or score more groups.",
+            )
+        taken += 1
+
+
+class _Step(NamedTuple):
+    """A step of shrinking: so many units of a group are left after it."""
+
+    key: float
+    group: str
+    left: int
+
+
+def _ranked(groups: Groups, name: str, scores: np.ndarray) -> np.ndarray:
+    if name not in groups:
+        frozen = groups.frozen.get(name)
+        raise SelectionError(
+            "scores",
+            got=f"the frozen group {name!r}: {frozen.frozen}" if frozen else f"no group {name!r}",
+            expected="groups that can shrink",
+            fix=f"These can: {tree.shorten(sorted(groups))}.",
+        )
+    group = groups[name]
+    want = (*group.layers, group.size)
+    if scores.shape != want:
+        raise StructureError(
+            "scores",
+            got=f"shape {scores.shape} for {name!r}",
+            expected=f"{want}",
+            fix="Take them from `structured.importance` with these groups.",
+        )
+    if np.isnan(scores).any():
+        raise NonFiniteError(
+            "scores", got=f"NaN in {name!r}", expected="numbers", fix="Look at params and batches."
+        )
+    return scores.astype(np.float64)
+
+
+def _steps(
+    groups: Groups, ranked: Mapping[str, np.ndarray], scope: Scope, bounds: Bounds
+) -> list[_Step]:
+    """List all steps, least important first; those of one group come in order."""
+    if scope not in ("global", "isomorphic", "local"):
+        raise ArgumentError(
+            "scope", got=repr(scope), expected="'global', 'isomorphic' or 'local'", fix="Pick one."
+        )
+    kinds: dict[tuple, list[str]] = {}
+    for name in ranked:
+        kinds.setdefault(_kind(groups[name]), []).append(name)
+    rank = _ranks(ranked, kinds) if scope == "isomorphic" else {}
+    steps = []
+    for name, scores in ranked.items():
+        group = groups[name]
+        if scope == "local":
+            keys = np.arange(1, group.size + 1) / group.size
+        elif scope == "isomorphic":
+            keys = np.maximum.accumulate(rank[name])
+        else:  # the score of the j-th unit to go, over layers that go together
+            ordered = np.sort(scores, axis=-1).reshape(-1, group.size).mean(0)
+            keys = np.maximum.accumulate(ordered)
+        for count in _allowed(group, bounds):
+            steps.append(_Step(float(keys[group.size - count - 1]), name, count))
+    return sorted(steps, key=lambda step: step.key)  # stable: order within a group stays
+
+
+def _ranks(
+    ranked: Mapping[str, np.ndarray], kinds: Mapping[tuple, Sequence[str]]
+) -> dict[str, np.ndarray]:
+    """Give, for the j-th unit of a group to go, the fraction of its kind that is gone by then."""
+    found = {}
+    for names in kinds.values():
+        ordered = [np.sort(ranked[n], -1).reshape(-1, ranked[n].shape[-1]).mean(0) for n in names]
+        every = np.concatenate(ordered)
+        rank = np.empty(len(every))
+        rank[np.argsort(every, kind="stable")] = np.arange(1, len(every) + 1) / len(every)
+        parts = np.split(rank, np.cumsum([len(o) for o in ordered])[:-1])
+        found |= dict(zip(names, parts, strict=True))
+    return found
+
+
+def _kind(group: Group) -> tuple:
+    parts = [
+        (m.path.split("/")[-1], m.axis, m.indices.shape[1], m.produces, m.reads)
+        for m in group.members
+    ]
+    return group.role, tuple(sorted(set(parts)))
+
+
+def _allowed(group: Group, bounds: Bounds) -> list[int]:
+    """List the numbers of units that can be kept below all, descending."""
+    low, high = 1, group.size
+    for key, (least, most) in bounds.items():
+        if key == group.role or tree.matches(key, group.name):
+            low, high = _units(least, group.size), _units(most, group.size)
+            break
+    if not 0 <= low <= high <= group.size:
+        raise ArgumentError(
+            "bounds",
+            got=f"{low} to {high} units of {group.name!r}",
+            expected=f"least <= most <= {group.size}",
+            fix="Floats are fractions of a group, integers are units.",
+        )
+    step = group.round_to
+    top = (min(high, group.size - 1) // step) * step
+    counts = [n for n in range(top, 0, -step) if n >= max(low, 1)]
+    if not counts and high < group.size:
+        counts = [max(low, 1)]
+    return counts
+
+
+def _units(bound: float, size: int) -> int:
+    return round(bound * size) if isinstance(bound, float) else int(bound)
+
+
+def _counts(
+    groups: Groups, ranked: Mapping[str, np.ndarray], steps: Sequence[_Step], taken: int
+) -> dict[str, int]:
+    counts = {name: groups[name].size for name in ranked}
+    counts |= {step.group: step.left for step in steps[:taken]}
+    return counts
+
+
+def _keep_after(
+    groups: Groups, ranked: Mapping[str, np.ndarray], steps: Sequence[_Step], taken: int
+) -> Keep:
+    indices = {}
+    for name, count in _counts(groups, ranked, steps, taken).items():
+        if count < groups[name].size:
+            # Of equal scores the earlier unit stays.
+            order = np.argsort(-ranked[name], axis=-1, kind="stable")[..., :count]
+            indices[name] = np.sort(order, axis=-1)
+    return make_keep(groups, indices)
+
+
+def _counted(groups: Groups, budget: Budget) -> Callable[[Mapping[str, int]], float] | None:
+    match budget:
+        case Params():
+            return Sizes(groups).params
+        case Bytes():
+            return Sizes(groups).bytes
+        case Flops():
+            return Sizes(groups).flops
+    return None
+
+
+def _measure(groups: Groups, budget: Budget) -> Callable[[Keep, Mapping[str, int]], float]:
+    """Make what measures a shrunk function, on shapes."""
+    seconds: dict[tuple, float] = {}
+
+    def measure(keep: Keep, counts: Mapping[str, int]) -> float:
+        params = slice_params(groups.like, keep)
+        if isinstance(budget, Params):
+            return tree.count(params)
+        if isinstance(budget, Bytes):
+            return tree.nbytes(params)
+        assert groups.fn is not None, "groups come from `structured.groups`"
+        fn = rebuild(groups.fn, keep) if keep else groups.fn
+        if isinstance(budget, Flops):
+            return graph.trace(fn, params, *groups.inputs, **groups.kwargs).flops
+        key = tuple(sorted(counts.items()))
+        if key not in seconds:
+            seconds[key] = _seconds(fn, params, groups, budget)
+        return seconds[key]
+
+    return measure
+
+
+def _seconds(fn: Callable, params: tree.Params, groups: Groups, budget: Seconds) -> float:
+    call = lambda params, *inputs: fn(params, *inputs, **groups.kwargs)
+    found = graph.cost(call, params, *groups.inputs, target=budget.target).seconds
+    if found is None:
+        raise ArgumentError(
+            "budget",
+            got=f"Seconds on {budget.target!r}, whose time cannot be estimated",
+            expected="a target with published figures, such as 'tpu-v5e' or 'h200'",
+            fix="Use Flops or Bytes, or describe the machine by a `graph.Target`.",
+        )
+    return found

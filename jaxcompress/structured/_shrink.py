@@ -1,0 +1,239 @@
+"""`shrink`: a function and its params made smaller, with a certificate of equivalence."""
+
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.typing import ArrayLike
+
+from jaxcompress import graph, tree
+from jaxcompress.errors import ArgumentError
+from jaxcompress.structured._certificate import (
+    Certificate,
+    Distances,
+    Leak,
+    distance,
+    is_abstract,
+    random_like,
+    size_of,
+    tolerance_of,
+)
+from jaxcompress.structured._find import groups as find_groups
+from jaxcompress.structured._keep import Keep
+from jaxcompress.structured._keep import keep as make_keep
+
+
+def slice_params(params: tree.Params, keep: Keep) -> tree.Params:
+    """Take the kept indices of every leaf.
+
+    Args:
+        params: Params at full size, or any tree whose leaves are found under their paths in it:
+            gradients, an average of params, masks. Shapes (`ShapeDtypeStruct`) stay shapes.
+        keep: What is kept.
+
+    Returns:
+        The same tree with smaller leaves.
+
+    Raises:
+        ArgumentError: If a leaf has another shape than the one that was chosen for.
+    """
+    return tree.map_with_path(lambda path, leaf: _sliced(path, leaf, keep), params)
+
+
+def _sliced(path: str, leaf: Any, keep: Keep) -> Any:
+    want = keep.shapes.get(path)
+    if want != tuple(leaf.shape):
+        raise ArgumentError(
+            "params",
+            got=f"{path!r} of shape {tuple(leaf.shape)}",
+            expected="a leaf that the indices were chosen for" if want is None else f"{want}",
+            fix="Give the params at full size that `keep` was chosen for.",
+        )
+    axes = keep.leaves.get(path, {})
+    if not axes:
+        return leaf
+    if isinstance(leaf, jax.ShapeDtypeStruct):
+        return jax.ShapeDtypeStruct(keep.shape(path), leaf.dtype)
+    for axis, indices in axes.items():
+        if indices.ndim == 1:
+            leaf = jnp.take(leaf, indices, axis=axis)
+            continue
+        shape = [1] * leaf.ndim
+        layer = keep.layers[path]
+        shape[axis], shape[layer] = indices.shape[1], indices.shape[0]
+        rows = indices if layer < axis else indices.T
+        leaf = jnp.take_along_axis(leaf, jnp.asarray(rows.reshape(shape)), axis=axis)
+    return leaf
+
+
+def mask_params(params: tree.Params, keep: Keep) -> tree.Params:
+    """Set what is not kept to zero, at full size: what a mask in training would do.
+
+    Args:
+        params: Params at full size.
+        keep: What is kept.
+
+    Returns:
+        Params of the same shapes.
+    """
+
+    def masked(path: str, leaf: Any) -> Any:
+        for axis, indices in keep.leaves.get(path, {}).items():
+            mask = np.zeros((*indices.shape[:-1], leaf.shape[axis]), bool)
+            np.put_along_axis(mask, indices, True, axis=-1)
+            shape = [1] * leaf.ndim
+            shape[axis] = leaf.shape[axis]
+            if mask.ndim > 1:
+                layer = keep.layers[path]
+                shape[layer] = mask.shape[0]
+                mask = mask if layer < axis else mask.T
+            leaf = jnp.where(mask.reshape(shape), leaf, jnp.zeros((), leaf.dtype))
+        return leaf
+
+    return tree.map_with_path(masked, params)
+
+
+def rebuild(fn: Callable[..., Any], keep: Keep) -> Callable[..., Any]:
+    """Make the smaller function again from fn and what was kept; no weights are needed.
+
+    Args:
+        fn: `fn(params, *inputs, **kwargs) -> outputs`, the function at full size.
+        keep: What was kept, from `shrink`'s `keep` or `Keep.load`.
+
+    Returns:
+        The function of smaller params. It is fn replayed: it takes other batch sizes and works
+        under jit, grad, vmap and `jax.export`.
+
+    Raises:
+        ArgumentError: When called, if `keep` is of another model, or params have other shapes.
+        StructureError: When called, if params has other leaves.
+
+    Example:
+        >>> from jaxcompress import structured
+        >>> fn = lambda p, x: jnp.tanh(x @ p["up"]) @ p["down"]
+        >>> params = {"up": jnp.ones((3, 8)), "down": jnp.ones((8, 2))}
+        >>> groups = structured.groups(fn, params, jnp.ones((1, 3)))
+        >>> small = rebuild(fn, structured.keep(groups, {"up": [0, 2, 5]}))
+        >>> small({"up": jnp.ones((3, 3)), "down": jnp.ones((3, 2))}, jnp.ones((7, 3))).shape
+        (7, 2)
+    """
+    return graph.resize(fn, keep.leaves, keep.shapes)
+
+
+def shrink(
+    fn: Callable[..., Any],
+    params: tree.Params,
+    keep: Keep | Mapping[str, ArrayLike],
+    *inputs: Any,
+    compiled: bool = False,
+    **kwargs: Any,
+) -> tuple[Callable[..., Any], tree.Params, Certificate]:
+    """Remove everything but `keep` from params and from fn, and show that nothing else changed.
+
+    Args:
+        fn: `fn(params, *inputs, **kwargs) -> outputs`, pure.
+        params: Any pytree of arrays; for shapes only, nothing is run and the certificate says so.
+        keep: From `choose` or `structured.keep`, or `{group: units to keep}`.
+        *inputs: fn's other arguments: the certificate compares on these, and on random ones.
+        compiled: Have the CPU's compiler count FLOPs too, for the certificate.
+        **kwargs: fn's keyword arguments.
+
+    Returns:
+        `(fn', params', certificate)`; see `rebuild` for fn'.
+
+    Raises:
+        SelectionError: If a group is not known, or frozen.
+        ArgumentError: If indices or shapes do not fit.
+
+    Example:
+        >>> fn = lambda p, x: jnp.tanh(x @ p["up"]) @ p["down"]
+        >>> params = {"up": jnp.ones((3, 8)), "down": jnp.ones((8, 2))}
+        >>> small, fewer, certificate = shrink(fn, params, {"up": [0, 2, 5]}, jnp.ones((1, 3)))
+        >>> fewer["up"].shape, certificate.holds, certificate.after.params
+        ((3, 3), True, 15)
+    """
+    if not isinstance(keep, Keep):
+        keep = make_keep(find_groups(fn, params, *inputs, whole_heads=False, **kwargs), keep)
+    smaller = slice_params(params, keep)
+    small_fn = rebuild(fn, keep)
+    given = distances_on = None
+    leaks: tuple[Leak, ...] = ()
+    tolerance = 0.0
+    if not is_abstract(params):
+        compare = _Comparison(fn, small_fn, params, smaller, keep, kwargs)
+        given = None if is_abstract(inputs) else compare.distances(inputs)
+        drawn = random_like(inputs)
+        distances_on = compare.distances(drawn)
+        tolerance = tolerance_of(params, inputs, compare.outputs)
+        if distances_on.weights.relative > tolerance:
+            leaks = compare.leaks(drawn)
+    before = size_of(fn, params, inputs, kwargs, compiled=compiled)
+    after = size_of(small_fn, smaller, inputs, kwargs, compiled=compiled)
+    certificate = Certificate(
+        given=given,
+        random=distances_on,
+        tolerance=tolerance,
+        leaks=leaks,
+        before=before,
+        after=after,
+    )
+    return small_fn, smaller, certificate
+
+
+class _Comparison:
+    """The smaller function beside its three references."""
+
+    def __init__(
+        self,
+        fn: Callable[..., Any],
+        small: Callable[..., Any],
+        params: tree.Params,
+        smaller: tree.Params,
+        keep: Keep,
+        kwargs: Mapping[str, Any],
+    ):
+        self._fn, self._small, self._keep, self._kwargs = fn, small, keep, dict(kwargs)
+        self._params, self._smaller = params, smaller
+        self._masked = mask_params(params, keep)
+        self._dense_jit = jax.jit(fn)
+        self.outputs: Any = None
+
+    @functools.cached_property
+    def _small_jit(self) -> Callable[..., Any]:
+        return jax.jit(self._small)
+
+    @functools.cached_property
+    def _remasked_jit(self) -> Callable[..., Any]:
+        return jax.jit(graph.remask(self._fn, self._keep.leaves))
+
+    def distances(self, inputs: Sequence[Any]) -> Distances:
+        # Accelerators multiply float32 in fewer bits unless they are told not to.
+        with jax.default_matmul_precision("highest"):
+            self.outputs = self._small_jit(self._smaller, *inputs, **self._kwargs)
+            remasked = self._remasked_jit(self._params, *inputs, **self._kwargs)
+            masked = self._dense_jit(self._masked, *inputs, **self._kwargs)
+            dense = self._dense_jit(self._params, *inputs, **self._kwargs)
+        return Distances(
+            structural=distance(self.outputs, self._cut(remasked, inputs)),
+            weights=distance(self.outputs, self._cut(masked, inputs)),
+            dense=distance(self.outputs, self._cut(dense, inputs)),
+        )
+
+    def _cut(self, outputs: Any, inputs: Sequence[Any]) -> Any:
+        """Take the kept indices of outputs that are new state."""
+        flat, treedef = jax.tree.flatten(outputs)
+        for number, path in self._state(inputs).items():
+            flat[number] = _sliced(path, flat[number], self._keep)
+        return jax.tree.unflatten(treedef, flat)
+
+    def _state(self, inputs: Sequence[Any]) -> Mapping[int, str]:
+        if not hasattr(self, "_found_state"):
+            dims = graph.dims(self._fn, self._params, *inputs, **self._kwargs)
+            self._found_state = dims.state
+        return self._found_state
+
+    def leaks(self, inputs: Sequence[Any]) -> tuple[Leak, ...]:
+        return graph.leaks(self._fn, self._keep.leaves, self._params, *inputs, **self._kwargs)

@@ -1,0 +1,112 @@
+"""What a function takes when so many units of each group are kept: counted from the labels."""
+
+import functools
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from jaxcompress import tree
+from jaxcompress.structured._groups import Groups
+
+_Kinds = tuple[tuple[int, tuple[str, ...]], ...]
+"""An axis as `(indices, groups that they belong to)` parts."""
+
+
+@dataclass(frozen=True)
+class _Contraction:
+    axes: tuple[_Kinds, ...]
+    sizes: tuple[int, ...]
+    branch: tuple[Any, ...]
+    flops: int
+
+
+class Sizes:
+    """Counts params, bytes and FLOPs from numbers of units, without shrinking anything."""
+
+    def __init__(self, groups: Groups):
+        assert groups.dims is not None, "groups come from `structured.groups`"
+        self._dims, self._groups = groups.dims, groups
+        self._group_of = self._labelled()
+        self._leaves = [
+            (tuple(self._kinds(axis) for axis in axes), tree.bits_of(groups.leaves[path].dtype))
+            for path, axes in groups.dims.leaves.items()
+        ]
+        self._products = [
+            _Contraction(
+                tuple(self._kinds(axis) for axis in product.axes),
+                tuple(len(axis) for axis in product.axes),
+                product.branch,
+                product.flops,
+            )
+            for product in groups.dims.products
+        ]
+
+    def _labelled(self) -> np.ndarray:
+        """Number the group of each label; 0 for none."""
+        numbers = np.zeros(len(self._dims.labels), np.int32)
+        self._names = ["", *self._groups]
+        for number, group in enumerate(self._groups.values(), start=1):
+            assert group.labels is not None, "groups come from `structured.groups`"
+            numbers[group.labels] = number
+        return numbers
+
+    @functools.cached_property
+    def _known(self) -> dict[int, tuple[np.ndarray, _Kinds]]:
+        return {}
+
+    def _kinds(self, axis: np.ndarray) -> _Kinds:
+        if id(axis) not in self._known:
+            rows = self._dims.labels.rows(axis)
+            numbers = np.where(rows >= 0, self._group_of[rows], 0)
+            kinds, counts = np.unique(np.sort(numbers, axis=1), axis=0, return_counts=True)
+            named = tuple(
+                (int(count), tuple(self._names[k] for k in kind if k))
+                for kind, count in zip(kinds, counts, strict=True)
+            )
+            self._known[id(axis)] = axis, named
+        return self._known[id(axis)][1]
+
+    def _left(self, kinds: _Kinds, counts: Mapping[str, int]) -> float:
+        total = 0.0
+        for n, names in kinds:
+            for name in names:
+                n = n * counts.get(name, self._groups[name].size) / self._groups[name].size
+            total += n
+        return total
+
+    def params(self, counts: Mapping[str, int]) -> float:
+        """Count entries of params; `counts` has the units kept of each group."""
+        return sum(self._entries(axes, counts) for axes, _ in self._leaves)
+
+    def bytes(self, counts: Mapping[str, int]) -> float:
+        """Count bytes of params."""
+        return sum(self._entries(axes, counts) * bits / 8 for axes, bits in self._leaves)
+
+    def _entries(self, axes: Sequence[_Kinds], counts: Mapping[str, int]) -> float:
+        return math.prod(self._left(kinds, counts) for kinds in axes)
+
+    def flops(self, counts: Mapping[str, int]) -> float:
+        """Count operations of contractions; of branches the costliest."""
+        return _costliest(
+            [
+                (one.branch, one.flops * math.prod(
+                    self._left(kinds, counts) / max(size, 1)
+                    for kinds, size in zip(one.axes, one.sizes, strict=True)
+                ))
+                for one in self._products
+            ]
+        )  # fmt: skip
+
+
+def _costliest(parts: Sequence[tuple[tuple[Any, ...], float]]) -> float:
+    total, inside = 0.0, dict[Any, dict[Any, list[Any]]]()
+    for branch, flops in parts:
+        if not branch:
+            total += flops
+        else:
+            (position, number), *rest = branch
+            inside.setdefault(position, {}).setdefault(number, []).append((tuple(rest), flops))
+    return total + sum(max(map(_costliest, each.values())) for each in inside.values())
