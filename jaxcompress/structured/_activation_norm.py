@@ -1,18 +1,25 @@
 """Scores by how large the activations of a unit are."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-import jax
-import jax.numpy as jnp
 import numpy as np
+from jaxtyping import ArrayLike
 
-from jaxcompress import stats
+from jaxcompress import graph, stats
 from jaxcompress.errors import ArgumentError
+from jaxcompress.graph import Site
 from jaxcompress.structured._groups import Group, Member
 from jaxcompress.structured._method import Given, Method
-from jaxcompress.structured._seen import Found, beside_channels, beside_outputs, seen
-from jaxcompress.structured._units import unit_sums
+from jaxcompress.structured._seen import (
+    Found,
+    beside_inner,
+    beside_outer,
+    outputs_of_group,
+    place_of,
+    seen,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,9 +65,9 @@ class ActivationNorm(Method):
         paths = [m.path for group in given.groups.values() for m in self._members(group, given)]
         return seen(given.fn, given.params, given.batches, statistics, paths)
 
-    def parts(self, group: Group, given: Given, prepared: Found) -> list[jax.Array]:
+    def parts(self, group: Group, given: Given, prepared: Found) -> list[ArrayLike]:
         """Average over tokens, for each member with a site."""
-        members = [m for m in self._members(group, given) if prepared[m.path]]
+        members = [m for m in self._members(group, given) if self._sites(m, prepared)]
         if not members:
             verb = "reads" if self.at == "input" else "computes"
             raise ArgumentError(
@@ -75,16 +82,38 @@ class ActivationNorm(Method):
         learned = given.learned[group.name]
         return [m for m in learned if (m.reads if self.at == "input" else m.produces)]
 
-    def _norms(self, member: Member, given: Given, found: Found) -> jax.Array:
+    def _sites(self, member: Member, found: Found) -> list[tuple[Site, stats.ChannelNorm]]:
+        """List the sites that read the units, or compute them: a tied leaf has both."""
+
+        def fits(axes: graph.Axes) -> bool:
+            if self.at == "input":
+                return member.axis in (*axes.contract, *axes.group)
+            return member.axis in axes.output
+
+        return [(site, seen["norm"]) for site, seen in found[member.path] if fits(site.axes)]
+
+    def _norms(self, member: Member, given: Given, found: Found) -> ArrayLike:
         shape = np.shape(given.leaves[member.path])
-        beside = beside_channels if self.at == "input" else beside_outputs
-        total = jnp.zeros((*(shape[k] for k in member.layers), len(member.indices)), jnp.float32)
-        tokens = jnp.zeros((), jnp.float32)
-        for site, results in found[member.path]:
-            norm: stats.ChannelNorm = results["norm"]
-            sums = norm.l1 if self.order == 1 else jnp.square(norm.l2)
-            total += unit_sums(beside(sums, site, shape), member)
-            time = [k for k, axis in enumerate(site.layers) if axis is None]
-            tokens += jnp.max(norm.tokens.sum(time))
-        mean = total / jnp.maximum(tokens, 1)
-        return mean if self.order == 1 else jnp.sqrt(mean)
+        sizes = [shape[k] for k in member.layers]
+        total, tokens = np.zeros((*sizes, len(member.indices)), np.float32), np.float32(0)
+        for site, norm in self._sites(member, found):
+            sums = np.asarray(norm.l1 if self.order == 1 else np.square(norm.l2))
+            place = place_of(site, shape, window=False)
+            inner = (self.at == "input") != bool(site.axes.lookup)
+            beside = beside_inner(sums, place) if inner else beside_outer(sums, place)
+            if inner and place.form.feature_groups > 1:  # each channel once, not once an output
+                beside = beside / np.float32(outputs_of_group(place.form))
+            total += _per_unit(beside, shape, member)
+            time = tuple(k for k, axis in enumerate(site.layers) if axis is None)
+            tokens += np.max(np.asarray(norm.tokens).sum(time))
+        mean = total / np.maximum(tokens, 1)
+        return mean if self.order == 1 else np.sqrt(mean)
+
+
+def _per_unit(beside: np.ndarray, shape: Sequence[int], member: Member) -> np.ndarray:
+    """Sum what stands beside a leaf over each unit; layers that it does not tell apart share it."""
+    kept = (*member.layers, member.axis)
+    sums = beside.sum(tuple(k for k in range(beside.ndim) if k not in kept))
+    sums = sums.transpose([sorted(kept).index(k) for k in kept])  # (*layers, n)
+    sums = np.broadcast_to(sums, [shape[k] for k in kept])
+    return np.take(sums, member.indices, axis=-1).sum(-1)

@@ -6,6 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import ArrayLike
 
 from jaxcompress import tree
 from jaxcompress.errors import ArgumentError
@@ -25,7 +26,7 @@ class Fisher(Method):
     batches of one, so that it must not look across examples (BatchNorm in inference mode).
 
     Attributes:
-        at_once: How many examples' gradients are held at a time.
+        at_once: How many examples' gradients are held at a time; with 1, fn is not vmapped.
 
     Raises:
         ArgumentError: If `at_once` is not positive.
@@ -52,7 +53,10 @@ class Fisher(Method):
                 _, weights, gradients = gradient(params, jax.tree.map(lambda x: x[None], example))
                 return jax.tree.map(jnp.square, slopes(weights, gradients, given))
 
-            several = jax.lax.map(of_example, batch, batch_size=self.at_once)
+            # One by one there is no vmap, which some primitives lack.
+            several = jax.lax.map(
+                of_example, batch, batch_size=self.at_once if self.at_once > 1 else None
+            )
             return jax.tree.map(lambda total, found: total + found.sum(0), totals, several)
 
         first, rest = opened(given.batches)
@@ -64,7 +68,7 @@ class Fisher(Method):
             totals = step(totals, given.params, batch)
         return {name: total / (2 * examples) for name, total in totals.items()}
 
-    def parts(self, group: Group, given: Given, prepared: Slopes) -> list[jax.Array]:
+    def parts(self, group: Group, given: Given, prepared: Slopes) -> list[ArrayLike]:
         """Look the group up."""
         return [prepared[group.name]]
 

@@ -1,13 +1,16 @@
 """Scores by redundancy: how far a unit's weights are from those of the others."""
 
+import functools
 from dataclasses import dataclass
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jaxtyping import ArrayLike
 
 from jaxcompress.graph._forms import replicated
-from jaxcompress.structured._groups import Group
+from jaxcompress.structured._groups import Group, Member
 from jaxcompress.structured._method import Given, Method
 from jaxcompress.structured._units import unit_entries
 
@@ -37,9 +40,19 @@ class FPGM(Method):
         He et al., Filter Pruning via Geometric Median, arXiv:1811.00250, eq. 8.
     """
 
-    def parts(self, group: Group, given: Given, prepared: Any) -> list[jax.Array]:
+    def parts(self, group: Group, given: Given, prepared: Any) -> list[ArrayLike]:
         """Sum distances per unit, for each kernel."""
-        return [
-            replicated(distances_to_others, unit_entries(given.array(m), m))
-            for m in given.weights(group)
-        ]
+        return [_distances(given.array(m), m) for m in given.weights(group)]
+
+
+def _distances(w: jax.Array, member: Member) -> jax.Array:
+    indices = tuple(map(tuple, member.indices.tolist()))
+    return _compiled(w, kept=(*member.layers, member.axis), indices=indices)
+
+
+@functools.partial(jax.jit, static_argnames=("kept", "indices"))
+def _compiled(
+    w: jax.Array, *, kept: tuple[int, ...], indices: tuple[tuple[int, ...], ...]
+) -> jax.Array:
+    by_unit = np.asarray(indices)
+    return replicated(lambda w: distances_to_others(unit_entries(w, kept, by_unit)), w)

@@ -122,9 +122,11 @@ def _shrunk(
     leaves: dict[str, jax.Array], members: tuple[Member, ...], weight: jax.Array
 ) -> dict[str, jax.Array]:
     """Take the proximal step of one group, whose units do not overlap."""
-    squares = [unit_sums(jnp.square(leaves[m.path]), m).astype(jnp.float32) for m in members]
+    squares = [jnp.asarray(unit_sums(m, leaves[m.path], of=jnp.square)) for m in members]
     entries = sum(unit_size(leaves[m.path].shape, m) for m in members)
-    factors = shrinkage(jnp.stack(squares).sum(0), weight * jnp.sqrt(jnp.float32(entries)))
+    factors = shrinkage(
+        jnp.stack(squares).sum(0).astype(jnp.float32), weight * jnp.sqrt(jnp.float32(entries))
+    )
     found: dict[str, jax.Array] = {}
     for m in members:
         x = found.get(m.path, leaves[m.path])

@@ -6,7 +6,7 @@ from typing import Any, Literal, TypeAlias, get_args
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.core import Tracer
+from jaxtyping import ArrayLike
 
 from jaxcompress import tree
 from jaxcompress.errors import ArgumentError, ArgumentTypeError, NonFiniteError
@@ -55,7 +55,7 @@ def importance(
             gradients; batches are then its inputs.
 
     Returns:
-        `{group name: scores}`, float32 of shape `(*group.layers, group.size)`, none negative;
+        `{group name: scores}`, float32, of shape `(*group.layers, group.size)`, none negative;
         the lowest go first.
 
     Raises:
@@ -98,20 +98,20 @@ def importance(
     for name, group in groups.items():
         together = _reduced(method.parts(group, given, prepared), reduce)
         _check_finite(together, group, given)
-        scores[name] = method.finish(_normalized(together, normalize))
+        scores[name] = method.finish(jnp.asarray(_normalized(together, normalize)))
     return scores
 
 
-def _reduced(parts: list[jax.Array], how: Reduce) -> jax.Array:
-    stacked = jnp.stack(parts).astype(jnp.float32)
-    return {"sum": jnp.sum, "mean": jnp.mean, "max": jnp.max}[how](stacked, axis=0)
+def _reduced(parts: list[ArrayLike], how: Reduce) -> np.ndarray:
+    stacked = np.stack([np.asarray(part, np.float32) for part in parts])
+    return {"sum": np.sum, "mean": np.mean, "max": np.max}[how](stacked, axis=0)
 
 
-def _normalized(scores: jax.Array, how: Normalize) -> jax.Array:
+def _normalized(scores: np.ndarray, how: Normalize) -> np.ndarray:
     if how is None:
         return scores
-    whole = {"sum": jnp.sum, "mean": jnp.mean, "max": jnp.max}[how](scores, axis=-1, keepdims=True)
-    return scores / jnp.where(whole > 0, whole, jnp.ones_like(whole))
+    whole = {"sum": np.sum, "mean": np.mean, "max": np.max}[how](scores, axis=-1, keepdims=True)
+    return scores / np.where(whole > 0, whole, np.ones_like(whole))
 
 
 def _check_options(method: Any, normalize: Any, reduce: Any) -> None:
@@ -140,8 +140,8 @@ def _check_options(method: Any, normalize: Any, reduce: Any) -> None:
         )
 
 
-def _check_finite(scores: jax.Array, group: Group, given: Given) -> None:
-    if isinstance(scores, Tracer) or bool(np.isfinite(np.asarray(scores)).all()):
+def _check_finite(scores: np.ndarray, group: Group, given: Given) -> None:
+    if np.isfinite(scores).all():
         return
     bad = [m.path for m in group.members if not bool(jnp.isfinite(given.leaves[m.path]).all())]
     raise NonFiniteError(

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jaxcompress.structured._magnitude import Magnitude
 
 
+@jax.jit
 def lamp(scores: jax.Array) -> jax.Array:
     r"""Divide each score by the sum of those that are not below it: $s_u / \sum_{v \ge u} s_v$.
 

@@ -3,18 +3,13 @@
 from dataclasses import dataclass
 from typing import Any, Literal
 
-import jax
 import jax.numpy as jnp
+from jaxtyping import ArrayLike
 
 from jaxcompress.errors import ArgumentError
 from jaxcompress.structured._groups import Group
 from jaxcompress.structured._method import Given, Method
 from jaxcompress.structured._units import unit_sums
-
-
-def powers(w: jax.Array, p: int) -> jax.Array:
-    """Give |w|^p for each entry."""
-    return jnp.abs(w) if p == 1 else jnp.square(w)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,6 +37,7 @@ class Magnitude(Method):
         if self.p not in (1, 2):
             raise ArgumentError("p", got=f"{self.p}", expected="1 or 2", fix="Use p=1 for L1.")
 
-    def parts(self, group: Group, given: Given, prepared: Any) -> list[jax.Array]:
+    def parts(self, group: Group, given: Given, prepared: Any) -> list[ArrayLike]:
         """Sum |w|^p per unit, for each kernel."""
-        return [unit_sums(powers(given.array(m), self.p), m) for m in given.weights(group)]
+        power = jnp.abs if self.p == 1 else jnp.square
+        return [unit_sums(m, given.array(m), of=power) for m in given.weights(group)]

@@ -7,6 +7,7 @@ from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import ArrayLike
 
 from jaxcompress import tree
 from jaxcompress.errors import ArgumentError, ArgumentTypeError
@@ -120,7 +121,7 @@ class Method(abc.ABC):
         del given
 
     @abc.abstractmethod
-    def parts(self, group: Group, given: Given, prepared: Any) -> list[jax.Array]:
+    def parts(self, group: Group, given: Given, prepared: Any) -> list[ArrayLike]:
         """Score the units of a group by each member that counts.
 
         Args:

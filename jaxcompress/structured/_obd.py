@@ -1,14 +1,16 @@
 """Second-order importance from the diagonal of the Fisher information."""
 
+import functools
 from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import ArrayLike
 
 from jaxcompress import stats
 from jaxcompress.structured._groups import Group, Member
 from jaxcompress.structured._method import Given, Method
-from jaxcompress.structured._seen import Found, beside_entries, seen
+from jaxcompress.structured._seen import Found, Place, place_of, seen
 from jaxcompress.structured._units import unit_sums
 from jaxcompress.structured._wanda import with_sites
 
@@ -41,16 +43,24 @@ class OBD(Method):
         paths = [m.path for group in given.groups.values() for m in given.weights(group)]
         return seen(f, given.params, given.batches, {"fisher": stats.fisher()}, paths)
 
-    def parts(self, group: Group, given: Given, prepared: Found) -> list[jax.Array]:
+    def parts(self, group: Group, given: Given, prepared: Found) -> list[ArrayLike]:
         """Sum saliencies per unit, for each kernel."""
-        members = with_sites(group, given, prepared)
-        return [
-            unit_sums(obd(given.array(m), self._diagonal(m, given, prepared)), m) for m in members
-        ]
+        return [_scores(m, given, prepared) for m in with_sites(group, given, prepared)]
 
-    def _diagonal(self, member: Member, given: Given, found: Found) -> jax.Array:
-        shape = given.array(member).shape
-        total = jnp.zeros(shape, jnp.float32)
-        for site, results in found[member.path]:
-            total = total + beside_entries(results["fisher"].total, site, shape)
-        return total
+
+def _scores(member: Member, given: Given, found: Found) -> ArrayLike:
+    w = given.array(member)
+    places = tuple(place_of(site, w.shape) for site, _ in found[member.path])
+    totals = tuple(results["fisher"].total for _, results in found[member.path])
+    return unit_sums(member, w, _diagonal(totals, places=places), of=obd)
+
+
+@functools.partial(jax.jit, static_argnames="places")
+def _diagonal(totals: tuple[jax.Array, ...], *, places: tuple[Place, ...]) -> jax.Array:
+    """Add up what the sites of a leaf have seen of each entry, as an array like the leaf."""
+
+    def entries(total: jax.Array, place: Place) -> jax.Array:
+        x = place.lead(total, tail=2)
+        return place.form.to_leaf(jnp.broadcast_to(x, (*place.form.matrices, *x.shape[-2:])))
+
+    return sum(map(entries, totals[1:], places[1:]), start=entries(totals[0], places[0]))

@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import ArrayLike
 
 from jaxcompress.structured._groups import Group
 from jaxcompress.structured._method import Given, Method
@@ -24,7 +25,7 @@ class Random(Method):
     joint = True
     key: jax.Array
 
-    def parts(self, group: Group, given: Given, prepared: Any) -> list[jax.Array]:
+    def parts(self, group: Group, given: Given, prepared: Any) -> list[ArrayLike]:
         """Draw a number per unit."""
         key = jax.random.fold_in(self.key, zlib.crc32(group.name.encode()))
         return [jax.random.uniform(key, (*group.layers, group.size), jnp.float32)]

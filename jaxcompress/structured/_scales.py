@@ -4,8 +4,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import jax
 import jax.numpy as jnp
+from jaxtyping import ArrayLike
 
 from jaxcompress import graph, tree
 from jaxcompress.errors import ArgumentError
@@ -103,6 +103,6 @@ class BatchNormScale(Method):
 
     def parts(
         self, group: Group, given: Given, prepared: dict[str, tuple[Member, ...]]
-    ) -> list[jax.Array]:
+    ) -> list[ArrayLike]:
         """Sum |gamma| per unit, for each norm."""
-        return [unit_sums(jnp.abs(given.array(m)), m) for m in prepared[group.name]]
+        return [unit_sums(m, given.array(m), of=jnp.abs) for m in prepared[group.name]]

@@ -3,10 +3,10 @@
 import itertools
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
-import jax
-import jax.numpy as jnp
+import numpy as np
+from jaxtyping import ArrayLike
 
 from jaxcompress import graph, stats, tree
 from jaxcompress.errors import ArgumentError
@@ -57,87 +57,74 @@ def seen(
 # --- Beside leaves ----------------------------------------------------------------------------
 
 
-def beside_inputs(sums: jax.Array, site: Site, shape: Sequence[int]) -> jax.Array:
-    """Write sums for each contracted entry, `(*stack, *batch, features)`, beside the leaf.
+class Place(NamedTuple):
+    """Where what a site has seen belongs in a leaf; static to jit.
+
+    Attributes:
+        form: The leaf's matrices at the site.
+        source: The leaf's axis that each leading axis of a result is, `None` for one that takes
+            no axis apart, such as time.
+    """
+
+    form: Form
+    source: tuple[int | None, ...]
+
+    def lead(self, sums: Any, *, tail: int) -> Any:
+        """Give sums, whose last `tail` axes are features, the lead axes of the matrices.
+
+        Scans that share the leaf are added up; what a site does not tell apart has length 1.
+        """
+        form = self.form
+        sums = sums.sum(tuple(k for k, axis in enumerate(self.source) if axis is None))
+        source = [axis for axis in self.source if axis is not None]
+        # A lead axis of one entry is none to the form.
+        sums = sums.squeeze(tuple(i for i, axis in enumerate(source) if axis not in form.lead))
+        source = [axis for axis in source if axis in form.lead]
+        known = [axis for axis in form.lead if axis in source]
+        rest = range(len(source), sums.ndim)
+        sums = sums.transpose([*(source.index(axis) for axis in known), *rest])
+        sizes = [form.shape[k] if k in known else 1 for k in form.lead]
+        groups = form.matrices[len(form.lead) :]
+        return sums.reshape(*sizes, *groups, *sums.shape[sums.ndim - tail :])
+
+
+def place_of(site: Site, shape: Sequence[int], *, window: bool = True) -> Place:
+    """Find where a site's results belong; without `window`, as if convolutions had none."""
+    sizes = [1 if k in site.axes.spatial and not window else n for k, n in enumerate(shape)]
+    form = form_of(sizes, site.axes, site.feature_groups)
+    return Place(form, (*site.layers, *site.axes.batch))
+
+
+def beside_inner(sums: ArrayLike, place: Place) -> np.ndarray:
+    """Write sums for each contracted entry, `(*lead, features)`, beside the leaf.
+
+    Returns:
+        An array that broadcasts to the leaf (to the leaf without its window).
+    """
+    form = place.form
+    x = place.lead(np.asarray(sums), tail=1)
+    lead, inner = x.shape[: len(form.lead)], [form.shape[k] for k in form.inner]
+    outer = [1] * len(form.outer)
+    if form.feature_groups > 1:  # outputs tell the groups apart: (*lead, groups, in)
+        x = np.repeat(np.moveaxis(x, -2, -1), outputs_of_group(form), axis=-1)
+        outer = [form.shape[k] for k in form.outer]
+    x = x.reshape(*lead, *inner, *outer)
+    return x.transpose(np.argsort((*form.lead, *form.inner, *form.outer)))
+
+
+def beside_outer(sums: ArrayLike, place: Place) -> np.ndarray:
+    """Write sums for each output, `(*lead, outputs)`, or row of a table likewise.
 
     Returns:
         An array that broadcasts to the leaf.
     """
-    form = form_of(shape, site.axes, site.feature_groups)
-    return _from_columns(_placed(sums, site, form)[..., None], form)
+    form = place.form
+    x = place.lead(np.asarray(sums), tail=1)  # feature groups, and in each its outputs
+    lead, outer = x.shape[: len(form.lead)], [form.shape[k] for k in form.outer]
+    x = x.reshape(*lead, *[1] * len(form.inner), *outer)
+    return x.transpose(np.argsort((*form.lead, *form.inner, *form.outer)))
 
 
-def beside_channels(sums: jax.Array, site: Site, shape: Sequence[int]) -> jax.Array:
-    """Write sums for each input channel likewise, once for the window of a convolution.
-
-    Returns:
-        An array that broadcasts to the leaf. What the outputs of a feature group share is divided
-        between them, so that sums over the leaf count each channel once.
-    """
-    window = [1 if k in site.axes.spatial else n for k, n in enumerate(shape)]
-    form = form_of(window, site.axes, site.feature_groups)
-    shared = 1 if form.feature_groups == 1 else _outputs_of_group(form)
-    return _from_columns(_placed(sums, site, form)[..., None], form) / shared
-
-
-def beside_outputs(sums: jax.Array, site: Site, shape: Sequence[int]) -> jax.Array:
-    """Write sums for each output, `(*stack, *batch, outputs)`, beside the leaf.
-
-    Returns:
-        An array that broadcasts to the leaf.
-    """
-    form = form_of(shape, site.axes, site.feature_groups)
-    sums = _placed(sums, site, form)
-    if site.axes.lookup:  # its matrices are (features, rows)
-        return form.to_leaf(sums[..., None])
-    return form.to_leaf(sums[..., None, :], ones=True)
-
-
-def beside_rows(counts: jax.Array, site: Site, shape: Sequence[int]) -> jax.Array:
-    """Write counts of each row of a table, `(*stack, rows)`, beside the leaf.
-
-    Returns:
-        An array that broadcasts to the leaf.
-    """
-    form = form_of(shape, site.axes, site.feature_groups)
-    return form.to_leaf(_placed(counts, site, form)[..., None, :], ones=True)
-
-
-def beside_entries(sums: jax.Array, site: Site, shape: Sequence[int]) -> jax.Array:
-    """Write sums for each entry, `(*stack, *batch, features, outputs)`, as the leaf has them.
-
-    Returns:
-        An array like the leaf.
-    """
-    form = form_of(shape, site.axes, site.feature_groups)
-    return form.to_leaf(_placed(sums, site, form, tail=2))
-
-
-def _placed(sums: jax.Array, site: Site, form: Form, *, tail: int = 1) -> jax.Array:
-    """Give sums the lead axes of the leaf's matrices, adding up scans that share the leaf."""
-    loose = [k for k, axis in enumerate(site.layers) if axis is None]
-    sums = sums.sum(loose)
-    source = [*(axis for axis in site.layers if axis is not None), *site.axes.batch]
-    # A lead axis of one entry is none to the form.
-    sums = jnp.squeeze(sums, [i for i, axis in enumerate(source) if axis not in form.lead])
-    source = [axis for axis in source if axis in form.lead]
-    known = [axis for axis in form.lead if axis in source]
-    rest = range(len(source), sums.ndim)
-    sums = jnp.transpose(sums, [*(source.index(axis) for axis in known), *rest])
-    lead = [form.shape[k] if k in known else 1 for k in form.lead]
-    groups, features = form.matrices[len(form.lead) :], sums.shape[sums.ndim - tail :]
-    sums = sums.reshape(*lead, *groups, *features)
-    # What a site does not tell apart has seen the same.
-    return jnp.broadcast_to(sums, (*form.matrices, *features))
-
-
-def _outputs_of_group(form: Form) -> int:
+def outputs_of_group(form: Form) -> int:
+    """Count the outputs of each feature group."""
     return math.prod(form.shape[k] for k in form.outer) // form.feature_groups
-
-
-def _from_columns(columns: jax.Array, form: Form) -> jax.Array:
-    """Bring `(*matrices, in, 1)` beside the leaf; feature groups are told apart by outputs."""
-    if form.feature_groups > 1:
-        wide = (*columns.shape[:-1], _outputs_of_group(form))
-        columns = jnp.broadcast_to(columns, wide)
-    return form.to_leaf(columns)

@@ -26,7 +26,7 @@ def slopes(weights: Mapping[str, Any], gradients: Mapping[str, Any], given: Give
         return w * g
 
     return {
-        name: jnp.stack([unit_sums(products(m.path), m) for m in members]).sum(0)
+        name: jnp.stack([jnp.asarray(unit_sums(m, products(m.path))) for m in members]).sum(0)
         for name, members in given.learned.items()
     }
 

@@ -5,6 +5,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import ArrayLike
 
 from jaxcompress import tree
 from jaxcompress.errors import ArgumentError
@@ -73,7 +74,7 @@ class Taylor(Method):
             totals, count = step(totals, given.params, batch), count + 1
         return {name: total / count for name, total in totals.items()}
 
-    def parts(self, group: Group, given: Given, prepared: Slopes) -> list[jax.Array]:
+    def parts(self, group: Group, given: Given, prepared: Slopes) -> list[ArrayLike]:
         """Look the group up."""
         return [prepared[group.name]]
 

@@ -1,11 +1,13 @@
 """Units of groups in arrays: sums, entries and values per unit, and which members count."""
 
-from collections.abc import Mapping, Sequence
+import functools
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 
 from jaxcompress import adapters, tree
 from jaxcompress.errors import ArgumentError, ArgumentTypeError, StructureError
@@ -15,31 +17,39 @@ from jaxcompress.structured._groups import Group, Member
 # --- One member -------------------------------------------------------------------------------
 
 
-def unit_sums(entries: jax.Array, member: Member) -> jax.Array:
-    """Sum an array like the member's leaf over the entries of each unit: `(*layers, size)`.
+def unit_sums(member: Member, *arrays: Any, of: Callable[..., jax.Array] | None = None) -> Any:
+    """Sum `of(*arrays)`, an array like the member's leaf, over each unit: `(*layers, size)`.
 
-    Everything but a vector per layer is summed before indices are picked: no copy of the array.
+    Everything but a vector per layer is summed before indices are picked: no copy of the leaf.
+    Outside jit one small program is compiled per shape, and the indices are picked in NumPy.
     """
-
-    def summed(x: jax.Array) -> jax.Array:
-        kept = (*member.layers, member.axis)
-        sums = x.sum([k for k in range(x.ndim) if k not in kept])
-        sums = jnp.transpose(sums, [sorted(kept).index(k) for k in kept])  # (*layers, n)
-        return jnp.take(sums, member.indices, axis=-1).sum(-1)  # of (*layers, size, m)
-
-    return replicated(summed, entries)
+    sums = _axis_sums(arrays, kept=(*member.layers, member.axis), of=of)
+    if not isinstance(sums, Tracer):
+        return np.take(np.asarray(sums), member.indices, axis=-1).sum(-1)  # of (*layers, size, m)
+    return replicated(lambda x: jnp.take(x, member.indices, axis=-1).sum(-1), sums)
 
 
-def unit_entries(entries: jax.Array, member: Member) -> jax.Array:
-    """Bring an array like the member's leaf into one row per unit: `(*layers, size, entries)`."""
+@functools.partial(jax.jit, static_argnames=("kept", "of"))
+def _axis_sums(
+    arrays: tuple[jax.Array, ...], *, kept: tuple[int, ...], of: Callable[..., jax.Array] | None
+) -> jax.Array:
+    """Sum over all axes but `kept`, which come out in their order: `(*layers, n)`."""
+    x = arrays[0] if of is None else of(*arrays)
+    sums = x.sum([k for k in range(x.ndim) if k not in kept])
+    return jnp.transpose(sums, [sorted(kept).index(k) for k in kept])
 
-    def rows(x: jax.Array) -> jax.Array:
-        kept = (*member.layers, member.axis)
-        x = jnp.moveaxis(x, kept, range(len(kept)))
-        x = jnp.take(x, member.indices, axis=len(member.layers))  # (*layers, size, m, *rest)
-        return x.reshape(*x.shape[: len(kept)], -1)
 
-    return replicated(rows, entries)
+def unit_entries(x: jax.Array, kept: tuple[int, ...], indices: np.ndarray) -> jax.Array:
+    """Bring an array like a member's leaf into one row per unit: `(*layers, size, entries)`.
+
+    Args:
+        x: The array.
+        kept: The member's layers and axis.
+        indices: Its indices.
+    """
+    x = jnp.moveaxis(x, kept, range(len(kept)))
+    x = jnp.take(x, indices, axis=len(kept) - 1)  # (*layers, size, m, *rest)
+    return x.reshape(*x.shape[: len(kept)], -1)
 
 
 def unit_size(shape: Sequence[int], member: Member) -> int:

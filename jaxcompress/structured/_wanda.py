@@ -4,12 +4,14 @@ from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jaxtyping import ArrayLike
 
 from jaxcompress import stats
 from jaxcompress.errors import ArgumentError
 from jaxcompress.structured._groups import Group, Member
 from jaxcompress.structured._method import Given, Method
-from jaxcompress.structured._seen import Found, beside_inputs, beside_rows, seen
+from jaxcompress.structured._seen import Found, beside_inner, beside_outer, place_of, seen
 from jaxcompress.structured._units import unit_sums
 
 
@@ -42,22 +44,25 @@ class Wanda(Method):
         paths = [m.path for group in given.groups.values() for m in given.weights(group)]
         return seen(given.fn, given.params, given.batches, statistics, paths)
 
-    def parts(self, group: Group, given: Given, prepared: Found) -> list[jax.Array]:
+    def parts(self, group: Group, given: Given, prepared: Found) -> list[ArrayLike]:
         """Sum |w| times the norm per unit, for each kernel."""
-        members = with_sites(group, given, prepared)
         return [
-            unit_sums(wanda(given.array(m), self._squares(m, given, prepared)), m) for m in members
+            unit_sums(m, given.array(m), _squares(m, given, prepared), of=wanda)
+            for m in with_sites(group, given, prepared)
         ]
 
-    def _squares(self, member: Member, given: Given, found: Found) -> jax.Array:
-        shape = given.array(member).shape
-        total = jnp.zeros((1,) * len(shape), jnp.float32)
-        for site, results in found[member.path]:
-            if "norm" in results:
-                total = total + beside_inputs(jnp.square(results["norm"].l2), site, shape)
-            else:
-                total = total + beside_rows(results["rows"].counts, site, shape)
-        return total
+
+def _squares(member: Member, given: Given, found: Found) -> np.ndarray:
+    """Sum the squares of what each entry is multiplied by, beside the leaf."""
+    shape = np.shape(given.leaves[member.path])
+    total = np.zeros((1,) * len(shape), np.float32)
+    for site, results in found[member.path]:
+        place = place_of(site, shape)
+        if "norm" in results:
+            total = total + beside_inner(np.square(results["norm"].l2), place)
+        else:
+            total = total + beside_outer(results["rows"].counts, place)
+    return total
 
 
 def with_sites(group: Group, given: Given, found: Found) -> list[Member]:

@@ -118,3 +118,23 @@ def entries(params, member):
     axis = member.axis - len(member.layers)
     found = [[np.take(x, row, axis) for row in member.indices] for x in layers]
     return found if member.layers else found[0]
+
+
+def raw(groups, params, **kwargs):
+    return structured.importance(groups, params, normalize=None, **kwargs)
+
+
+def kernels(group):
+    return [m for m in group.members if m.produces or m.reads]
+
+
+def per_unit(params, member, f):
+    """Apply f to the entries of each unit, `(*layers, size)`."""
+    found = entries(params, member)
+    if member.layers:
+        return np.array([[f(x) for x in layer] for layer in found])
+    return np.array([f(x) for x in found])
+
+
+def loss(params, x):
+    return jnp.square(mlp(params, x)).sum(-1)
