@@ -96,6 +96,7 @@ class Plan:
             is only known under differentiation.
         fills: Whether visits fill cells, named as the sites they visit.
         carrier: What takes nodes through the program, if any are among the arguments.
+        labels: Names of further cells that visits read or fill, at equations without sites.
     """
 
     visits: Mapping[Position, Visit]
@@ -103,13 +104,15 @@ class Plan:
     forward: Callable[[Position, Program], "Plan"]
     fills: bool = False
     carrier: Carrier | None = None
+    labels: Mapping[Position, frozenset[str]] = field(default_factory=dict)
 
     @functools.cached_property
     def cells(self) -> Mapping[Position, frozenset[str]]:
-        """The names of the sites visited below each prefix of a visited position."""
+        """The names of the cells of what is visited below each prefix of a visited position."""
         below: dict[Position, set[str]] = {}
         for position in self.visits:
             names = {site.name for site in self.sites.get(position, ())}
+            names |= self.labels.get(position, frozenset())
             for k in range(len(position) + 1):
                 below.setdefault(position[:k], set()).update(names)
         return {position: frozenset(names) for position, names in below.items()}
