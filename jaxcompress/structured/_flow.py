@@ -335,3 +335,49 @@ def _live_scan(
         for k, value in enumerate(body.inputs)
         if value in inside or consts <= k < consts + carry
     }
+
+
+def tainted(
+    flow: Flow, nodes: frozenset[Position], passes: Mapping[Position, int], start: Iterable[int] = ()
+) -> set[int]:
+    """Find the values of a flow that are computed from what some nodes make.
+
+    Args:
+        flow: The flow.
+        nodes: Positions of the nodes, in the bodies of scans too.
+        passes: `{position: operand}`: nodes that only pass an operand on.
+        start: Arguments of the flow that are such values themselves.
+
+    Returns:
+        The values.
+    """
+    found = set(start)
+    for node in flow.nodes:
+        if node.position in passes:
+            if node.operands[passes[node.position]] in found:
+                found.update(node.results)
+        elif node.position in nodes and node.body is None:
+            found.update(node.results)
+        elif node.body is None:
+            if not found.isdisjoint(node.operands):
+                found.update(node.results)
+        else:
+            found |= _tainted_scan(node, node.body, found, nodes, passes)
+    return found
+
+
+def _tainted_scan(
+    node: Node,
+    body: Flow,
+    found: set[int],
+    nodes: frozenset[Position],
+    passes: Mapping[Position, int],
+) -> set[int]:
+    consts, carry = _compat.scan_counts(node.eqn)
+    start = {v for k, v in enumerate(body.inputs) if node.operands[k] in found}
+    while True:
+        inside = tainted(body, nodes, passes, start)
+        more = {body.inputs[consts + k] for k in range(carry) if body.outputs[k] in inside} - start
+        if not more:
+            return {node.results[k] for k, v in enumerate(body.outputs) if v in inside}
+        start |= more
