@@ -39,7 +39,7 @@ class Surgery:
         rows: `{path: axis}` of the leaves that lose the rows of the iterations that go.
         small: The values of fn's own flow that have fewer rows.
         dropped_outputs: Numbers of the results that mirror leaves of what is gone.
-        short_outputs: `{number: axis}` of the results that mirror leaves that lose rows.
+        short_outputs: `{number: (axis, scan)}` of the results that mirror leaves that lose rows.
         row_of: For each leaf that loses rows, the scan that says which.
     """
 
@@ -50,7 +50,7 @@ class Surgery:
     rows: Mapping[str, int]
     small: frozenset[int]
     dropped_outputs: frozenset[int]
-    short_outputs: Mapping[int, int]
+    short_outputs: Mapping[int, tuple[int, Position]]
     row_of: Mapping[str, Position]
 
 
@@ -161,14 +161,14 @@ class _Rows:
         self.axes: dict[str, int] = {}
         self.scans: dict[str, Position] = {}
         self.small: set[int] = set()
-        self.outputs: dict[int, int] = {}
+        self.outputs: dict[int, tuple[int, Position]] = {}
         parts, scans = _parts(traced), [n for n in flow.nodes if n.position in kept]
         values = {path: v for v, path in zip(flow.inputs, parts, strict=False)}
         for scan in scans:
             for path, axis in self._leaves(scan, parts, traced).items():
                 if shorter is not None and path not in shorter:
                     continue
-                outputs: dict[int, int] = {}
+                outputs: dict[int, tuple[int, Position]] = {}
                 reached = self._spread(values[path], axis, scan, path, outputs)
                 if reached is not None:
                     self.axes[path], self.scans[path] = axis, scan.position
@@ -195,7 +195,7 @@ class _Rows:
         return found
 
     def _spread(
-        self, value: int, axis: int, scan: Node, path: str, outputs: dict[int, int]
+        self, value: int, axis: int, scan: Node, path: str, outputs: dict[int, tuple[int, Position]]
     ) -> set[int] | None:
         """Follow the rows of a value; `None` if something reads them that needs all of them."""
         flow, reached, left = self._flow, {value}, [(value, axis)]
@@ -205,7 +205,7 @@ class _Rows:
                 if output == value and k not in self._lost:
                     if self._state.get(k) != path:
                         return None
-                    outputs[k] = axis
+                    outputs[k] = axis, scan.position
             for node, k in flow.readers.get(value, ()):
                 if node.position not in self._after.nodes:
                     continue
@@ -227,12 +227,13 @@ class _Rows:
             if value not in self._after.values[()]:
                 continue
             paths = {self._state.get(k) for k, v in self._ends(value)}
-            outputs: dict[int, int] = {}
+            outputs: dict[int, tuple[int, Position]] = {}
             path = next(iter(paths), None)
-            reached = None
+            reached, ends = None, list[bool]()
             if path in self.axes and len(paths) == 1:
                 reached = self._spread(value, 0, scan, path, outputs)
-            if reached is None or any(self.axes[self._state[k]] != a for k, a in outputs.items()):
+                ends = [p == (self.axes[path], self.scans[path]) for p in outputs.values()]
+            if reached is None or not all(ends):
                 raise ArgumentError(
                     "blocks",
                     got="layers of a scan whose stacked results fn returns or goes on with",
