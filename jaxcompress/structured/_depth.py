@@ -91,7 +91,8 @@ def drop_layers(
     dropped = decide(analysis, names, iterations, surgery.removed, rows)
     fewer = dropped.apply(params)
     smaller = rebuild_layers(fn, dropped, params)
-    certificate = _certify(fn, params, smaller, fewer, inputs, kwargs)
+    call = (inputs, kwargs)
+    certificate = _certify(fn, params, smaller, fewer, call, analysis, surgery)
     return smaller, fewer, certificate
 
 
@@ -243,85 +244,66 @@ def _certify(
     params: tree.Params,
     smaller: Any,
     fewer: tree.Params,
-    inputs: Sequence[Any],
-    kwargs: Mapping[str, Any],
+    call: tuple[Any, Any],
+    analysis: Analysis,
+    surgery: Surgery,
 ) -> Certificate:
     dropped: Dropped = smaller.dropped
-    dense = lambda params, inputs, kwargs: (  # noqa: E731
-        cut_outputs(fn, dropped, params, inputs, kwargs, fn(params, *inputs, **kwargs))
-    )
-    masked = lambda params, inputs, kwargs: switched_off(fn, dropped, params, inputs, kwargs)  # noqa: E731
-    shrunk = lambda params, inputs, kwargs: smaller(params, *inputs, **kwargs)  # noqa: E731
-    dense, masked, shrunk = (jax.jit(each) for each in (dense, masked, shrunk))
 
-    def measured(inputs: Any, kwargs: Any) -> Distances:
-        outputs = shrunk(fewer, inputs, kwargs)
-        zeros = zeroed(params, dropped)
+    @jax.jit
+    def dense(params: Any, inputs: Any, kwargs: Any) -> Any:
+        return _cut(analysis, surgery, fn(params, *inputs, **kwargs))
+
+    @jax.jit
+    def switched_off(params: Any, inputs: Any, kwargs: Any) -> Any:
+        return _cut(analysis, surgery, _switched_off(analysis, dropped, (params, inputs, kwargs)))
+
+    @jax.jit
+    def shrunk(params: Any, inputs: Any, kwargs: Any) -> Any:
+        return smaller(params, *inputs, **kwargs)
+
+    def measured(call: Any) -> Distances:
+        outputs = shrunk(fewer, *call)
         return Distances(
-            structural=distance(outputs, masked(params, inputs, kwargs)),
-            weights=distance(outputs, dense(zeros, inputs, kwargs)),
-            dense=distance(outputs, dense(params, inputs, kwargs)),
+            structural=distance(outputs, switched_off(params, *call)),
+            weights=distance(outputs, dense(zeroed(params, dropped), *call)),
+            dense=distance(outputs, dense(params, *call)),
         )
 
-    given = None if is_abstract(params, inputs, kwargs) else measured(inputs, kwargs)
-    drawn = None if is_abstract(params) else measured(*random_like((inputs, kwargs)))
-    outputs = jax.eval_shape(shrunk, fewer, inputs, kwargs)
-    stay = _stay(dropped, fn, params, inputs, kwargs)
     return Certificate(
-        given=given,
-        random=drawn,
-        tolerance=tolerance_of(params, (inputs, kwargs), outputs),
+        given=None if is_abstract(params, call) else measured(call),
+        random=None if is_abstract(params) else measured(random_like(call)),
+        tolerance=tolerance_of(params, call, analysis.traced.outputs),
         leaks=(),
-        before=size_of(fn, params, inputs, kwargs, compiled=False),
-        after=size_of(smaller, fewer, inputs, kwargs, compiled=False),
-        notes=stay,
+        before=size_of(fn, params, *call, compiled=False),
+        after=size_of(smaller, fewer, *call, compiled=False),
+        notes=_notes(analysis, dropped),
     )
 
 
-def _stay(
-    dropped: Dropped, fn: Callable[..., Any], params: Any, inputs: Any, kwargs: Any
-) -> tuple[str, ...]:
+def _notes(analysis: Analysis, dropped: Dropped) -> tuple[str, ...]:
     """Say which leaves of what was dropped stay, since something else reads them."""
-    analysis = analyse(fn, params, inputs, kwargs)
     leaves = [p for name in dropped.blocks for p in analysis.blocks[name].paths]
     leaves = [p for p in dict.fromkeys(leaves) if p not in dropped.removed]
     stacked = [p for name in dropped.iterations for p in analysis.stacks[name].paths]
     whole = [p for p in stacked if p not in dropped.rows and p not in dropped.removed]
     notes = [f"{p} stays: it is read outside what was dropped" for p in leaves]
-    return (*notes, *(f"{p} keeps its rows: they are not read by the scan alone" for p in whole))
-
-
-def cut_outputs(
-    fn: Callable[..., Any],
-    dropped: Dropped,
-    params: tree.Params,
-    inputs: Any,
-    kwargs: Any,
-    outputs: Any,
-) -> Any:
-    """Take out of fn's outputs what fn' does not return."""
-    analysis = analyse(fn, params, inputs, kwargs)
-    return _cut(analysis, _again(analysis, dropped), outputs)
+    return (*notes, *(f"{p} keeps its rows: not only the scan reads them" for p in whole))
 
 
 def _cut(analysis: Analysis, surgery: Surgery, outputs: Any) -> Any:
+    """Take out of fn's outputs what fn' does not return."""
     results = jax.tree.leaves(outputs)
     for k, (axis, scan) in surgery.short_outputs.items():
         results[k] = take(results[k], axis, surgery.kept[scan])
     return _outputs(analysis, surgery, results)
 
 
-def switched_off(
-    fn: Callable[..., Any], dropped: Dropped, params: tree.Params, inputs: Any, kwargs: Any
-) -> Any:
+def _switched_off(analysis: Analysis, dropped: Dropped, args: Any) -> Any:
     """Run fn at full size with the branches set to zero, and stacked layers passed by."""
-    analysis = analyse(fn, params, inputs, kwargs)
-    gates = {
-        name: jnp.zeros(analysis.blocks[name].stack, jnp.bool_) for name in dropped.blocks
+    gates = {name: jnp.zeros(analysis.blocks[name].stack, jnp.bool_) for name in dropped.blocks}
+    layers = {
+        name: ~jnp.isin(jnp.arange(analysis.stacks[name].length), jnp.asarray(gone))
+        for name, gone in dropped.iterations.items()
     }
-    layers = {}
-    for name, gone in dropped.iterations.items():
-        length = analysis.stacks[name].length
-        layers[name] = ~jnp.isin(jnp.arange(length), jnp.asarray(gone))
-    outputs = run_gated(analysis, (params, inputs, kwargs), gates, layers=layers)
-    return _cut(analysis, _again(analysis, dropped), outputs)
+    return run_gated(analysis, args, gates, layers=layers)
