@@ -21,7 +21,7 @@ from jaxcompress.structured._certificate import (
     size_of,
     tolerance_of,
 )
-from jaxcompress.structured._dropped import Chosen, Dropped, choose, decide, zeroed
+from jaxcompress.structured._dropped import Chosen, Dropped, choose, described, zeroed
 from jaxcompress.structured._flow import Flow
 from jaxcompress.structured._gated import run_gated
 from jaxcompress.structured._surgery import Kept, Surgery, operate, plan_of, take
@@ -82,13 +82,7 @@ def drop_layers(
         arXiv:2403.03853.
     """
     analysis = analyse(fn, params, inputs, kwargs)
-    names, iterations = choose(analysis, blocks)
-    kept = _kept(analysis, iterations)
-    chosen = [analysis.blocks[name] for name in names]
-    surgery = operate(analysis.traced, analysis.residuals.flow, chosen, kept)
-    _check_gone(analysis, names, surgery)
-    rows = {path: (axis, kept[surgery.row_of[path]]) for path, axis in surgery.rows.items()}
-    dropped = decide(analysis, names, iterations, surgery.removed, rows)
+    dropped, surgery = decide(analysis, blocks)
     fewer = dropped.apply(params)
     smaller = rebuild_layers(fn, dropped, params)
     call = (inputs, kwargs)
@@ -154,6 +148,23 @@ def rebuild_layers(
     return smaller
 
 
+def decide(analysis: Analysis, blocks: Chosen) -> tuple[Dropped, Surgery]:
+    """Work out what goes with chosen blocks and layers."""
+    names, iterations = choose(analysis, blocks)
+    kept = _kept(analysis, iterations)
+    chosen = [analysis.blocks[name] for name in names]
+    surgery = operate(analysis.traced, analysis.residuals.flow, chosen, kept)
+    _check_gone(analysis, names, surgery)
+    dropped = Dropped(
+        blocks=tuple(names),
+        iterations=iterations,
+        removed=surgery.removed,
+        rows={path: (axis, kept[surgery.row_of[path]]) for path, axis in surgery.rows.items()},
+        leaves={path: described(leaf) for path, leaf in analysis.traced.leaves.items()},
+    )
+    return dropped, surgery
+
+
 def _is_leaf(x: Any) -> bool:
     return isinstance(x, tree.LeafNode)
 
@@ -182,9 +193,7 @@ def _again(analysis: Analysis, dropped: Dropped) -> Surgery:
     kept = _kept(analysis, dropped.iterations)
     flow = analysis.residuals.flow
     surgery = operate(analysis.traced, flow, chosen, kept, shorter=dropped.rows)
-    paths = [
-        path for path, leaf in analysis.traced.leaves.items() for _ in jax.tree.leaves(leaf)
-    ]
+    paths = [path for path, leaf in analysis.traced.leaves.items() for _ in jax.tree.leaves(leaf)]
     read = {p for v, p in zip(flow.inputs, paths, strict=False) if v in surgery.live.values[()]}
     missing = [p for p in dropped.removed if p in read]
     missing += [p for p in dropped.rows if p in read and p not in surgery.rows]
@@ -226,11 +235,7 @@ def _innermost(position: Position, nodes: set[Position]) -> Position:
 
 def _outputs(analysis: Analysis, surgery: Surgery, results: Sequence[Any]) -> Any:
     arrays = [
-        GONE
-        if k in surgery.dropped_outputs
-        else x
-        if isinstance(x, jax.Array)
-        else jnp.asarray(x)
+        GONE if k in surgery.dropped_outputs else x if isinstance(x, jax.Array) else jnp.asarray(x)
         for k, x in enumerate(results)
     ]
     return without(jax.tree.unflatten(jax.tree.structure(analysis.traced.outputs), arrays))

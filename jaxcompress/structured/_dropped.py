@@ -194,6 +194,15 @@ def choose(analysis: Analysis, chosen: Chosen) -> tuple[list[str], dict[str, tup
         SelectionError: If something is no block of fn.
         ArgumentError: If it cannot be dropped.
     """
+    names, iterations = collected(analysis, chosen)
+    error = something_stays(analysis, names, iterations)
+    if error is not None:
+        raise error
+    return names, iterations
+
+
+def collected(analysis: Analysis, chosen: Chosen) -> tuple[list[str], dict[str, tuple[int, ...]]]:
+    """Find what is meant, whatever stays."""
     names: dict[str, None] = {}
     iterations: dict[str, set[int]] = {}
     for one in _items(chosen):
@@ -203,9 +212,7 @@ def choose(analysis: Analysis, chosen: Chosen) -> tuple[list[str], dict[str, tup
         else:
             iterations.setdefault(found[0], set()).update(index)
     ordered = [name for name in analysis.blocks if name in names]
-    stays = {name: tuple(sorted(indices)) for name, indices in iterations.items()}
-    _check_something_stays(analysis, ordered, stays)
-    return ordered, stays
+    return ordered, {name: tuple(sorted(indices)) for name, indices in iterations.items()}
 
 
 Item: TypeAlias = tuple[str, tuple[int, ...] | None]
@@ -311,42 +318,27 @@ def _checked_indices(analysis: Analysis, name: str, indices: Sequence[int]) -> t
     return tuple(indices)
 
 
-def _check_something_stays(
+def something_stays(
     analysis: Analysis, names: Sequence[str], iterations: Mapping[str, Sequence[int]]
-) -> None:
+) -> ArgumentError | None:
+    """Say what is wrong if a whole stack, or the last residual block, would go."""
     for name, gone in iterations.items():
         length = analysis.layers[name].length
         if len(gone) == length:
-            raise ArgumentError(
+            return ArgumentError(
                 "blocks",
                 got=f"all {length} layers of {name!r}",
                 expected="at least one layer that stays",
                 fix="Keep one, or drop the blocks of the stack by their names, without indices.",
             )
     if set(names) == set(analysis.blocks) and not analysis.rejected:
-        raise ArgumentError(
+        return ArgumentError(
             "blocks",
             got=f"all {len(names)} residual blocks of fn",
             expected="at least one that stays",
             fix="Keep the one with the highest score.",
         )
-
-
-def decide(
-    analysis: Analysis,
-    names: Sequence[str],
-    iterations: Mapping[str, tuple[int, ...]],
-    removed: Sequence[str],
-    rows: Mapping[str, tuple[int, tuple[int, ...]]],
-) -> Dropped:
-    """Put a decision together."""
-    return Dropped(
-        blocks=tuple(names),
-        iterations=dict(iterations),
-        removed=tuple(removed),
-        rows=dict(rows),
-        leaves={path: described(leaf) for path, leaf in analysis.traced.leaves.items()},
-    )
+    return None
 
 
 def zeroed(params: tree.Params, dropped: Dropped) -> tree.Params:

@@ -338,7 +338,10 @@ def _live_scan(
 
 
 def tainted(
-    flow: Flow, nodes: frozenset[Position], passes: Mapping[Position, int], start: Iterable[int] = ()
+    flow: Flow,
+    nodes: frozenset[Position],
+    passes: Mapping[Position, int],
+    start: Iterable[int] = (),
 ) -> set[int]:
     """Find the values of a flow that are computed from what some nodes make.
 

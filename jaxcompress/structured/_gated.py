@@ -36,12 +36,8 @@ def run_gated(
     layers = layers or {}
     cells: Cells = {f"block {name}": gate for name, gate in gates.items()}
     cells |= {f"layer {name}": gate for name, gate in layers.items()}
-    labels = {
-        analysis.blocks[name].node.position: frozenset({f"block {name}"}) for name in gates
-    }
-    labels |= {
-        analysis.stacks[name].node.position: frozenset({f"layer {name}"}) for name in layers
-    }
+    labels = {analysis.blocks[name].node.position: frozenset({f"block {name}"}) for name in gates}
+    labels |= {analysis.stacks[name].node.position: frozenset({f"layer {name}"}) for name in layers}
     plan, visits = new_plan(labels=labels)
     for name in gates:
         one = analysis.blocks[name]

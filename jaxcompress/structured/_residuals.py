@@ -145,9 +145,7 @@ def _sum(
             if not sites:
                 return None
             leaves = tuple(dict.fromkeys(paths[k] for k in sites))
-            return Residual(
-                flow, node, skip, start, frozenset(inner), sites, leaves, stack, scans
-            )
+            return Residual(flow, node, skip, start, frozenset(inner), sites, leaves, stack, scans)
     return None
 
 
@@ -272,9 +270,7 @@ def layers_of(groups: Sequence[Sequence[str]], names: Sequence[str]) -> list[tup
     """
     prefixes = [prefix_of(paths) for paths in groups]
     joints = [_joint(a, b) for a, b in itertools.pairwise(prefixes)]
-    best = [
-        max(joints[max(k - 1, 0) : k + 1], key=len, default=()) for k in range(len(prefixes))
-    ]
+    best = [max(joints[max(k - 1, 0) : k + 1], key=len, default=()) for k in range(len(prefixes))]
     layers: list[tuple[str, list[int]]] = []
     for number, joint in enumerate(best):
         if joint and number and best[number - 1] == joint:
