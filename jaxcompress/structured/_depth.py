@@ -125,8 +125,7 @@ def rebuild_layers(
     structure = jax.tree.structure(dense, is_leaf=_is_leaf)
     shapes = dict(tree.items(dense))
 
-    @functools.wraps(fn)
-    def smaller(params: tree.Params, *inputs: Any, **kwargs: Any) -> Any:
+    def call(params: tree.Params, *inputs: Any, **kwargs: Any) -> Any:
         dropped.check_smaller(params)
         given = dict(tree.items(params))
         seen = [
@@ -144,7 +143,8 @@ def rebuild_layers(
         results = run(analysis.traced.program, flat, plan, {})[0]
         return _outputs(analysis, surgery, results)
 
-    smaller.dropped = dropped  # pyright: ignore[reportFunctionMemberAccess]
+    smaller: Any = functools.wraps(fn)(call)
+    smaller.dropped = dropped
     return smaller
 
 

@@ -3,7 +3,6 @@
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
 import optax
 from jax import Array
@@ -162,7 +161,7 @@ def sparse_gates(
         return SparseGatesState(jnp.zeros((), jnp.int32))
 
     def update(
-        updates: Any, state: SparseGatesState, params: tree.Params | None = None
+        updates: Any, state: Any, params: tree.Params | None = None
     ) -> tuple[Any, SparseGatesState]:
         if params is None:
             raise ArgumentError(

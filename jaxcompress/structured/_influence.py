@@ -156,9 +156,9 @@ def _watch(analysis: Analysis, args: Any, level: Level, axis: int) -> dict[str, 
         if level == "layer" and layer.length is not None:
             stacks[layer.name] = layer
             continue
-        spans = [(layer.name, layer.blocks)] if level == "layer" else [
-            (block, (block,)) for block in layer.blocks
-        ]  # fmt: skip
+        spans = [(layer.name, layer.blocks)]
+        if level == "block":
+            spans = [(block, (block,)) for block in layer.blocks]
         for base, blocks in spans:
             first, last = blocks[0], blocks[-1]
             labels = (f"turn {base}",) if first == last else (f"in {base}", f"out {base}")
@@ -178,7 +178,11 @@ def _watch(analysis: Analysis, args: Any, level: Level, axis: int) -> dict[str, 
     found = run(analysis.traced.program, jax.tree.leaves(args), plan, {})[1]
     result: dict[str, Seen] = {name: found[f"layer {name}"] for name in stacks}
     for base, labels in filled.items():
-        seen = found[labels[0]] if len(labels) == 1 else _turned(*(found[n] for n in labels), axis)
+        if len(labels) == 2:
+            before, after = (found[label] for label in labels)
+            seen = _turned(before, after, axis)
+        else:
+            seen = found[labels[0]]
         alone = base in analysis.blocks and (
             analysis.layers[analysis.layer_of(base)].length is not None
         )

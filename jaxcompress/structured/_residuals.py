@@ -286,7 +286,10 @@ def layers_of(groups: Sequence[Sequence[str]], names: Sequence[str]) -> list[tup
 
 def _joint(first: tuple[str, ...], second: tuple[str, ...]) -> tuple[str, ...]:
     """Find the path of a layer that two blocks share; `()` if there is none."""
-    shared = [a for a, b in itertools.takewhile(lambda ab: ab[0] == ab[1], zip(first, second))]
+    shared = [
+        a
+        for a, b in itertools.takewhile(lambda ab: ab[0] == ab[1], zip(first, second, strict=False))
+    ]
     if not shared or not re.search(r"\d", shared[-1]):
         return ()
     rest = [each[len(shared) : len(shared) + 1] for each in (first, second)]

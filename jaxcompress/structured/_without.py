@@ -1,5 +1,6 @@
 """Trees without some of their leaves."""
 
+import collections
 from collections.abc import Mapping
 from typing import Any
 
@@ -35,7 +36,7 @@ def without(marked: Any) -> Any:
     result = _without(marked)
     if result is not GONE:
         return result
-    return type(marked)({}) if isinstance(marked, Mapping) else None
+    return _like(marked, {}) if isinstance(marked, Mapping) else None
 
 
 def _is_leaf(x: Any) -> bool:
@@ -54,12 +55,13 @@ def _without(node: Any) -> Any:
         return _like(node, {key: value for key, value in inside.items() if value is not GONE})
     if isinstance(node, tuple | list):
         inside = [None if (x := _without(value)) is GONE else x for value in node]
-        return type(node)(*inside) if hasattr(node, "_fields") else type(node)(inside)
+        kind: Any = type(node)
+        return kind(*inside) if hasattr(node, "_fields") else kind(inside)
     return jax.tree.map(lambda x: None if x is GONE else x, node, is_leaf=_is_leaf)
 
 
 def _like(node: Mapping[Any, Any], entries: dict[Any, Any]) -> Any:
     kind: Any = type(node)
-    if hasattr(node, "default_factory"):
-        return kind(node.default_factory, entries)  # pyright: ignore[reportAttributeAccessIssue]
+    if isinstance(node, collections.defaultdict):
+        return kind(node.default_factory, entries)
     return kind(entries)
