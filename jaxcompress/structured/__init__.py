@@ -20,3 +20,5 @@ from jaxcompress.structured._shrink import mask_params as mask_params
 from jaxcompress.structured._shrink import rebuild as rebuild
 from jaxcompress.structured._shrink import shrink as shrink
 from jaxcompress.structured._shrink import slice_params as slice_params
+from jaxcompress.structured._state import StateReport as StateReport
+from jaxcompress.structured._state import shrink_state as shrink_state
