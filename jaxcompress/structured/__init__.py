@@ -22,3 +22,8 @@ from jaxcompress.structured._shrink import shrink as shrink
 from jaxcompress.structured._shrink import slice_params as slice_params
 from jaxcompress.structured._state import StateReport as StateReport
 from jaxcompress.structured._state import shrink_state as shrink_state
+from jaxcompress.structured._widths import Width as Width
+from jaxcompress.structured._widths import Widths as Widths
+from jaxcompress.structured._widths import widths as widths
+from jaxcompress.structured._module import Rebuilt as Rebuilt
+from jaxcompress.structured._module import to_module as to_module
