@@ -18,9 +18,9 @@ Place: TypeAlias = tuple[str | int, ...]
 Settings: TypeAlias = Mapping[Place, int | float]
 Shapes: TypeAlias = Mapping[str, tuple[int, ...]]
 
-MOST_TRIALS = 200
+MOST_TRIALS = 64
 """How many settings are tried until one gives the shapes."""
-MORE_TRIALS = 40
+MORE_TRIALS = 24
 """How many more are tried where one gives the shapes but not the outputs."""
 
 
@@ -39,7 +39,7 @@ class Call:
 
     def __init__(self, build: Callable[..., Any]):
         partial = build if isinstance(build, functools.partial) else functools.partial(build)
-        self._bound = inspect.signature(partial.func).bind_partial(*partial.args, **partial.keywords)
+        self._bound = _signature(partial.func).bind_partial(*partial.args, **partial.keywords)
         self._bound.apply_defaults()
         self._build = partial.func
         self.arguments = dict(self._bound.arguments)
@@ -53,6 +53,14 @@ class Call:
         new = object.__new__(Call)
         new._bound, new._build, new.arguments = self._bound, self._build, dict(arguments)
         return new
+
+
+def _signature(build: Callable[..., Any]) -> inspect.Signature:
+    # Asked of an NNX class itself, the answer is `(*args, **kwargs)`.
+    if not isinstance(build, type):
+        return inspect.signature(build)
+    whole = inspect.signature(build.__init__)
+    return whole.replace(parameters=list(whole.parameters.values())[1:])
 
 
 def _fresh(x: Any) -> Any:

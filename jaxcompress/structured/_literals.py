@@ -4,18 +4,22 @@ A smaller function from `rebuild` still divides by the widths of the larger one.
 built at the new widths divides by those, so that leaves nearby must be scaled to agree with it.
 """
 
+import functools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal, TypeAlias
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from jaxcompress import graph, tree
 from jaxcompress.graph import _compat
 from jaxcompress.graph._constructs import construct
+from jaxcompress.graph._replay import Equation, Plan, execute
 from jaxcompress.graph._resize import Removed, removed_by
+from jaxcompress.graph._trace import capture
 from jaxcompress.graph._walk import Position
 
 Kind: TypeAlias = Literal[
@@ -34,6 +38,7 @@ class WidthLiteral:
         old: The width in fn.
         new: The width at the new size.
         epsilon: What a norm adds to its mean.
+        added: Where it does: the address of the addition, and which operand epsilon is.
         offset: What is added to a norm's scale before it multiplies.
         centred: Whether the norm subtracts a mean, for which nothing can make up exactly.
     """
@@ -43,8 +48,20 @@ class WidthLiteral:
     old: int
     new: int
     epsilon: float = 0.0
+    added: tuple[Position, int] | None = None
     offset: float = 0.0
     centred: bool = False
+
+    @property
+    def factor(self) -> float:
+        """What leaves are to be multiplied by."""
+        ratio = self.old / self.new
+        return math.sqrt(ratio if self.kind == "norm" else 1 / ratio)
+
+    @property
+    def wanted_epsilon(self) -> float:
+        """What a norm over the new width should add."""
+        return self.epsilon * self.old / self.new
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,6 +76,7 @@ class _Tag:
     centred: bool = False
     leaves: frozenset[str] = frozenset()
     at: Position = ()
+    added: tuple[Position, int] | None = None
 
 
 def width_literals(dims: graph.Dims, keep: graph.KeepIndices) -> tuple[WidthLiteral, ...]:
@@ -78,6 +96,39 @@ def width_literals(dims: graph.Dims, keep: graph.KeepIndices) -> tuple[WidthLite
     reader = _Reader(dims, removed_by(dims, keep))
     reader.run()
     return (*reader.found, *reader.bare())
+
+
+def with_epsilons(
+    fn: Callable[..., Any], literals: Sequence[WidthLiteral]
+) -> Callable[..., Any]:
+    """Make fn add the wanted epsilons; it must be built like the function they were found in.
+
+    Args:
+        fn: `fn(params, *inputs) -> outputs`.
+        literals: Norms.
+
+    Returns:
+        A function of the same arguments. It is not for differentiation.
+    """
+    wanted = {x.added[0]: (x.added[1], x.wanted_epsilon) for x in literals if x.added}
+
+    def visit(at: Position, equation: Equation, operands: Sequence[Any], cells: Any) -> Any:
+        side, epsilon = wanted[at]
+        operands = list(operands)
+        if equation.primitive.name == "add":
+            operands[side] = jnp.full_like(operands[side], epsilon)
+        return [equation.bind(*operands)], {}
+
+    def run(params: Any, *inputs: Any) -> Any:
+        traced = capture(fn, params, inputs, {})
+        plan = Plan({at: functools.partial(visit, at) for at in wanted}, {}, _never)
+        return execute(traced, plan, (params, inputs, {}), {})[0]
+
+    return run
+
+
+def _never(position: Position, program: Any) -> Plan:
+    raise AssertionError("what is compared is not differentiated")
 
 
 class _Reader:
@@ -104,7 +155,7 @@ class _Reader:
         """List the norms that no leaf scales."""
         return [
             WidthLiteral(kind="norm", leaves=(), old=tag.old, new=tag.new, epsilon=tag.value,
-                         centred=tag.centred)
+                         added=tag.added, centred=tag.centred)
             for at, tag in self._norms.items() if at not in self._met
         ]  # fmt: skip
 
@@ -160,6 +211,9 @@ class _Reader:
         if name in ("mul", "div"):
             self._scores(name, operands, widths)
         tag = _RULES[name](eqn, *operands) if name in _RULES else None
+        if name == "add" and tag is not None and tag.kind == "mean":
+            side = next(k for k, x in enumerate(operands) if x and x.kind == "number")
+            tag = replace(tag, added=(here, side))
         if tag is not None and tag.kind == "norm" and not tag.at:
             tag = self._norms[here] = replace(tag, at=here)
         if name == "mul":
@@ -176,7 +230,8 @@ class _Reader:
             self._met.add(norm.at)
             self.found.append(
                 WidthLiteral(kind="norm", leaves=tuple(leaf.leaves), old=norm.old, new=norm.new,
-                             epsilon=norm.value, offset=leaf.value, centred=norm.centred)
+                             epsilon=norm.value, added=norm.added, offset=leaf.value,
+                             centred=norm.centred)
             )  # fmt: skip
 
     def _scores(

@@ -29,7 +29,7 @@ from jaxcompress.structured._fields import (
     search,
 )
 from jaxcompress.structured._keep import Keep
-from jaxcompress.structured._literals import WidthLiteral, width_literals
+from jaxcompress.structured._literals import WidthLiteral, width_literals, with_epsilons
 from jaxcompress.structured._shrink import rebuild, slice_params
 
 
@@ -45,6 +45,8 @@ class Rebuilt:
         folded: Leaves that were scaled, and by how much.
         distance: From the shrunk function, the larger one on given and on random inputs; `None` if
             params are shapes only.
+        structural: The same, with the epsilons that could not be set put right as it runs: shows
+            that nothing else differs.
         tolerance: The largest relative distance that is rounding for the dtypes.
         notes: What could not be folded, and why.
     """
@@ -54,18 +56,23 @@ class Rebuilt:
     fields: Mapping[str, tuple[float, float]]
     folded: Mapping[str, float]
     distance: Distance | None
+    structural: Distance | None
     tolerance: float
     notes: tuple[str, ...] = ()
 
     @property
     def agrees(self) -> bool:
-        """Whether outputs were compared and are the shrunk function's, up to rounding."""
-        return self.distance is not None and self.distance.relative <= self.tolerance
+        """Whether outputs were compared, and nothing but epsilon and rounding tells them apart."""
+        return self.structural is not None and self.structural.relative <= self.tolerance
 
     def __str__(self) -> str:
         fields = ", ".join(f"{name} {old} -> {new}" for name, (old, new) in self.fields.items())
-        far = "not compared" if self.distance is None else f"{self.distance} from the shrunk function"
-        lines = [f"{fields or 'no field changes'}; {far} (rounding: {self.tolerance:.0e})"]
+        far = "not compared"
+        if self.distance is not None:
+            far = f"{self.distance} from the shrunk function (rounding: {self.tolerance:.0e})"
+        if self.distance != self.structural:
+            far += f", {self.structural} but for epsilon"
+        lines = [f"{fields or 'no field changes'}; {far}"]
         lines += [f"  {path} times {factor:.4g}" for path, factor in self.folded.items()]
         return "\n".join([*lines, *(f"  {note}" for note in self.notes)])
 
@@ -103,8 +110,8 @@ def to_module(
             shapes only, outputs are not compared.
         keep: What is kept.
         *inputs: Inputs of the module.
-        exact: Refuse a module whose outputs are not the shrunk function's up to rounding. With
-            `False` the nearest is returned, and says how far it is.
+        exact: Refuse a module whose outputs are not the shrunk function's, up to rounding and to an
+            epsilon that no field sets. With `False` the nearest is returned, and says how far it is.
         **kwargs: Keywords of every call, as for `adapters.from_linen` and `from_nnx`.
 
     Returns:
@@ -145,7 +152,7 @@ def to_module(
         if misfits:
             _refuse_shapes(kind, settings, misfits, wanted, keep)
         for candidate in _candidates(kind, settings, literals, smaller, reference):
-            best = candidate if best is None or _farther(best, candidate) else best
+            best = candidate if best is None or _rank(candidate) < _rank(best) else best
         if best is not None and (best.distance is None or best.agrees):
             break
         if any(_inexact(literal) for literal in literals):
@@ -153,7 +160,8 @@ def to_module(
     if best is None:
         _refuse_shapes(kind, {}, list(wanted), wanted, keep)
     assert best is not None
-    if exact and not best.agrees and (best.distance is not None or best.notes):
+    unfolded = best.distance is None and any(_inexact(literal) for literal in literals)
+    if exact and (unfolded or (best.distance is not None and not best.agrees)):
         raise ArgumentError(
             "exact",
             got=f"a module that computes something else: {best}",
@@ -203,9 +211,8 @@ def _inexact(literal: WidthLiteral) -> bool:
     return literal.centred or not literal.leaves
 
 
-def _factor(literal: WidthLiteral) -> float:
-    ratio = literal.old / literal.new
-    return math.sqrt(ratio if literal.kind == "norm" else 1 / ratio)
+def _rank(rebuilt: Rebuilt) -> tuple[bool, float]:
+    return not rebuilt.agrees, 0.0 if rebuilt.distance is None else rebuilt.distance.relative
 
 
 def _folds(params: tree.Params, literals: Sequence[WidthLiteral]) -> tuple[tree.Params, dict]:
@@ -215,9 +222,9 @@ def _folds(params: tree.Params, literals: Sequence[WidthLiteral]) -> tuple[tree.
         if path not in by_leaf or isinstance(x, jax.ShapeDtypeStruct):
             return x
         offset = by_leaf[path].offset
-        return ((x + offset) * _factor(by_leaf[path]) - offset).astype(x.dtype)
+        return ((x + offset) * by_leaf[path].factor - offset).astype(x.dtype)
 
-    factors = {path: _factor(literal) for path, literal in by_leaf.items()}
+    factors = {path: literal.factor for path, literal in by_leaf.items()}
     return tree.map_with_path(folded, params), factors
 
 
@@ -231,25 +238,36 @@ def _candidates(
     """Give the module with everything folded, then (where that is a guess) with less."""
     source = having(kind.source, settings)
     epsilons = _epsilons(kind.source, literals)
+    norms = [literal for literal in literals if literal.kind == "norm" and literal.epsilon]
     centred = [literal for literal in literals if literal.centred]
     fewer = [literal for literal in literals if not literal.centred]
     for chosen in [literals, fewer] if centred else [literals]:
         for floats in [epsilons, {}] if epsilons else [{}]:
             folded, factors = _folds(smaller, chosen)
-            module, unset = kind.module(having(source, floats), literals if not floats else ())
-            far = reference.distance(kind.fn(module, folded), folded)
+            covered = [known for known, _ in _changes(kind.source, floats).values()]
+            open_norms = [x for x in norms if not any(_is_near(x.epsilon, c) for c in covered)]
+            module, unset = kind.module(having(source, floats), open_norms)
+            fn = kind.fn(module, folded)
+            far = structural = reference.distance(fn, folded)
+            if far is not None and unset:
+                structural = reference.distance(with_epsilons(fn, unset), folded)
             rebuilt = Rebuilt(
                 module=kind.holding(module, folded),
                 params=folded,
                 fields=_changes(kind.source, {**settings, **floats}),
                 folded=factors,
                 distance=far,
+                structural=structural,
                 tolerance=reference.tolerance,
-                notes=(*_why_inexact(literals), *unset),
+                notes=(*_why_inexact(literals), *_why_unset(unset)),
             )
             yield rebuilt
             if rebuilt.agrees or far is None:
                 return
+
+
+def _is_near(a: float, b: float) -> bool:
+    return math.isclose(a, b, rel_tol=1e-5)  # of one number, in float32 and as it was written
 
 
 def _epsilons(source: Any, literals: Sequence[WidthLiteral]) -> dict[Place, float]:
@@ -259,7 +277,7 @@ def _epsilons(source: Any, literals: Sequence[WidthLiteral]) -> dict[Place, floa
         wants = {
             literal.old / literal.new
             for literal in literals
-            if literal.kind == "norm" and math.isclose(literal.epsilon, value, rel_tol=1e-5)
+            if literal.kind == "norm" and _is_near(literal.epsilon, value)
         }
         if len(wants) == 1:
             settings[place] = value * wants.pop()
@@ -280,24 +298,18 @@ def _why_inexact(literals: Sequence[WidthLiteral]) -> list[str]:
     return notes
 
 
-def _unset(literals: Sequence[WidthLiteral]) -> list[str]:
+def _why_unset(literals: Sequence[WidthLiteral]) -> list[str]:
     return [
         f"{literal.leaves[0]}: epsilon stays {literal.epsilon:.1e}, where "
-        f"{literal.epsilon * literal.old / literal.new:.1e} would agree"
+        f"{literal.wanted_epsilon:.1e} would agree"
         for literal in literals
-        if literal.kind == "norm" and literal.leaves and literal.epsilon
+        if literal.leaves
     ]
 
 
 def _changes(source: Any, settings: Settings) -> dict[str, tuple[float, float]]:
     before = dict([*numbers(source, int), *numbers(source, float)])
     return {place_str(place): (before[place], new) for place, new in settings.items()}
-
-
-def _farther(a: Rebuilt, b: Rebuilt) -> bool:
-    return a.distance is not None and b.distance is not None and (
-        a.distance.relative > b.distance.relative
-    )  # fmt: skip
 
 
 class _Reference:
@@ -337,9 +349,9 @@ class _Kind(Protocol):
         ...
 
     def module(
-        self, source: Any, literals: Sequence[WidthLiteral]
-    ) -> tuple[Any, list[str]]:
-        """Build it, with epsilons of norms set where it can; says where it cannot."""
+        self, source: Any, norms: Sequence[WidthLiteral]
+    ) -> tuple[Any, list[WidthLiteral]]:
+        """Build it, with the epsilons of norms set; gives those where no attribute has it."""
         ...
 
     def fn(self, module: Any, params: tree.Params) -> Callable[..., Any]:
@@ -383,9 +395,9 @@ class _Linen:
         return {path: tuple(leaf.shape) for path, leaf in tree.items(made)}
 
     def module(
-        self, source: Any, literals: Sequence[WidthLiteral]
-    ) -> tuple[Any, list[str]]:
-        return source, _unset(literals)
+        self, source: Any, norms: Sequence[WidthLiteral]
+    ) -> tuple[Any, list[WidthLiteral]]:
+        return source, list(norms)
 
     def fn(self, module: Any, params: tree.Params) -> Callable[..., Any]:
         return adapters.from_linen(module, params, **self._kwargs)[0]
@@ -409,16 +421,15 @@ class _Nnx:
         return nnx.eval_shape(lambda: call())
 
     def module(
-        self, source: Any, literals: Sequence[WidthLiteral]
-    ) -> tuple[Any, list[str]]:
+        self, source: Any, norms: Sequence[WidthLiteral]
+    ) -> tuple[Any, list[WidthLiteral]]:
         module = self._abstract(source)
-        left = []
-        for literal in literals:
-            for path in literal.leaves if literal.kind == "norm" else ():
-                new = literal.epsilon * literal.old / literal.new
-                if not _set_epsilon(module, path, literal.epsilon, new):
-                    left.append(literal)
-        return module, _unset(left)
+        unset = []
+        for norm in norms:
+            was_set = [_set_epsilon(module, path, norm) for path in norm.leaves]
+            if not any(was_set):
+                unset.append(norm)
+        return module, unset
 
     def fn(self, module: Any, params: tree.Params) -> Callable[..., Any]:
         if isinstance(module, Call):
@@ -436,13 +447,13 @@ def _as(state: nnx.State, params: tree.Params) -> nnx.State:
     return jax.tree.unflatten(jax.tree.structure(state), jax.tree.leaves(params))
 
 
-def _set_epsilon(module: Any, path: str, old: float, new: float) -> bool:
+def _set_epsilon(module: Any, path: str, norm: WidthLiteral) -> bool:
     """Set the float attribute of a leaf's module that is its epsilon."""
     *parents, _ = path.split("/")
     for name in parents:
         module = module[int(name)] if name.isdecimal() else getattr(module, name, None)
     for name, value in vars(module).items() if isinstance(module, nnx.Module) else ():
-        if isinstance(value, float) and math.isclose(value, old, rel_tol=1e-5):
-            setattr(module, name, new)
+        if isinstance(value, float) and _is_near(value, norm.epsilon):
+            setattr(module, name, norm.wanted_epsilon)
             return True
     return False
