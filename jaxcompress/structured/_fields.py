@@ -46,7 +46,9 @@ class Call:
 
     def __call__(self) -> Any:
         bound = inspect.BoundArguments(self._bound.signature, self.arguments)
-        return self._build(*map(_fresh, bound.args), **{k: _fresh(x) for k, x in bound.kwargs.items()})
+        return self._build(
+            *map(_fresh, bound.args), **{k: _fresh(x) for k, x in bound.kwargs.items()}
+        )
 
     def having(self, arguments: Mapping[str, Any]) -> "Call":
         """Give a copy with other arguments."""

@@ -6,6 +6,7 @@ built at the new widths divides by those, so that leaves nearby must be scaled t
 
 import functools
 import math
+import operator
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal, TypeAlias
@@ -98,9 +99,7 @@ def width_literals(dims: graph.Dims, keep: graph.KeepIndices) -> tuple[WidthLite
     return (*reader.found, *reader.bare())
 
 
-def with_epsilons(
-    fn: Callable[..., Any], literals: Sequence[WidthLiteral]
-) -> Callable[..., Any]:
+def with_epsilons(fn: Callable[..., Any], literals: Sequence[WidthLiteral]) -> Callable[..., Any]:
     """Make fn add the wanted epsilons; it must be built like the function they were found in.
 
     Args:
@@ -208,6 +207,10 @@ class _Reader:
         if name == "dot_general":
             (contract, _), _ = eqn.params["dimension_numbers"]
             return _contracted(*operands, [widths[0][k] for k in contract])
+        if name in _ARITHMETIC and all(x and x.kind == "number" for x in operands):
+            a, b = (x.value for x in operands if x)
+            known = name != "div" or b != 0
+            return _Tag(kind="number", value=_ARITHMETIC[name](a, b)) if known else None
         if name in ("mul", "div"):
             self._scores(name, operands, widths)
         tag = _RULES[name](eqn, *operands) if name in _RULES else None
@@ -235,7 +238,10 @@ class _Reader:
             )  # fmt: skip
 
     def _scores(
-        self, name: str, operands: Sequence[_Tag | None], widths: Sequence[Sequence[tuple[int, int]]]
+        self,
+        name: str,
+        operands: Sequence[_Tag | None],
+        widths: Sequence[Sequence[tuple[int, int]]],
     ) -> None:
         """Record queries or scores that are divided by the root of a width that shrinks."""
         for k in (0, 1) if name == "mul" else (0,):
@@ -254,6 +260,9 @@ class _Reader:
 
 # --- Rules --------------------------------------------------------------------------------------
 
+_ARITHMETIC: dict[str, Callable[[float, float], float]] = {
+    "add": operator.add, "sub": operator.sub, "mul": operator.mul, "div": operator.truediv
+}  # fmt: skip
 _Rule: TypeAlias = Callable[..., "_Tag | None"]
 _RULES: dict[str, _Rule] = {}
 
@@ -286,9 +295,7 @@ def _summed(x: _Tag | None, sizes: Sequence[tuple[int, int]]) -> _Tag | None:
     return _Tag(kind="sum", old=old, new=new, centred=x is not None and x.kind == "deviation")
 
 
-def _contracted(
-    x: _Tag | None, y: _Tag | None, sizes: Sequence[tuple[int, int]]
-) -> _Tag | None:
+def _contracted(x: _Tag | None, y: _Tag | None, sizes: Sequence[tuple[int, int]]) -> _Tag | None:
     kinds = {tag.kind if tag else "" for tag in (x, y)}
     for tag in (x, y):
         if tag and tag.kind == "leaf" and kinds != {"leaf"}:
@@ -385,6 +392,14 @@ def _subtracted(eqn: Any, x: _Tag | None, y: _Tag | None) -> _Tag | None:
     if y and y.kind == "mean":
         return replace(y, kind="mean" if x and x.kind == "mean" else "deviation", centred=True)
     return _linear([x, y]) if x and y else None
+
+
+@_rule("select_n")
+def _selected(eqn: Any, which: Any, *cases: _Tag | None) -> _Tag | None:
+    """Follow a mean that NaN stands in for where nothing was counted."""
+    means = [tag for tag in cases if tag and tag.kind in ("mean", "sum")]
+    others = [tag for tag in cases if tag not in means]
+    return means[0] if means and all(tag and tag.kind == "number" for tag in others) else None
 
 
 @_rule("max")

@@ -191,7 +191,8 @@ def _refuse_shapes(
 ) -> None:
     found = kind.shapes_of(settings) or {}
     texts = [
-        f"{path!r} would be {found.get(path, 'missing')}, not {wanted[path]}" for path in misfits[:5]
+        f"{path!r} would be {found.get(path, 'missing')}, not {wanted[path]}"
+        for path in misfits[:5]
     ]
     more = f" and {len(misfits) - 5} more" if len(misfits) > 5 else ""
     raise ArgumentError(
@@ -348,9 +349,7 @@ class _Kind(Protocol):
         """Give the shapes of the leaves with some settings; `None` if it cannot be built."""
         ...
 
-    def module(
-        self, source: Any, norms: Sequence[WidthLiteral]
-    ) -> tuple[Any, list[WidthLiteral]]:
+    def module(self, source: Any, norms: Sequence[WidthLiteral]) -> tuple[Any, list[WidthLiteral]]:
         """Build it, with the epsilons of norms set; gives those where no attribute has it."""
         ...
 
@@ -394,9 +393,7 @@ class _Linen:
         made = nn.meta.unbox(made)
         return {path: tuple(leaf.shape) for path, leaf in tree.items(made)}
 
-    def module(
-        self, source: Any, norms: Sequence[WidthLiteral]
-    ) -> tuple[Any, list[WidthLiteral]]:
+    def module(self, source: Any, norms: Sequence[WidthLiteral]) -> tuple[Any, list[WidthLiteral]]:
         return source, list(norms)
 
     def fn(self, module: Any, params: tree.Params) -> Callable[..., Any]:
@@ -420,9 +417,7 @@ class _Nnx:
     def _abstract(self, call: Call) -> Any:
         return nnx.eval_shape(lambda: call())
 
-    def module(
-        self, source: Any, norms: Sequence[WidthLiteral]
-    ) -> tuple[Any, list[WidthLiteral]]:
+    def module(self, source: Any, norms: Sequence[WidthLiteral]) -> tuple[Any, list[WidthLiteral]]:
         module = self._abstract(source)
         unset = []
         for norm in norms:

@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 from flax import nnx
 from zoo import ZOO
-from zoo_registry import linen
+from zoo_registry import linen, nnx_model
 from zoo_sequences import LLAMA
 
-from jaxcompress import adapters, structured, tree
+from jaxcompress import structured, tree
 from jaxcompress.errors import ArgumentError, ArgumentTypeError
 from jaxcompress.structured._fields import MOST_TRIALS, search
 
@@ -105,7 +105,9 @@ def test_an_epsilon_without_a_field_is_told_and_measured():
     small = structured.to_module(module, params, keep, *inputs)
     changed = {name.removeprefix("config."): new for name, (_, new) in small.fields.items()}
     assert changed == {"dim": 2, "heads": 2, "kv_heads": 1, "hidden": 3}
-    assert set(small.folded) == {f"params/{n}/scale" for n in ("layers/norm1", "layers/norm2", "norm")}
+    assert set(small.folded) == {
+        f"params/{n}/scale" for n in ("layers/norm1", "layers/norm2", "norm")
+    }
     assert small.agrees and small.structural.relative <= 1e-5 < small.distance.relative < 1e-3
     assert len(small.notes) == 3 and "epsilon stays 1.0e-06, where 2.0e-06" in small.notes[0]
     assert "but for epsilon" in str(small)
@@ -192,9 +194,7 @@ def test_own_norms_and_the_size_of_heads_fold():
         "params/scale": 2**0.5, "params/q/kernel": 0.5**0.5, "params/q/bias": 0.5**0.5
     }  # fmt: skip
     scale = np.asarray(params["params"]["scale"])[:4]
-    np.testing.assert_allclose(
-        small.params["params"]["scale"], (1 + scale) * 2**0.5 - 1, rtol=1e-5
-    )
+    np.testing.assert_allclose(small.params["params"]["scale"], (1 + scale) * 2**0.5 - 1, rtol=1e-5)
 
 
 # --- NNX ----------------------------------------------------------------------------------------
@@ -203,11 +203,13 @@ def test_own_norms_and_the_size_of_heads_fold():
 def test_nnx_keywords_defaults_and_tuples_are_set():
     class Default(NnxMixer):
         def __init__(self, patches=4, *, width=4, hidden=(6, 8), rngs):
-            super().__init__(patches, width=width, blocks=1, hidden=hidden, patch=2, classes=3, rngs=rngs)
+            super().__init__(
+                patches, width=width, blocks=1, hidden=hidden, patch=2, classes=3, rngs=rngs
+            )
 
     build = functools.partial(Default, rngs=nnx.Rngs(0))
     images = np.random.default_rng(1).standard_normal((1, 4, 4, 3)).astype(np.float32)
-    fn, params = adapters.from_nnx(build())
+    fn, params, _ = nnx_model(build, images)
     keep = halved(structured.groups(fn, params, images), "hidden")
     small = structured.to_module(build, params, keep, images)
     assert small.fields == {"hidden[0]": (6, 3), "hidden[1]": (8, 4)} and small.agrees
@@ -270,4 +272,6 @@ def test_search_gives_the_best_of_what_does_not_fit_within_its_bound():
     wanted = {"x": (4,), "y": (6,)}
     ((settings, misfits),) = search(places, [(8, 4), (8, 6), (8, 2)], wanted, shapes)
     assert misfits == ["y"] and settings[("a",)] == 4
-    assert len(trials) <= MOST_TRIALS and len({tuple(sorted(s.items())) for s in trials}) == len(trials)
+    assert len(trials) <= MOST_TRIALS and len({tuple(sorted(s.items())) for s in trials}) == len(
+        trials
+    )
