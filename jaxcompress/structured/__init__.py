@@ -47,6 +47,8 @@ from jaxcompress.structured._lamp import LAMP as LAMP
 from jaxcompress.structured._magnitude import Magnitude as Magnitude
 from jaxcompress.structured._method import Given as Given
 from jaxcompress.structured._method import Method as Method
+from jaxcompress.structured._module import Rebuilt as Rebuilt
+from jaxcompress.structured._module import to_module as to_module
 from jaxcompress.structured._obd import OBD as OBD
 from jaxcompress.structured._random import Random as Random
 from jaxcompress.structured._scale_l1 import ScaleL1State as ScaleL1State
@@ -57,5 +59,10 @@ from jaxcompress.structured._shrink import mask_params as mask_params
 from jaxcompress.structured._shrink import rebuild as rebuild
 from jaxcompress.structured._shrink import shrink as shrink
 from jaxcompress.structured._shrink import slice_params as slice_params
+from jaxcompress.structured._state import StateReport as StateReport
+from jaxcompress.structured._state import shrink_state as shrink_state
 from jaxcompress.structured._taylor import Taylor as Taylor
 from jaxcompress.structured._wanda import Wanda as Wanda
+from jaxcompress.structured._widths import Width as Width
+from jaxcompress.structured._widths import Widths as Widths
+from jaxcompress.structured._widths import widths as widths

@@ -1,0 +1,454 @@
+"""`to_module`: the user's own class again, at the new widths."""
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import flax.linen as nn
+import jax
+from flax import nnx
+
+from jaxcompress import adapters, graph, tree
+from jaxcompress.errors import ArgumentError, ArgumentTypeError
+from jaxcompress.structured._certificate import (
+    Distance,
+    distance,
+    is_abstract,
+    random_like,
+    tolerance_of,
+)
+from jaxcompress.structured._fields import (
+    Call,
+    Place,
+    Settings,
+    Shapes,
+    having,
+    numbers,
+    place_str,
+    search,
+)
+from jaxcompress.structured._keep import Keep
+from jaxcompress.structured._literals import WidthLiteral, width_literals, with_epsilons
+from jaxcompress.structured._shrink import rebuild, slice_params
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rebuilt:
+    """A module at the new widths, with its weights.
+
+    Attributes:
+        module: A Linen module, or an NNX module that holds params.
+        params: Its variables, or `nnx.State`: the shrunk ones, with what its class computes
+            otherwise than the shrunk function folded in.
+        fields: What was set: `{field or keyword: (old, new)}`.
+        folded: Leaves that were scaled, and by how much.
+        distance: From the shrunk function, the larger one on given and on random inputs; `None` if
+            params are shapes only.
+        structural: The same, with the epsilons that could not be set put right as it runs: shows
+            that nothing else differs.
+        tolerance: The largest relative distance that is rounding for the dtypes.
+        notes: What could not be folded, and why.
+    """
+
+    module: Any
+    params: tree.Params = field(repr=False)
+    fields: Mapping[str, tuple[float, float]]
+    folded: Mapping[str, float]
+    distance: Distance | None
+    structural: Distance | None
+    tolerance: float
+    notes: tuple[str, ...] = ()
+
+    @property
+    def agrees(self) -> bool:
+        """Whether outputs were compared, and nothing but epsilon and rounding tells them apart."""
+        return self.structural is not None and self.structural.relative <= self.tolerance
+
+    def __str__(self) -> str:
+        fields = ", ".join(f"{name} {old} -> {new}" for name, (old, new) in self.fields.items())
+        far = "not compared"
+        if self.distance is not None:
+            far = f"{self.distance} from the shrunk function (rounding: {self.tolerance:.0e})"
+        if self.distance != self.structural:
+            far += f", {self.structural} but for epsilon"
+        lines = [f"{fields or 'no field changes'}; {far}"]
+        lines += [f"  {path} times {factor:.4g}" for path, factor in self.folded.items()]
+        return "\n".join([*lines, *(f"  {note}" for note in self.notes)])
+
+
+def to_module(
+    module: nn.Module | Callable[..., nnx.Module],
+    params: tree.Params,
+    keep: Keep,
+    *inputs: Any,
+    exact: bool = True,
+    **kwargs: Any,
+) -> Rebuilt:
+    """Give the user's own Linen or NNX class again, with the new widths and the shrunk weights.
+
+    Integers in the module's fields (or in the keywords of an NNX constructor), in configuration
+    dataclasses, tuples and dictionaries in them, are set such that the class makes leaves of the
+    shrunk shapes. That needs widths that are uniform where the class says so: one `hidden` for all
+    layers, as many heads in each.
+
+    `shrink`'s function keeps the width N of fn as a number where it divides by it; the class
+    divides by the new width K. For the root mean square of RMSNorm that folds exactly:
+
+        x / sqrt(s/N + eps) * scale = x / sqrt(s/K + eps N/K) * (scale sqrt(N/K)),   s = sum x^2,
+
+    and for queries or scores over the root of the heads' size, q / sqrt(N) = (q sqrt(K/N)) / sqrt(K).
+    Epsilon is set where a field or an NNX attribute has it, and left as it is otherwise. A mean that
+    is subtracted (LayerNorm, GroupNorm) over an axis that shrinks cannot be folded; neither can
+    other numbers that depend on a width, such as rotary wavelengths. Nothing is taken on trust:
+    outputs are compared with the shrunk function's.
+
+    Args:
+        module: The Linen module at full size; or what builds the NNX module at full size: its
+            class or a function, with arguments by `functools.partial`.
+        params: Its variables or `nnx.State`, at full size or as shrunk (and trained since). For
+            shapes only, outputs are not compared.
+        keep: What is kept.
+        *inputs: Inputs of the module.
+        exact: Refuse a module whose outputs are not the shrunk function's, up to rounding and to an
+            epsilon that no field sets. With `False` the nearest is returned, and says how far it is.
+        **kwargs: Keywords of every call, as for `adapters.from_linen` and `from_nnx`.
+
+    Returns:
+        The module with its params, what was set and folded, and the measured distance.
+
+    Raises:
+        ArgumentError: If no fields give the shrunk shapes, or outputs differ.
+        ArgumentTypeError: If module is neither a Linen module nor builds an NNX module.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from jaxcompress import structured
+        >>> class Mlp(nn.Module):
+        ...     hidden: int = 8
+        ...     @nn.compact
+        ...     def __call__(self, x):
+        ...         return nn.Dense(2)(jnp.tanh(nn.Dense(self.hidden)(x)))
+        >>> x = jnp.ones((1, 3))
+        >>> fn, params = adapters.from_linen(Mlp(), Mlp().init(jax.random.key(0), x))
+        >>> groups = structured.groups(fn, params, x)
+        >>> keep = structured.keep(groups, {"params/Dense_0/kernel": [0, 2, 5]})
+        >>> small = to_module(Mlp(), params, keep, x)
+        >>> small.module.hidden, small.agrees, small.module.apply(small.params, x).shape
+        (3, True, (1, 2))
+    """
+    kind = _kind(module, inputs, kwargs)
+    smaller = _at_new_size(params, keep)
+    full = tree.map_with_path(
+        lambda path, x: jax.ShapeDtypeStruct(keep.shapes[path], x.dtype), smaller
+    )
+    fn = kind.fn(kind.source, full)
+    literals = width_literals(graph.dims(fn, full, *inputs), keep.leaves)
+    wanted = {path: keep.shape(path) for path in keep.shapes}
+    places = {place: int(n) for place, n in numbers(kind.source, int)}
+    reference = _Reference(rebuild(fn, keep), smaller, inputs)
+    best: Rebuilt | None = None
+    for settings, misfits in search(places, _pairs(keep), wanted, kind.shapes_of):
+        if misfits:
+            _refuse_shapes(kind, settings, misfits, wanted, keep)
+        for candidate in _candidates(kind, settings, literals, smaller, reference):
+            best = candidate if best is None or _rank(candidate) < _rank(best) else best
+        if best is not None and (best.distance is None or best.agrees):
+            break
+        if any(_inexact(literal) for literal in literals):
+            break
+    if best is None:
+        _refuse_shapes(kind, {}, list(wanted), wanted, keep)
+    assert best is not None
+    unfolded = best.distance is None and any(_inexact(literal) for literal in literals)
+    if exact and (unfolded or (best.distance is not None and not best.agrees)):
+        raise ArgumentError(
+            "exact",
+            got=f"a module that computes something else: {best}",
+            expected=f"outputs within {best.tolerance:.0e} of the shrunk function's",
+            fix="Use `structured.rebuild`, whose outputs are those; or exact=False, and train on.",
+        )
+    return best
+
+
+def _pairs(keep: Keep) -> list[tuple[int, int]]:
+    """List all widths that change, of groups and of axes, each with what it becomes."""
+    pairs = [(keep.sizes[name], keep[name].shape[-1]) for name in keep]
+    for path, axes in keep.leaves.items():
+        pairs += [(keep.shapes[path][axis], keep.shape(path)[axis]) for axis in axes]
+    return sorted(set(pairs))
+
+
+def _at_new_size(params: tree.Params, keep: Keep) -> tree.Params:
+    shapes = {path: tuple(leaf.shape) for path, leaf in tree.items(params)}
+    if shapes == {path: keep.shape(path) for path in keep.shapes}:
+        return params
+    return slice_params(params, keep)
+
+
+def _refuse_shapes(
+    kind: "_Kind", settings: Settings, misfits: Sequence[str], wanted: Shapes, keep: Keep
+) -> None:
+    found = kind.shapes_of(settings) or {}
+    texts = [
+        f"{path!r} would be {found.get(path, 'missing')}, not {wanted[path]}"
+        for path in misfits[:5]
+    ]
+    more = f" and {len(misfits) - 5} more" if len(misfits) > 5 else ""
+    raise ArgumentError(
+        "module",
+        got=f"no fields that give the shrunk shapes; at best {'; '.join(texts)}{more}",
+        expected="a class whose widths are numbers in its fields or keywords, and kept alike "
+        "wherever one number sets them",
+        fix="Choose equal widths for what one field sets, or use `structured.rebuild`, which "
+        "needs no class.",
+    )
+
+
+# --- Folding ------------------------------------------------------------------------------------
+
+
+def _inexact(literal: WidthLiteral) -> bool:
+    return literal.centred or not literal.leaves
+
+
+def _rank(rebuilt: Rebuilt) -> tuple[bool, float]:
+    return not rebuilt.agrees, 0.0 if rebuilt.distance is None else rebuilt.distance.relative
+
+
+def _folds(params: tree.Params, literals: Sequence[WidthLiteral]) -> tuple[tree.Params, dict]:
+    by_leaf = {path: literal for literal in literals for path in literal.leaves}
+
+    def folded(path: str, x: Any) -> Any:
+        if path not in by_leaf or isinstance(x, jax.ShapeDtypeStruct):
+            return x
+        offset = by_leaf[path].offset
+        return ((x + offset) * by_leaf[path].factor - offset).astype(x.dtype)
+
+    factors = {path: literal.factor for path, literal in by_leaf.items()}
+    return tree.map_with_path(folded, params), factors
+
+
+def _candidates(
+    kind: "_Kind",
+    settings: Settings,
+    literals: Sequence[WidthLiteral],
+    smaller: tree.Params,
+    reference: "_Reference",
+) -> Iterator[Rebuilt]:
+    """Give the module with everything folded, then (where that is a guess) with less."""
+    source = having(kind.source, settings)
+    epsilons = _epsilons(kind.source, literals)
+    norms = [literal for literal in literals if literal.kind == "norm" and literal.epsilon]
+    centred = [literal for literal in literals if literal.centred]
+    fewer = [literal for literal in literals if not literal.centred]
+    for chosen in [literals, fewer] if centred else [literals]:
+        for floats in [epsilons, {}] if epsilons else [{}]:
+            folded, factors = _folds(smaller, chosen)
+            covered = [known for known, _ in _changes(kind.source, floats).values()]
+            open_norms = [x for x in norms if not any(_is_near(x.epsilon, c) for c in covered)]
+            module, unset = kind.module(having(source, floats), open_norms)
+            fn = kind.fn(module, folded)
+            far = structural = reference.distance(fn, folded)
+            if far is not None and unset:
+                structural = reference.distance(with_epsilons(fn, unset), folded)
+            rebuilt = Rebuilt(
+                module=kind.holding(module, folded),
+                params=folded,
+                fields=_changes(kind.source, {**settings, **floats}),
+                folded=factors,
+                distance=far,
+                structural=structural,
+                tolerance=reference.tolerance,
+                notes=(*_why_inexact(literals), *_why_unset(unset)),
+            )
+            yield rebuilt
+            if rebuilt.agrees or far is None:
+                return
+
+
+def _is_near(a: float, b: float) -> bool:
+    return math.isclose(a, b, rel_tol=1e-5)  # of one number, in float32 and as it was written
+
+
+def _epsilons(source: Any, literals: Sequence[WidthLiteral]) -> dict[Place, float]:
+    """Say which float fields are the epsilon of norms that all want the same other one."""
+    settings = {}
+    for place, value in numbers(source, float):
+        wants = {
+            literal.old / literal.new
+            for literal in literals
+            if literal.kind == "norm" and _is_near(literal.epsilon, value)
+        }
+        if len(wants) == 1:
+            settings[place] = value * wants.pop()
+    return settings
+
+
+def _why_inexact(literals: Sequence[WidthLiteral]) -> list[str]:
+    notes = []
+    for literal in literals:
+        name = literal.leaves[0] if literal.leaves else f"a {literal.kind} without a scale"
+        if literal.centred:
+            notes.append(
+                f"{name}: its norm subtracts a mean over {literal.old}, of which {literal.new} are "
+                "left; that cannot be folded"
+            )
+        elif not literal.leaves:
+            notes.append(f"{name}: no leaf can be scaled for dividing by {literal.new}")
+    return notes
+
+
+def _why_unset(literals: Sequence[WidthLiteral]) -> list[str]:
+    return [
+        f"{literal.leaves[0]}: epsilon stays {literal.epsilon:.1e}, where "
+        f"{literal.wanted_epsilon:.1e} would agree"
+        for literal in literals
+        if literal.leaves
+    ]
+
+
+def _changes(source: Any, settings: Settings) -> dict[str, tuple[float, float]]:
+    before = dict([*numbers(source, int), *numbers(source, float)])
+    return {place_str(place): (before[place], new) for place, new in settings.items()}
+
+
+class _Reference:
+    """The shrunk function's outputs, on given and on random inputs."""
+
+    def __init__(self, fn: Callable[..., Any], params: tree.Params, inputs: Sequence[Any]):
+        self._inputs = [] if is_abstract(params) else [random_like(inputs)]
+        if self._inputs and not is_abstract(inputs):
+            self._inputs.append(tuple(inputs))
+        with jax.default_matmul_precision("highest"):
+            run = jax.jit(fn)
+            self._outputs = [run(params, *args) for args in self._inputs]
+        self.tolerance = tolerance_of(params, inputs, self._outputs)
+
+    def distance(self, fn: Callable[..., Any], params: tree.Params) -> Distance | None:
+        """Measure how far another function is, at the worst."""
+        with jax.default_matmul_precision("highest"):
+            run = jax.jit(fn)
+            found = [
+                distance(run(params, *args), outputs)
+                for args, outputs in zip(self._inputs, self._outputs, strict=True)
+            ]
+        return max(found, key=lambda d: d.relative, default=None)
+
+
+# --- Linen and NNX ------------------------------------------------------------------------------
+
+
+class _Kind(Protocol):
+    """How modules of a library are built."""
+
+    source: Any
+    """What has the numbers."""
+
+    def shapes_of(self, settings: Settings) -> Shapes | None:
+        """Give the shapes of the leaves with some settings; `None` if it cannot be built."""
+        ...
+
+    def module(self, source: Any, norms: Sequence[WidthLiteral]) -> tuple[Any, list[WidthLiteral]]:
+        """Build it, with the epsilons of norms set; gives those where no attribute has it."""
+        ...
+
+    def fn(self, module: Any, params: tree.Params) -> Callable[..., Any]:
+        """Give its function of params."""
+        ...
+
+    def holding(self, module: Any, params: tree.Params) -> Any:
+        """Give the module that the user gets."""
+        ...
+
+
+def _kind(module: Any, inputs: Sequence[Any], kwargs: Mapping[str, Any]) -> _Kind:
+    if isinstance(module, nn.Module):
+        return _Linen(module, inputs, kwargs)
+    if callable(module) and not isinstance(module, nnx.Module):
+        call = Call(module)
+        if isinstance(nnx.eval_shape(lambda: call()), nnx.Module):
+            return _Nnx(call, kwargs)
+    raise ArgumentTypeError(
+        "module",
+        got=f"a {type(module).__name__}",
+        expected="a Linen module, or what builds an NNX module",
+        fix="For NNX give its class with arguments: functools.partial(Model, hidden=8, rngs=rngs).",
+    )
+
+
+class _Linen:
+    def __init__(self, module: nn.Module, inputs: Sequence[Any], kwargs: Mapping[str, Any]):
+        self.source, self._inputs, self._kwargs = module, inputs, kwargs
+
+    def shapes_of(self, settings: Settings) -> Shapes | None:
+        kwargs = {k: v for k, v in self._kwargs.items() if k not in ("mutable", "rngs")}
+        key = jax.random.key(0)
+        rngs = {"dropout": key, **self._kwargs.get("rngs", {}), "params": key}
+        try:
+            module = having(self.source, settings)
+            made = jax.eval_shape(lambda *args: module.init(rngs, *args, **kwargs), *self._inputs)
+        except Exception:  # whatever the user's code raises at widths that do not go together
+            return None
+        made = nn.meta.unbox(made)
+        return {path: tuple(leaf.shape) for path, leaf in tree.items(made)}
+
+    def module(self, source: Any, norms: Sequence[WidthLiteral]) -> tuple[Any, list[WidthLiteral]]:
+        return source, list(norms)
+
+    def fn(self, module: Any, params: tree.Params) -> Callable[..., Any]:
+        return adapters.from_linen(module, params, **self._kwargs)[0]
+
+    def holding(self, module: Any, params: tree.Params) -> Any:
+        return module
+
+
+class _Nnx:
+    def __init__(self, call: Call, kwargs: Mapping[str, Any]):
+        self.source, self._kwargs = call, kwargs
+
+    def shapes_of(self, settings: Settings) -> Shapes | None:
+        try:
+            state = nnx.state(self._abstract(having(self.source, settings)))
+        except Exception:  # as above
+            return None
+        return {path: tuple(leaf.shape) for path, leaf in tree.items(state)}
+
+    def _abstract(self, call: Call) -> Any:
+        return nnx.eval_shape(lambda: call())
+
+    def module(self, source: Any, norms: Sequence[WidthLiteral]) -> tuple[Any, list[WidthLiteral]]:
+        module = self._abstract(source)
+        unset = []
+        for norm in norms:
+            was_set = [_set_epsilon(module, path, norm) for path in norm.leaves]
+            if not any(was_set):
+                unset.append(norm)
+        return module, unset
+
+    def fn(self, module: Any, params: tree.Params) -> Callable[..., Any]:
+        if isinstance(module, Call):
+            module = self._abstract(module)
+        fn = adapters.from_nnx(module, **self._kwargs)[0]
+        return lambda params, *inputs: fn(_as(nnx.state(module), params), *inputs)
+
+    def holding(self, module: Any, params: tree.Params) -> Any:
+        graphdef, state = nnx.split(module)
+        return nnx.merge(graphdef, _as(state, params))
+
+
+def _as(state: nnx.State, params: tree.Params) -> nnx.State:
+    """Write params in the containers of another state, whose static metadata may differ."""
+    return jax.tree.unflatten(jax.tree.structure(state), jax.tree.leaves(params))
+
+
+def _set_epsilon(module: Any, path: str, norm: WidthLiteral) -> bool:
+    """Set the float attribute of a leaf's module that is its epsilon."""
+    *parents, _ = path.split("/")
+    for name in parents:
+        module = module[int(name)] if name.isdecimal() else getattr(module, name, None)
+    for name, value in vars(module).items() if isinstance(module, nnx.Module) else ():
+        if isinstance(value, float) and _is_near(value, norm.epsilon):
+            setattr(module, name, norm.wanted_epsilon)
+            return True
+    return False
