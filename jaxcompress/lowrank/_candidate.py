@@ -122,9 +122,17 @@ def errors(candidate: Candidate, factors: Factors) -> tuple[float, float | None]
     Returns:
         `‖W - Ŵ‖ / ‖W‖`, and `‖X (W - Ŵ)‖ / ‖X W‖` where XᵀX was seen (otherwise `None`).
     """
-    w = candidate.form.to_matrices(jnp.asarray(candidate.leaf).astype(jnp.float32))
-    off = candidate.form.to_matrices(factors.dense().astype(jnp.float32)) - w
     gram = getattr(candidate, "gram", None)
+    weights, outputs = _errors(jnp.asarray(candidate.leaf), factors, gram, candidate.form)
+    return float(weights), None if outputs is None else float(outputs)
+
+
+@functools.partial(jax.jit, static_argnums=3)
+def _errors(
+    leaf: Array, factors: Factors, gram: Array | None, form: Form
+) -> tuple[Array, Array | None]:
+    w = form.to_matrices(leaf.astype(jnp.float32))
+    off = form.to_matrices(factors.dense().astype(jnp.float32)) - w
     plain = _ratio(jnp.square(off).sum(), jnp.square(w).sum())
     if gram is None:
         return plain, None
@@ -133,5 +141,5 @@ def errors(candidate: Candidate, factors: Factors) -> tuple[float, float | None]
     return plain, _ratio(power(off), power(w))
 
 
-def _ratio(error: Array, whole: Array) -> float:
-    return float(jnp.sqrt(error / jnp.where(whole > 0, whole, 1)))
+def _ratio(error: Array, whole: Array) -> Array:
+    return jnp.sqrt(error / jnp.where(whole > 0, whole, 1))

@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 
 from jaxcompress import budget as budgets
@@ -116,8 +117,7 @@ def factorize(
         multiple=multiple,
         strict=strict,
     )
-    for path, candidate in found.items():
-        _require_finite(path, candidate.leaf)
+    _require_finite({path: one.leaf for path, one in found.items()})
     _observe(fn, params, (first, stream), found, progress=progress)
     ranks, seconds = chosen(fn, params, first, traced, found, budget, multiple)
     factored = {
@@ -155,11 +155,13 @@ def _check(budget: Any, multiple: int) -> None:
         raise ArgumentError("multiple", got=multiple, expected="1 or more", fix="8 suits GPUs.")
 
 
-def _require_finite(path: str, leaf: Any) -> None:
-    if not bool(jnp.isfinite(leaf).all()):
+def _require_finite(leaves: Mapping[str, Any]) -> None:
+    finite = jax.jit(lambda xs: jax.tree.map(lambda x: jnp.isfinite(x).all(), xs))(dict(leaves))
+    bad = [path for path in leaves if not finite[path]]
+    if bad:
         raise NonFiniteError(
             "params",
-            got=f"NaN or infinity in {path!r}",
+            got=f"NaN or infinity in {tree.shorten(bad)}",
             expected="finite weights",
             fix="Find where they come from; factors would spread them over whole matrices.",
         )

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
@@ -71,23 +72,13 @@ class MatrixCandidate:
 
     def factors(self, ranks: tuple[int, ...]) -> Factors:
         """Compute its factors."""
-        pair, dtype = self._pair, self.leaf.dtype
-        left = pair.left[..., : ranks[0]]
-        right = jnp.swapaxes(pair.right, -1, -2)[..., : ranks[0]]
-        return Factors(
-            left=aligned(self.form, left, self.form.inner).astype(dtype),
-            right=aligned(self.form, right, self.form.outer).astype(dtype),
-        )
+        return _factors(self._pair, self.form, ranks[0], jnp.dtype(self.leaf.dtype))
 
     @functools.cached_property
     def _pair(self) -> Pair:
         """Factors of the rank at break-even; those of lower ranks are the first of them."""
-        w = self.form.to_matrices(jnp.asarray(self.leaf).astype(jnp.float32))
         rank = max(break_even(*self._sides), 1)
-        if isinstance(self.method, ActivationSVD):
-            f = functools.partial(activation_svd, rank=rank, damping=self.method.damping)
-            return mapped(f, self.form.lead)(w, self.gram)
-        return mapped(functools.partial(svd, rank=rank), self.form.lead)(w)
+        return _pair(jnp.asarray(self.leaf), self.gram, self.form, rank, self.method)
 
     @functools.cached_property
     def _tails(self) -> np.ndarray:
@@ -96,3 +87,22 @@ class MatrixCandidate:
         squares = squares.reshape(-1, squares.shape[-1]).sum(0)
         tails = np.concatenate([np.cumsum(squares[::-1])[::-1], [0.0]])
         return tails / tails[0] if tails[0] else tails
+
+
+@functools.partial(jax.jit, static_argnums=(2, 3, 4))
+def _pair(leaf: Array, gram: Array | None, form: Form, rank: int, method: Method) -> Pair:
+    w = form.to_matrices(leaf.astype(jnp.float32))
+    if isinstance(method, ActivationSVD):
+        f = functools.partial(activation_svd, rank=rank, damping=method.damping)
+        return mapped(f, form.lead)(w, gram)
+    return mapped(functools.partial(svd, rank=rank), form.lead)(w)
+
+
+@functools.partial(jax.jit, static_argnums=(1, 2, 3))
+def _factors(pair: Pair, form: Form, rank: int, dtype: Any) -> Factors:
+    left = pair.left[..., :rank]
+    right = jnp.swapaxes(pair.right, -1, -2)[..., :rank]
+    return Factors(
+        left=aligned(form, left, form.inner).astype(dtype),
+        right=aligned(form, right, form.outer).astype(dtype),
+    )
