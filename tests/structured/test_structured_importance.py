@@ -25,7 +25,7 @@ from by_hand import (
     raw,
 )
 
-from jaxcompress import adapters, errors, structured, tree
+from jaxcompress import adapters, errors, numerics, structured, tree
 from jaxcompress.structured._fpgm import distances_to_others
 from jaxcompress.structured._lamp import lamp
 
@@ -232,3 +232,9 @@ def test_sites_that_do_not_line_up_or_are_not_there():
     state = {"s": group("s", 4, member("batch_stats/norm/mean", 0, 4))}
     with pytest.raises(errors.ArgumentError, match="learns"):
         structured.importance(state, MLP)
+
+
+def test_packed_leaves_are_refused():
+    packed = {**HEADS, "value": numerics.quantize(HEADS["value"], numerics.Format(numerics.int8))}
+    with pytest.raises(errors.ArgumentTypeError, match="QArray at 'value'.*before quantizing"):
+        structured.importance(HEAD_GROUPS, packed)
