@@ -99,8 +99,9 @@ def _children(node: Any) -> list[tuple[str | int, Any]]:
 
 def having(node: Any, settings: Settings) -> Any:
     """Give a copy with other numbers in some places."""
+    kind: Any = type(node)
     if () in settings:
-        return type(node)(settings[()])
+        return kind(settings[()])
     new = {}
     for key, child in _children(node):
         inner = {place[1:]: value for place, value in settings.items() if place[0] == key}
@@ -113,11 +114,11 @@ def having(node: Any, settings: Settings) -> Any:
     if isinstance(node, nn.Module):
         return node.clone(**new)
     if isinstance(node, tuple) and hasattr(node, "_fields"):
-        return node._replace(**new)
+        return kind._replace(node, **new)
     if isinstance(node, tuple | list):
-        return type(node)(new.get(k, child) for k, child in enumerate(node))
+        return kind(new.get(k, child) for k, child in enumerate(node))
     if isinstance(node, Mapping):
-        return type(node)({**node, **new})
+        return kind({**node, **new})
     return dataclasses.replace(node, **new)
 
 
@@ -188,5 +189,5 @@ def _options(n: int, pairs: Sequence[tuple[int, int]]) -> list[int]:
     direct = [new for old, new in pairs if old == n]
     ratios = dict.fromkeys(Fraction(new, old) for old, new in pairs)
     scaled = [int(n * ratio) for ratio in ratios if n > 1 and (n * ratio).denominator == 1]
-    choices = dict.fromkeys([*direct, *([] if direct else [n]), *scaled])
-    return list(choices) if len(choices) > 1 or direct else []
+    choices = list(dict[int, None].fromkeys([*direct, *([] if direct else [n]), *scaled]))
+    return choices if len(choices) > 1 or direct else []
