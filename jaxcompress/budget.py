@@ -54,17 +54,29 @@ class _Amount:
 
 @dataclass(frozen=True)
 class Params(_Amount):
-    """At most so many entries of params."""
+    """At most so many entries of params.
+
+    Attributes:
+        amount: A fraction of what there is (a float of at most 1), or how many.
+    """
 
 
 @dataclass(frozen=True)
 class Flops(_Amount):
-    """At most so many operations of contractions in one call, 2 per multiply-add."""
+    """At most so many operations of contractions in one call, 2 per multiply-add.
+
+    Attributes:
+        amount: A fraction of what there is (a float of at most 1), or how many.
+    """
 
 
 @dataclass(frozen=True)
 class Bytes(_Amount):
-    """At most so many bytes of params, as stored."""
+    """At most so many bytes of params, as stored.
+
+    Attributes:
+        amount: A fraction of what there is (a float of at most 1), or how many.
+    """
 
 
 @dataclass(frozen=True)
@@ -74,6 +86,7 @@ class Seconds(_Amount):
     A float is a fraction of the dense model's time if `relative`, else seconds.
 
     Attributes:
+        amount: A fraction of the dense model's time, or seconds.
         target: What `graph.cost` takes, such as `"tpu-v5e"`.
         relative: Whether the amount is a fraction of the dense model's time.
     """

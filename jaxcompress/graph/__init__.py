@@ -4,6 +4,8 @@
 whichever library wrote it; `replay` runs it with chosen equations handled by you.
 """
 
+from jaxcompress.graph import _dims_contract as _dims_contract
+from jaxcompress.graph import _dims_rules as _dims_rules
 from jaxcompress.graph._affine import affine as affine
 from jaxcompress.graph._bypass import bypass as bypass
 from jaxcompress.graph._chain import Chain as Chain
@@ -17,19 +19,19 @@ from jaxcompress.graph._cost import SiteCost as SiteCost
 from jaxcompress.graph._cost import cost as cost
 from jaxcompress.graph._cost_figures import Figure as Figure
 from jaxcompress.graph._cost_figures import Memory as Memory
-from jaxcompress.graph import _dims_contract as _dims_contract
-from jaxcompress.graph import _dims_rules as _dims_rules
 from jaxcompress.graph._dims import Dims as Dims
-from jaxcompress.graph._dims import DimsRule as DimsRule
-from jaxcompress.graph._dims import Step as Step
 from jaxcompress.graph._dims import dims as dims
-from jaxcompress.graph._dims import register_dims as register_dims
+from jaxcompress.graph._dims_step import DimsRule as DimsRule
+from jaxcompress.graph._dims_step import Step as Step
+from jaxcompress.graph._dims_step import register_dims as register_dims
 from jaxcompress.graph._graph import Contraction as Contraction
 from jaxcompress.graph._graph import Graph as Graph
 from jaxcompress.graph._graph import Use as Use
 from jaxcompress.graph._intercept import UNREACHABLE as UNREACHABLE
 from jaxcompress.graph._intercept import Interception as Interception
 from jaxcompress.graph._intercept import intercept as intercept
+from jaxcompress.graph._kept import Kept as Kept
+from jaxcompress.graph._kept import take as take
 from jaxcompress.graph._leaks import Leak as Leak
 from jaxcompress.graph._leaks import leaks as leaks
 from jaxcompress.graph._observe import observe as observe
@@ -38,7 +40,6 @@ from jaxcompress.graph._observe import tap as tap
 from jaxcompress.graph._remask import remask as remask
 from jaxcompress.graph._replay import Equation as Equation
 from jaxcompress.graph._replay import replay as replay
-from jaxcompress.graph._kept import Kept as Kept
 from jaxcompress.graph._resize import KeepIndices as KeepIndices
 from jaxcompress.graph._resize import resize as resize
 from jaxcompress.graph._sites import Axes as Axes

@@ -13,8 +13,8 @@ from jax._src import linear_util as lu
 from jax._src import source_info_util
 from jax._src.interpreters import partial_eval
 from jax._src.named_sharding import UNSPECIFIED
-from jax.experimental.layout import Format
 from jax.custom_derivatives import SymbolicZero
+from jax.experimental.layout import Format
 from jax.extend.core import Literal as Literal
 from jax.extend.core import Primitive as Primitive
 from jax.extend.core import Var as Var

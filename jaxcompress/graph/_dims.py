@@ -5,10 +5,9 @@ rule per primitive says how those of its results follow from those of its operan
 not know is frozen, with a reason.
 """
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol, TypeAlias
+from typing import Any
 
 import jax
 import numpy as np
@@ -17,101 +16,15 @@ from jaxcompress import tree
 from jaxcompress.graph import _compat
 from jaxcompress.graph._compat import Program
 from jaxcompress.graph._constructs import Body, construct
+from jaxcompress.graph._dims_known import folded, is_small, value_of
+from jaxcompress.graph._dims_step import Axes, Step, concrete, dims_rule
 from jaxcompress.graph._labels import Axis, Labels
-from jaxcompress.graph._sites import contraction_flops, elements
+from jaxcompress.graph._sites import contraction_flops
 from jaxcompress.graph._trace import Traced, capture
 from jaxcompress.graph._walk import Position
 
-Axes: TypeAlias = tuple[Axis, ...]
-"""The labels along each axis of one variable."""
-
-
-def concrete(shape: Sequence[Any]) -> tuple[int, ...]:
-    """Give a shape as integers; a symbolic dimension counts as 1."""
-    return tuple(elements([n]) for n in shape)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Step:
-    """One equation, as a rule sees it.
-
-    Attributes:
-        eqn: The JAX equation.
-        operands: The labels of its operands.
-        known: Their values, where they are small integers that depend on nothing; else `None`.
-        labels: The store.
-        uniform: Says of labels that they stand for one index in all layers of a scan.
-    """
-
-    eqn: Any
-    operands: tuple[Axes, ...]
-    known: tuple[np.ndarray | None, ...]
-    labels: Labels
-    uniform: Callable[[Axis], None]
-
-    @property
-    def params(self) -> Mapping[str, Any]:
-        """The equation's parameters."""
-        return self.eqn.params
-
-    @property
-    def name(self) -> str:
-        """The primitive's name."""
-        return self.eqn.primitive.name
-
-    def shape(self, result: int = 0) -> tuple[int, ...]:
-        """The shape of a result, a symbolic dimension counted as 1."""
-        return concrete(self.eqn.outvars[result].aval.shape)
-
-    def fresh(self, *, frozen: str | None = None) -> list[Axes]:
-        """Make new labels for all results; `frozen` says why they may not be removed."""
-        results = []
-        for var in self.eqn.outvars:
-            axes = tuple(self.labels.fresh(n) for n in concrete(getattr(var.aval, "shape", ())))
-            for axis in axes:
-                self.uniform(axis)
-                if frozen:
-                    self.labels.freeze(axis, frozen)
-            results.append(axes)
-        return results
-
-
-class DimsRule(Protocol):
-    """What `dims` knows of a primitive.
-
-    An optional method `resize(eqn, operands, kept)` runs the equation on smaller operands, where
-    the same parameters would not do; see `Kept`. A class attribute `neutral` gives the number that
-    changes nothing when a result is reduced over it; 0 without.
-    """
-
-    def follow(self, step: Step) -> list[Axes]:
-        """Give the labels of the results."""
-        ...
-
-
-_RULES: dict[str, DimsRule] = {}
-
-
-def register_dims(*primitives: str) -> Callable[[type], type]:
-    """Say how the indices of a primitive's results are those of its operands.
-
-    Args:
-        *primitives: Names of primitives.
-
-    Returns:
-        A decorator for a class with the methods of `DimsRule`.
-    """
-
-    def register(kind: type) -> type:
-        for name in primitives:
-            _RULES[name] = kind()
-        return kind
-
-    return register
-
-
-def dims_rule(primitive: str) -> DimsRule | None:
-    return _RULES.get(primitive)
+_PASSES = 3
+"""How often a program is walked at most."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -192,9 +105,7 @@ class Dims:
         return None
 
 
-def dims(
-    fn: Callable[..., Any], params: tree.Params, *inputs: Any, **kwargs: Any
-) -> Dims:
+def dims(fn: Callable[..., Any], params: tree.Params, *inputs: Any, **kwargs: Any) -> Dims:
     """Find which indices of the leaves are the same index, so that they live and die together.
 
     Args:
@@ -229,13 +140,13 @@ def dims_of(traced: Traced) -> Dims:
         path: tuple(labels.fresh(n) for n in concrete(leaf.shape))
         for path, leaf in traced.leaves.items()
     }
-    for _ in range(4):
-        before = len(labels.frozen), labels.conflicts
-        labels.frozen, labels.conflicts = [], 0
-        walker = Walker(traced, labels)
-        result = walker.whole(leaves)
-        if not labels.conflicts or before == (len(labels.frozen), labels.conflicts):
+    result = Walker(traced, labels).whole(leaves)
+    for _ in range(_PASSES - 1):
+        if not labels.conflicts:
             break
+        # What was learned late may show how to split an axis that was met early.
+        labels.frozen, labels.conflicts = [], 0
+        result = Walker(traced, labels).whole(leaves)
     return result
 
 
@@ -360,19 +271,19 @@ class Walker:
         for var, value in zip(program.constvars, program.consts, strict=True):
             env[var] = self._outer(np.shape(value), None)
             self._uniform += env[var]
-            if _is_small(value):
+            if is_small(value):
                 values[var] = np.asarray(value)
         for number, eqn in enumerate(program.eqns):
             operands = tuple(self._read(atom, env) for atom in eqn.invars)
             here = (*prefix, number)
-            mine = tuple(_value(atom, values) for atom in eqn.invars)
+            mine = tuple(value_of(atom, values) for atom in eqn.invars)
             rule = construct(eqn.primitive.name)
             if rule is not None:
                 bodies = rule.bodies(eqn)
                 results = self._construct(eqn, here, bodies, operands, scans, repeats, branch, mine)
             else:
                 results = self._follow(eqn, here, operands, mine, repeats, branch)
-                if (value := _folded(eqn, mine)) is not None:
+                if (value := folded(eqn, mine)) is not None:
                     values[eqn.outvars[0]] = value
             env.update(zip(eqn.outvars, results, strict=True))
         return [self._read(atom, env) for atom in program.outvars]
@@ -404,8 +315,11 @@ class Walker:
         if flops := contraction_flops(eqn):
             self._contracts(eqn, here, operands, results[0], repeats, branch, flops)
         elif eqn.primitive.name in ("add", "sub") and all(len(axes) for axes in operands):
-            whole = [axes for axes in operands if all(len(a) == len(r) for a, r in
-                                                      zip(axes, results[0], strict=True))]
+            whole = [
+                axes
+                for axes in operands
+                if all(len(a) == len(r) for a, r in zip(axes, results[0], strict=True))
+            ]
             if len(whole) == 2:
                 self._summed += results[0]
         return results
@@ -522,43 +436,3 @@ def _state(traced: Traced) -> dict[int, str]:
                     found[number] = "/".join(parts[k:])
                 break
     return found
-
-
-# --- Small integers that are known ----------------------------------------------------------------
-
-_SMALL = 1 << 16
-_FOLDED = frozenset(
-    {
-        "add", "broadcast_in_dim", "clamp", "concatenate", "convert_element_type", "copy", "div",
-        "eq", "ge", "gt", "iota", "le", "lt", "max", "min", "mul", "ne", "neg", "rem", "reshape",
-        "select_n", "slice", "squeeze", "sub", "transpose", "and", "or", "not", "rev", "floor",
-    }
-)  # fmt: skip
-
-
-def _is_small(value: Any) -> bool:
-    dtype = getattr(value, "dtype", None)
-    if dtype is None or isinstance(value, jax.core.Tracer):
-        return isinstance(value, bool | int)
-    integer = isinstance(dtype, np.dtype) and dtype.kind in "iub"
-    return integer and math.prod(np.shape(value)) <= _SMALL
-
-
-def _value(atom: Any, values: Mapping[Any, np.ndarray]) -> np.ndarray | None:
-    if isinstance(atom, _compat.Literal):
-        return np.asarray(atom.val) if _is_small(np.asarray(atom.val)) else None
-    return values.get(atom)
-
-
-def _folded(eqn: Any, known: Sequence[np.ndarray | None]) -> np.ndarray | None:
-    """Evaluate an equation on small integers that are known."""
-    if eqn.primitive.name not in _FOLDED or any(value is None for value in known):
-        return None
-    out = eqn.outvars[0].aval
-    small = all(isinstance(n, int) for n in out.shape) and math.prod(out.shape) <= _SMALL
-    integer = isinstance(out.dtype, np.dtype) and out.dtype.kind in "iub"
-    if not small or not integer:
-        return None
-    with jax.ensure_compile_time_eval():
-        return np.asarray(_compat.bind(eqn, [jax.numpy.asarray(value) for value in known])[0])
-

@@ -3,10 +3,11 @@
 from collections.abc import Sequence
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 
 from jaxcompress.graph import _compat
-from jaxcompress.graph._dims import Axes, Step, register_dims
+from jaxcompress.graph._dims_step import Axes, Step, register_dims
 from jaxcompress.graph._kept import Kept
 from jaxcompress.graph._labels import Axis
 
@@ -153,7 +154,7 @@ class _Gather:
                             if j not in numbers.offset_dims)  # fmt: skip
                 left = kept.result(0)[batch]
                 indices = indices if left is None else indices[np.flatnonzero(left)]
-                indices = np.asarray(renumbered, indices.dtype)[indices]
+                indices = jnp.asarray(renumbered, indices.dtype)[indices]
             elif k not in numbers.operand_batching_dims:
                 sizes[k] = kept.count(mask)
         return _compat.bind(eqn, [x, indices], {**eqn.params, "slice_sizes": tuple(sizes)})

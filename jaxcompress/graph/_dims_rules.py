@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxcompress.graph import _compat
-from jaxcompress.graph._dims import Axes, Step, concrete, register_dims
+from jaxcompress.graph._dims_step import Axes, Step, concrete, register_dims
 from jaxcompress.graph._kept import Kept
 from jaxcompress.graph._labels import Axis
 
@@ -23,7 +23,9 @@ _LARGEST = 1 << 22
     "gt", "imag", "integer_pow", "is_finite", "le", "lgamma", "log", "log1p", "logistic", "lt",
     "max", "min", "mul", "name", "ne", "neg", "nextafter", "not", "or", "population_count", "pow",
     "pvary", "real", "reduce_precision", "rem", "reshard", "round", "rsqrt", "select_n",
-    "sharding_constraint", "shift_left", "shift_right_arithmetic", "shift_right_logical", "sign",
+    "sharding_constraint", "bessel_i0e", "bessel_i1e", "clz", "igamma", "igammac", "log2", "mulhi",
+    "one_minus_square", "polygamma", "regularized_incomplete_beta", "vary_unreduced_cast", "zeta",
+     "shift_left", "shift_right_arithmetic", "shift_right_logical", "sign",
     "sin", "sinh", "sqrt", "square", "stop_gradient", "sub", "tan", "tanh", "xor",
 )  # fmt: skip
 class _Elementwise:
@@ -42,7 +44,23 @@ class _Elementwise:
         return [tuple(fresh(n) if a is None else a for a, n in zip(result, shape, strict=True))]
 
 
-@register_dims("optimization_barrier")
+@register_dims("bitcast_convert_type")
+class _Bitcast:
+    """Casts that split a number into smaller ones, or join some, do so along a last axis."""
+
+    def follow(self, step: Step) -> list[Axes]:
+        (axes,), shape = step.operands, step.shape()
+        for axis in axes[len(shape) :]:
+            step.labels.freeze(axis, "its entries are parts of one number")
+        extra = [step.labels.fresh(n) for n in shape[len(axes) :]]
+        for axis in extra:
+            step.labels.freeze(axis, "its entries are parts of one number")
+        return [(*axes[: len(shape)], *extra)]
+
+
+@register_dims(
+    "optimization_barrier", "pbroadcast", "pmax", "pmin", "ppermute", "psum", "psum_invariant",
+)  # fmt: skip
 class _Barrier:
     def follow(self, step: Step) -> list[Axes]:
         return list(step.operands)
@@ -74,9 +92,7 @@ class _Broadcast:
     def follow(self, step: Step) -> list[Axes]:
         shape = step.shape()
         result = [step.labels.fresh(n) for n in shape]
-        for axis, target in zip(
-            step.operands[0], step.params["broadcast_dimensions"], strict=True
-        ):
+        for axis, target in zip(step.operands[0], step.params["broadcast_dimensions"], strict=True):
             if len(axis) == shape[target]:
                 result[target] = axis
         return [tuple(result)]
@@ -191,9 +207,11 @@ class _Slice:
             else:
                 starts[k] = kept.count(mask[..., :here])
                 limits[k] = kept.count(mask[..., :stop])
-        changed = {"start_indices": tuple(starts), "limit_indices": tuple(limits)}
-        unit = all(n == 1 for n in strides)
-        changed["strides"] = None if unit else tuple(strides)
+        changed = {
+            "start_indices": tuple(starts),
+            "limit_indices": tuple(limits),
+            "strides": None if all(n == 1 for n in strides) else tuple(strides),
+        }
         return _compat.bind(eqn, [x], {**params, **changed})
 
 
@@ -234,6 +252,35 @@ class _Concatenate:
         parts = [a[at] if len(a[at]) != 1 else step.labels.fresh(2)[:1] for a in step.operands]
         result[at] = np.concatenate(parts) if len(parts) > 1 else parts[0]
         return [tuple(result)]
+
+
+@register_dims("stack")
+class _Stack:
+    def follow(self, step: Step) -> list[Axes]:
+        first, *others = step.operands
+        for axes in others:
+            for a, b in zip(first, axes, strict=True):
+                step.labels.unify(a, b)
+        at = step.params["axis"] % (len(first) + 1)
+        parts = step.labels.fresh(len(step.operands))
+        step.labels.freeze(parts, "it counts what is stacked")
+        return [(*first[:at], parts, *first[at:])]
+
+
+@register_dims("unstack")
+class _Unstack:
+    def follow(self, step: Step) -> list[Axes]:
+        (axes,), at = step.operands, step.params["axis"]
+        step.labels.freeze(axes[at], "an index of it is picked alone")
+        return [(*axes[:at], *axes[at + 1 :])] * len(step.eqn.outvars)
+
+
+@register_dims("tile")
+class _Tile:
+    def follow(self, step: Step) -> list[Axes]:
+        pairs = zip(step.operands[0], step.params["reps"], strict=True)
+        fresh = step.labels.fresh
+        return [tuple(fresh(n) if len(a) == 1 else np.tile(a, n) for a, n in pairs)]
 
 
 @register_dims("pad")
@@ -297,6 +344,8 @@ class _DynamicUpdate:
 
 def _reducer(*names: str, neutral: Any = 0) -> None:
     class Reduce:
+        neutral: Any
+
         def follow(self, step: Step) -> list[Axes]:
             gone = {k % len(step.operands[0]) for k in step.params["axes"]}
             return [tuple(a for k, a in enumerate(step.operands[0]) if k not in gone)]
@@ -335,6 +384,8 @@ class _Positions:
 
 def _accumulator(name: str, neutral: Any = 0) -> None:
     class Accumulate:
+        neutral: Any
+
         def follow(self, step: Step) -> list[Axes]:
             return [step.operands[0]]
 

@@ -1,10 +1,13 @@
 """What is kept of the axes at one equation: what a rule needs to run it on smaller operands."""
 
+import math
 from collections.abc import Sequence
 from typing import Any, TypeAlias
 
+import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import PartitionSpec
 
 Mask: TypeAlias = np.ndarray | None
 """Which indices of an axis are kept: (size,) bool, (layers, size) where layers differ, or `None`
@@ -36,7 +39,9 @@ class Kept:
     @property
     def changes(self) -> bool:
         """Whether any axis here is smaller."""
-        return any(mask is not None for masks in (*self._operands, *self._results) for mask in masks)
+        return any(
+            mask is not None for masks in (*self._operands, *self._results) for mask in masks
+        )
 
     def count(self, mask: np.ndarray) -> int:
         """Count what is kept; all layers keep the same number."""
@@ -79,5 +84,19 @@ def taken(x: Any, masks: Sequence[Mask]) -> Any:
     for k, mask in enumerate(masks):
         if mask is not None:
             assert mask.ndim == 1, "what is made in a scan is the same in all layers"
-            x = jnp.take(x, np.flatnonzero(mask), axis=k)
+            x = take(x, np.flatnonzero(mask), k)
     return x
+
+
+def take(x: Any, indices: np.ndarray, axis: int) -> Any:
+    """Take indices along an axis, which stays sharded as it is if their number can be divided."""
+    place = jax.typeof(x).sharding
+    spec = list(place.spec)
+    if not place.mesh._any_axis_explicit or all(name is None for name in spec):
+        return jnp.take(x, indices, axis=axis)
+    names = spec[axis] if isinstance(spec[axis], tuple) else (spec[axis],)
+    parts = math.prod(place.mesh.shape[name] for name in names if name is not None)
+    if len(indices) % parts:
+        spec[axis] = None
+    where = (*(slice(None) for _ in range(axis)), indices)
+    return x.at[where].get(out_sharding=PartitionSpec(*spec))

@@ -16,13 +16,13 @@ from jaxcompress import tree
 from jaxcompress.graph import _compat
 from jaxcompress.graph._compat import Program
 from jaxcompress.graph._constructs import Cells, construct
-from jaxcompress.graph._dims import Axes, dims_of, dims_rule
+from jaxcompress.graph._dims import dims_of
+from jaxcompress.graph._dims_step import Axes, dims_rule
 from jaxcompress.graph._kept import Kept, Mask
 from jaxcompress.graph._replay import Equation, Plan, Visit, execute, run
 from jaxcompress.graph._resize import KeepIndices, Removed, removed_by
 from jaxcompress.graph._trace import capture
 from jaxcompress.graph._walk import Position
-
 
 
 class Masker:
@@ -63,7 +63,11 @@ class Masker:
         return () if isinstance(atom, _compat.Literal) else self._removed.masks(env[atom])
 
     def _add_cell(
-        self, here: Position, kept: Kept, env: Mapping[Any, Axes], keyed: dict[Position, tuple[str, ...]]
+        self,
+        here: Position,
+        kept: Kept,
+        env: Mapping[Any, Axes],
+        keyed: dict[Position, tuple[str, ...]],
     ) -> None:
         """Have masks that differ between layers sliced by the scans around, layer by layer."""
         dims, scans = self._removed.dims, self._removed.dims.scans[here[:-1]]
@@ -148,7 +152,8 @@ def remask(fn: Callable[..., Any], removed_from: KeepIndices) -> Callable[..., A
         >>> fn = lambda p, x: jnp.exp(x @ p["up"]) @ p["down"]
         >>> keep = {"up": {1: np.array([0])}, "down": {0: np.array([0])}}
         >>> params = {"up": jnp.zeros((3, 2)), "down": jnp.ones((2, 1))}
-        >>> remask(fn, keep)(params, jnp.ones((1, 3))).tolist(), fn(params, jnp.ones((1, 3))).tolist()
+        >>> x = jnp.ones((1, 3))
+        >>> remask(fn, keep)(params, x).tolist(), fn(params, x).tolist()
         ([[1.0]], [[2.0]])
     """
 

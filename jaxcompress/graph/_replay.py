@@ -115,7 +115,7 @@ class Plan:
 
     @functools.cached_property
     def cells(self) -> Mapping[Position, frozenset[str]]:
-        """The names of the sites visited below each prefix of a visited position."""
+        """The names of the cells of what is visited below each prefix of a visited position."""
         below: dict[Position, set[str]] = {}
         for position in self.visits:
             names = {site.name for site in self.sites.get(position, ())}

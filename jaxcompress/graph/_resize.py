@@ -12,7 +12,6 @@ from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from jaxcompress import tree
@@ -20,7 +19,8 @@ from jaxcompress.errors import ArgumentError, StructureError
 from jaxcompress.graph import _compat
 from jaxcompress.graph._compat import Program
 from jaxcompress.graph._constructs import Cells, construct
-from jaxcompress.graph._dims import Axes, Dims, Walker, dims_of, dims_rule
+from jaxcompress.graph._dims import Dims, Walker, dims_of
+from jaxcompress.graph._dims_step import Axes, dims_rule
 from jaxcompress.graph._kept import Kept, Mask, taken
 from jaxcompress.graph._labels import Axis
 from jaxcompress.graph._replay import Equation, Plan, Visit, execute
@@ -60,8 +60,8 @@ class Removed:
         for flags in self.by_layer.values():
             inside = (flags[:, rows] & real).any(axis=2)
             if inside.any():
-                return ~(inside | gone)
-        return ~gone if gone.any() else None
+                return np.logical_not(inside | gone)
+        return np.logical_not(gone) if gone.any() else None
 
     def level_of(self, axis: Axis) -> int:
         """Find the scan between whose layers an axis keeps different indices."""

@@ -205,7 +205,7 @@ def size_of(
     if compiled:
         cost = graph.cost(fn, params, *inputs, target="cpu", **kwargs)
         found = cost.compiled.flops if cost.compiled is not None else None
-        flops, by_compiler = int(cost.flops.value), None if found is None else float(found.value)
+        flops, by_compiler = cost.flops, None if found is None else float(found.value)
     else:
         flops, by_compiler = graph.trace(fn, params, *inputs, **kwargs).flops, None
     return Size(

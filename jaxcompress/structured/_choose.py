@@ -98,15 +98,17 @@ def choose(
                 "budget",
                 got=f"{budget}: {limit:,.6g} of {dense:,.6g}",
                 expected=f"at least {have:,.6g}, which is left with the least of each group",
-                fix="Raise the budget, lower `bounds` or `round_to`, or give scores to more groups.",
+                fix="Raise the budget, lower `bounds` or `round_to`, or score more groups.",
             )
         taken += 1
 
 
 class _Step(NamedTuple):
+    """A step of shrinking: so many units of a group are left after it."""
+
     key: float
     group: str
-    count: int
+    left: int
 
 
 def _ranked(groups: Groups, name: str, scores: np.ndarray) -> np.ndarray:
@@ -148,19 +150,16 @@ def _steps(
     rank = _ranks(ranked, kinds) if scope == "isomorphic" else {}
     steps = []
     for name, scores in ranked.items():
-        group, before, key = groups[name], groups[name].size, -np.inf
-        # The score of the j-th unit to go, over layers that go together.
-        ordered = np.sort(scores, axis=-1).reshape(-1, group.size).mean(0)
+        group = groups[name]
+        if scope == "local":
+            keys = np.arange(1, group.size + 1) / group.size
+        elif scope == "isomorphic":
+            keys = np.maximum.accumulate(rank[name])
+        else:  # the score of the j-th unit to go, over layers that go together
+            ordered = np.sort(scores, axis=-1).reshape(-1, group.size).mean(0)
+            keys = np.maximum.accumulate(ordered)
         for count in _allowed(group, bounds):
-            gone = slice(group.size - before, group.size - count)
-            if scope == "local":
-                key = (group.size - count) / group.size
-            elif scope == "isomorphic":
-                key = max(key, float(np.max(rank[name][gone])))
-            else:
-                key = max(key, float(np.max(ordered[gone])))
-            steps.append(_Step(key, name, count))
-            before = count
+            steps.append(_Step(float(keys[group.size - count - 1]), name, count))
     return sorted(steps, key=lambda step: step.key)  # stable: order within a group stays
 
 
@@ -210,14 +209,14 @@ def _allowed(group: Group, bounds: Bounds) -> list[int]:
 
 
 def _units(bound: float, size: int) -> int:
-    return int(round(bound * size)) if isinstance(bound, float) else int(bound)
+    return round(bound * size) if isinstance(bound, float) else int(bound)
 
 
 def _counts(
     groups: Groups, ranked: Mapping[str, np.ndarray], steps: Sequence[_Step], taken: int
 ) -> dict[str, int]:
     counts = {name: groups[name].size for name in ranked}
-    counts |= {step.group: step.count for step in steps[:taken]}
+    counts |= {step.group: step.left for step in steps[:taken]}
     return counts
 
 

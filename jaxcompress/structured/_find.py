@@ -88,7 +88,10 @@ def _multiple(group: Group, round_to: int | Mapping[str, int]) -> int:
     for key, value in pairs.items():
         if value < 1:
             raise ArgumentError(
-                "round_to", got=repr(value), expected="a positive multiple", fix="1 leaves all free."
+                "round_to",
+                got=repr(value),
+                expected="a positive multiple",
+                fix="1 leaves all free.",
             )
         if key == "*" or key == group.role or tree.matches(key, group.name):
             features = max((m.indices.shape[1] for m in group.members), default=1)
@@ -132,17 +135,23 @@ class _Finder:
         return _Leaf(join("output"), join("contract"), join("batch"), join("lookup"), spatial)
 
     def _attention(self) -> dict[str, np.ndarray]:
-        """Flag the labels that contractions without a leaf share between operands, or not."""
+        """Flag labels by contractions without a leaf: heads are shared, their features are not."""
         dims = self._dims
+        in_leaf = np.zeros(len(dims.labels), bool)
+        for axes in dims.leaves.values():
+            for axis in axes:
+                rows = dims.labels.rows(axis)
+                in_leaf[rows[rows >= 0]] = True
         at_site = {found.position for found in dims.traced.record.sites}
         flags = {name: np.zeros(len(dims.labels), bool) for name in ("heads", "head size")}
         for product in dims.products:
             if product.position in at_site:
                 continue
-            for k, axis in enumerate(product.axes):
-                rows = dims.labels.rows(axis)
-                name = "heads" if k < product.batch else "head size"
-                flags[name][rows[rows >= 0]] = True
+            rows = [dims.labels.rows(axis) for axis in product.axes]
+            mine = [np.unique(row[(row > 0) & in_leaf[row]]) for row in rows]
+            if any(len(labels) for labels in mine[: product.batch]):
+                for k, labels in enumerate(mine):
+                    flags["heads" if k < product.batch else "head size"][labels] = True
         return flags
 
     def groups(self) -> list[Group]:
@@ -152,14 +161,17 @@ class _Finder:
         units, inverse = np.unique(label, return_inverse=True)
         kinds = self._kinds(units, inverse.reshape(-1), code)
         found = []
-        for kind in np.unique(kinds):
-            mine = units[kinds == kind]
-            here = np.isin(label, mine)
+        mine = kinds[inverse.reshape(-1)]
+        order = np.argsort(mine, kind="stable")
+        ends = np.cumsum(np.bincount(mine))
+        for here in np.split(order, ends[:-1]):
             group = self._group(label[here], code[here], position[here])
             if group.size > 1 or group.frozen is not None:
                 found.append(group)
         order = {path: k for k, path in enumerate(self._paths)}
-        found.sort(key=lambda g: (order[g.name], g.members[0].axis, int(g.members[0].indices[0, 0])))
+        found.sort(
+            key=lambda g: (order[g.name], g.members[0].axis, int(g.members[0].indices[0, 0]))
+        )
         return found
 
     def _occurrences(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -176,7 +188,8 @@ class _Finder:
                     positions.append(there)
                     self._codes.append((path, k))
         if not labels:
-            return (np.zeros(0, int),) * 3
+            none = np.zeros(0, int)
+            return none, none, none
         return np.concatenate(labels), np.concatenate(codes), np.concatenate(positions)
 
     def _kinds(self, units: np.ndarray, inverse: np.ndarray, code: np.ndarray) -> np.ndarray:
@@ -185,12 +198,16 @@ class _Finder:
             inverse.astype(np.int64) * len(self._codes) + code, return_counts=True
         )
         unit, where = np.divmod(pairs, len(self._codes))
+        self._axes_of = np.zeros(len(self._dims.labels), np.int32)
+        self._axes_of[units] = np.bincount(unit, minlength=len(units))
         reasons = self._dims.reasons[units].astype(str)
         _, reason = np.unique(reasons, return_inverse=True)
         layer = self._dims.layers[units]
         random = np.random.default_rng(0).integers(1, 2**63, len(self._codes), dtype=np.uint64)
         key = np.zeros(len(units), np.uint64)
-        np.add.at(key, unit, random[where] * (counts.astype(np.uint64) * np.uint64(2) + np.uint64(1)))
+        np.add.at(
+            key, unit, random[where] * (counts.astype(np.uint64) * np.uint64(2) + np.uint64(1))
+        )
         table = np.stack([key.view(np.int64), reason.reshape(-1), layer], axis=1)
         return np.unique(table, axis=0, return_inverse=True)[1].reshape(-1)
 
@@ -232,6 +249,7 @@ class _Finder:
             description=self._describe(role, placed),
             layers=() if level < 0 else (dims.levels[level].length,),
             frozen=self._frozen(label[0], role, placed),
+            labels=order,
         )
 
     def _frozen(self, label: int, role: Role, members: Sequence[Member]) -> str | None:
@@ -254,20 +272,16 @@ class _Finder:
             if len(mine) and (heads[mine] & (mine >= 0) & (mine != label)).any():
                 # Of two labels of heads, the one with fewer leaves is the queries'.
                 others = np.unique(mine[heads[mine] & (mine >= 0) & (mine != label)])
-                return self._leaves_of(label) < self._leaves_of(others[0])
+                return bool(self._axes_of[label] < self._axes_of[others[0]])
         return False
 
-    def _leaves_of(self, label: int) -> int:
-        axes = (axis for axes in self._dims.leaves.values() for axis in axes)
-        return sum(bool((self._dims.labels.rows(axis) == label).any()) for axis in axes)
-
     def _role(self, label: int, members: Sequence[Member]) -> Role:
+        if any(m.axis in self._sites[m.path].batch for m in members):
+            return "experts"
         if self._scored["heads"][label]:
             return "heads"
         if self._scored["head size"][label]:
             return "head size"
-        if any(m.axis in self._sites[m.path].batch and not m.produces for m in members):
-            return "experts"
         producers = {m.path for m in members if m.produces}
         stacked = bool(self._dims.levels) and any(
             self._dims.layer_axis(self._dims.leaves[m.path], k) is not None

@@ -50,6 +50,7 @@ class Group:
         layers: `()`, or the lengths of the stacked layers that have keep-sets of their own.
         round_to: Numbers of units to keep are multiples of it (or all).
         frozen: Why nothing of it can be removed; `None` if it can.
+        labels: The labels of its units in `Groups.dims`.
     """
 
     name: str
@@ -60,6 +61,7 @@ class Group:
     layers: tuple[int, ...] = ()
     round_to: int = 1
     frozen: str | None = None
+    labels: np.ndarray | None = field(default=None, repr=False)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

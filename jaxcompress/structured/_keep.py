@@ -158,9 +158,7 @@ def keep(groups: Groups, indices: Mapping[str, ArrayLike]) -> Keep:
     chosen = {
         name: _checked(_group(groups, name), np.asarray(units)) for name, units in indices.items()
     }
-    chosen = {
-        name: units for name, units in chosen.items() if units.shape[-1] < groups[name].size
-    }
+    chosen = {name: units for name, units in chosen.items() if units.shape[-1] < groups[name].size}
     shapes = {path: tuple(leaf.shape) for path, leaf in groups.leaves.items()}
     masks: dict[tuple[str, int], np.ndarray] = {}
     layers: dict[str, int] = {}
@@ -182,9 +180,12 @@ def _group(groups: Groups, name: str) -> Group:
     if name in groups:
         return groups[name]
     if name in groups.frozen:
+        # Several axes of a leaf may be frozen, under names that count up.
+        alike = [g for key, g in groups.frozen.items() if key.split("#")[0] == name]
+        why = dict.fromkeys(str(g.frozen) for g in alike or [groups.frozen[name]])
         raise SelectionError(
             "keep",
-            got=f"the frozen group {name!r}: {groups.frozen[name].frozen}",
+            got=f"the frozen group {name!r}: {'; '.join(why)}",
             expected="groups that can shrink",
             fix=f"These can: {tree.shorten(sorted(groups))}.",
         )

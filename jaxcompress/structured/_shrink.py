@@ -59,7 +59,7 @@ def _sliced(path: str, leaf: Any, keep: Keep) -> Any:
         return jax.ShapeDtypeStruct(keep.shape(path), leaf.dtype)
     for axis, indices in axes.items():
         if indices.ndim == 1:
-            leaf = jnp.take(leaf, indices, axis=axis)
+            leaf = graph.take(leaf, indices, axis)
             continue
         shape = [1] * leaf.ndim
         layer = keep.layers[path]

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from jaxcompress import graph, tree
+from jaxcompress import tree
 from jaxcompress.structured._groups import Groups
 
 _Kinds = tuple[tuple[int, tuple[str, ...]], ...]
@@ -46,18 +46,11 @@ class Sizes:
 
     def _labelled(self) -> np.ndarray:
         """Number the group of each label; 0 for none."""
-        labels = self._dims.labels
-        numbers = np.zeros(len(labels), np.int32)
+        numbers = np.zeros(len(self._dims.labels), np.int32)
         self._names = ["", *self._groups]
         for number, group in enumerate(self._groups.values(), start=1):
-            member = group.members[0]
-            rows = labels.rows(self._dims.leaves[member.path][member.axis])
-            for unit in member.indices:
-                mine = rows[unit]
-                # The unit's label is the one that all of its indices have.
-                common = functools.reduce(np.intersect1d, mine)
-                own = common[common >= 0]
-                numbers[own[numbers[own] == 0]] = number
+            assert group.labels is not None, "groups come from `structured.groups`"
+            numbers[group.labels] = number
         return numbers
 
     @functools.cached_property

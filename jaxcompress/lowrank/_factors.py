@@ -1,0 +1,237 @@
+"""`Factors`: the pytree node that stands where a factorised leaf stood."""
+
+import functools
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+from jax.sharding import NamedSharding, PartitionSpec
+
+from jaxcompress import tree
+from jaxcompress.errors import SelectionError
+from jaxcompress.graph._moved import Parted, placement
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass, data_fields=("left", "core", "right"), meta_fields=()
+)
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Factors:
+    """An array as a product of thinner ones: `Σ_r left[..., r] right[..., r]`.
+
+    The parts are ordinary arrays of params, with paths of their own (`mlp/kernel/left`): they are
+    trained, counted, masked, quantized and stored like any others. `lowrank.execute` contracts
+    them one after the other where fn contracts the array.
+
+    Invariants: each part has the array's axes, of its length or 1 where the part does not vary
+    along it, and the ranks behind. An axis that several parts have (experts, stacked layers)
+    tells matrices apart. With a core, the array is
+    `Σ_ab left[..., a] core[..., a, b] right[..., b]`.
+
+    Attributes:
+        left: `(*axes, rank)`: of a kernel `(in, out)` it is `(in, 1, rank)`.
+        right: `(*axes, rank)`: `(1, out, rank)`.
+        core: `(*axes, rank_in, rank_out)`, or `None`: the window of a Tucker-2 convolution.
+
+    Example:
+        >>> factors = Factors(left=jnp.ones((5, 1, 2)), right=jnp.ones((1, 7, 2)))
+        >>> factors.shape, factors.ranks, factors.entries
+        ((5, 7), (2,), 24)
+    """
+
+    left: Any
+    right: Any
+    core: Any = None
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The shape of the array that it stands for."""
+        parts = [part for part in (self.left, self.core, self.right) if part is not None]
+        return tuple(max(lengths) for lengths in zip(*(p.shape for p in parts), strict=False))[
+            : len(self.left.shape) - 1
+        ]
+
+    @property
+    def ndim(self) -> int:
+        """How many axes that array has."""
+        return len(self.left.shape) - 1
+
+    @property
+    def dtype(self) -> Any:
+        """The dtype of that array."""
+        return self.left.dtype
+
+    @property
+    def ranks(self) -> tuple[int, ...]:
+        """The rank; with a core, those of inputs and outputs."""
+        if self.core is None:
+            return (self.left.shape[-1],)
+        return self.left.shape[-1], self.right.shape[-1]
+
+    @property
+    def entries(self) -> int:
+        """How many numbers it stores."""
+        return sum(math.prod(part.shape) for part in jax.tree.leaves(self))
+
+    def dense(self) -> Array:
+        """Multiply the parts out.
+
+        Returns:
+            The array that it stands for.
+        """
+        return carried(self, "").array()
+
+
+def is_factors(x: Any) -> bool:
+    return isinstance(x, Factors)
+
+
+def densify(params: tree.Params) -> tree.Params:
+    """Replace every `Factors` by the array that it stands for.
+
+    Args:
+        params: Params with `Factors` in it, or none.
+
+    Returns:
+        Params of the structure that fn takes.
+
+    Example:
+        >>> factors = Factors(left=jnp.ones((5, 1, 2)), right=jnp.ones((1, 7, 2)))
+        >>> densify({"kernel": factors})["kernel"].shape
+        (5, 7)
+    """
+    return jax.tree.map(lambda x: x.dense() if is_factors(x) else x, params, is_leaf=is_factors)
+
+
+def restore(params: tree.Params) -> tree.Params:
+    """Make `Factors` of what `export.load` gives in their place without a `like`: mappings.
+
+    Args:
+        params: Params with mappings of `left`, `core` and `right`.
+
+    Returns:
+        Params with `Factors`.
+
+    Raises:
+        SelectionError: If there are none.
+
+    Example:
+        >>> parts = {"left": jnp.ones((5, 1, 2)), "core": None, "right": jnp.ones((1, 7, 2))}
+        >>> restore({"kernel": parts})["kernel"].shape
+        (5, 7)
+    """
+
+    def is_parts(x: Any) -> bool:
+        return isinstance(x, Mapping) and set(x) == {"left", "core", "right"}
+
+    if not any(map(is_parts, jax.tree.leaves(params, is_leaf=is_parts))):
+        raise SelectionError(
+            "params",
+            got="params without mappings of left, core and right",
+            expected="params with factorised leaves, as export.load gives them",
+            fix="With export.load(path, like=params) they are Factors already.",
+        )
+    return jax.tree.map(lambda x: Factors(**x) if is_parts(x) else x, params, is_leaf=is_parts)
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=("left", "core", "right"),
+    meta_fields=("path", "split"),
+)
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Carried(Parted):
+    """What a variable of fn holds of a factorised leaf.
+
+    Attributes:
+        left: As in `Factors`, with stored axes.
+        core: Likewise.
+        right: Likewise.
+        path: The leaf's path.
+        split: How many stored axes make up each axis of the array at hand.
+    """
+
+    left: Array
+    core: Array | None
+    right: Array
+    path: str
+    split: tuple[int, ...]
+
+    @property
+    def parts(self) -> tuple[Array, ...]:
+        """The parts in the order of the product."""
+        return (self.left, self.right) if self.core is None else (self.left, self.core, self.right)
+
+    @property
+    def lengths(self) -> tuple[int, ...]:
+        """The lengths of the stored axes."""
+        axes = range(self.left.ndim - 1)
+        return tuple(max(part.shape[k] for part in self.parts) for k in axes)
+
+    @property
+    def dtype(self) -> Any:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """The dtype of the array at hand."""
+        return self.left.dtype
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the parts."""
+        return sum(part.nbytes for part in self.parts)
+
+    def moved(self, move: Callable[[Array], Array], **changes: Any) -> "Carried":
+        """Move the entries of every part about, and change fields."""
+        core = None if self.core is None else move(self.core)
+        return replace(self, left=move(self.left), core=core, right=move(self.right), **changes)
+
+    def cast(self, dtype: Any) -> "Carried":
+        """Describe the array in another floating dtype."""
+        return self.moved(lambda part: part.astype(dtype))
+
+    def placement(self) -> NamedSharding | None:
+        """Say where the array at hand would live; `None` where there are no Explicit axes."""
+        found = [placement(part, self.stored_axes) for part in self.parts]
+        places = [place for place in found if place is not None]
+        if not places:
+            return None
+        padded = ((*place.spec, *(None,) * self.ndim)[: self.ndim] for place in places)
+        spec: list[Any] = []
+        for names in zip(*padded, strict=True):
+            left = (name for name in names if name is not None and name not in spec)
+            spec.append(next(left, None))
+        return NamedSharding(places[0].mesh, PartitionSpec(*spec))
+
+    def array(self) -> Array:
+        """Multiply the parts out."""
+        axes = range(len(self.lengths))
+        rank = len(self.lengths)
+        tails = [[rank], [rank]] if self.core is None else [[rank], [rank, rank + 1], [rank + 1]]
+        operands: list[Any] = []
+        for number, (part, tail) in enumerate(zip(self.parts, tails, strict=True)):
+            held = [k for k in axes if part.shape[k] > 1 or (self.lengths[k] == 1 and not number)]
+            kept = [*held, *range(rank, part.ndim)]
+            operands += [part.reshape([part.shape[k] for k in kept]), [*held, *tail]]
+        exact = functools.partial(jnp.einsum, precision=lax.Precision.HIGHEST)
+        return exact(*operands, list(axes)).reshape(self.shape)
+
+
+def carried(factors: Factors, path: str) -> Carried:
+    """Start a leaf on its way.
+
+    Args:
+        factors: The factorised leaf.
+        path: Its path.
+
+    Returns:
+        The node.
+    """
+    return Carried(
+        left=factors.left,
+        core=factors.core,
+        right=factors.right,
+        path=path,
+        split=(1,) * factors.ndim,
+    )

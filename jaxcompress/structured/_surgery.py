@@ -1,0 +1,400 @@
+"""Leaving residual blocks and layers of a stack out of a captured call, and what goes with them."""
+
+import functools
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from jaxcompress import tree
+from jaxcompress.errors import ArgumentError
+from jaxcompress.graph import _compat
+from jaxcompress.graph._compat import Program
+from jaxcompress.graph._constructs import Cells, construct
+from jaxcompress.graph._replay import Entry, Equation, Plan, Visit
+from jaxcompress.graph._trace import Traced
+from jaxcompress.graph._walk import Position
+from jaxcompress.structured._flow import NO_VALUE, Flow, Live, Node, live, tainted
+from jaxcompress.structured._residuals import Residual
+
+_ROWWISE = frozenset({"convert_element_type", "copy", "name", "reduce_precision", "transpose"})
+"""Primitives that do the same with fewer rows."""
+Kept = Mapping[Position, tuple[int, ...]]
+"""The iterations that stay of each scan that loses some."""
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Surgery:
+    """What is left out of a call, with all that only served it.
+
+    Attributes:
+        passes: `{position: operand}` of the sums that pass x on.
+        kept: The iterations that stay.
+        live: What is still needed.
+        removed: Paths of the leaves that nothing reads any more.
+        rows: `{path: axis}` of the leaves that lose the rows of the iterations that go.
+        small: The values of fn's own flow that have fewer rows.
+        dropped_outputs: Numbers of the results that mirror leaves of what is gone.
+        short_outputs: `{number: (axis, scan)}` of the results that mirror leaves that lose rows.
+        row_of: For each leaf that loses rows, the scan that says which.
+    """
+
+    passes: Mapping[Position, int]
+    kept: Kept
+    live: Live
+    removed: tuple[str, ...]
+    rows: Mapping[str, int]
+    small: frozenset[int]
+    dropped_outputs: frozenset[int]
+    short_outputs: Mapping[int, tuple[int, Position]]
+    row_of: Mapping[str, Position]
+
+
+def operate(
+    traced: Traced,
+    flow: Flow,
+    dropped: Iterable[Residual],
+    kept: Kept,
+    *,
+    shorter: Container[str] | None = None,
+) -> Surgery:
+    """Work out what goes if these sums pass their input on and these iterations stay.
+
+    Args:
+        traced: The captured call.
+        flow: The same as a flow.
+        dropped: The sums.
+        kept: The iterations.
+        shorter: The leaves that may lose rows; `None` for all that can.
+
+    Returns:
+        What goes.
+
+    Raises:
+        ArgumentError: If a result stacked over the iterations of a scan is needed.
+    """
+    passes = {one.node.position: one.skip for one in dropped}
+    parts = _parts(traced)
+    state = _mirrors(traced)
+    leaves = set(flow.inputs[: len(parts)])
+    through = {k for k in state if flow.outputs[k] in leaves}
+    fixed = [v for k, v in enumerate(flow.outputs) if k not in state]
+    gone = live(flow, fixed, {}).nodes - live(flow, fixed, passes).nodes
+    touched = tainted(flow, gone, passes) if state else set[int]()
+    lost = {k for k in state.keys() - through if flow.outputs[k] in touched}
+    roots = [(k, v) for k, v in enumerate(flow.outputs) if k not in through]
+    before = live(flow, [v for _, v in roots], {}).values[()]
+    after = live(flow, [v for k, v in roots if k not in lost], passes)
+    read_before = {parts[v] for v in before & leaves}
+    read_after = {parts[v] for v in after.values[()] & leaves}
+    removed = _removed(list(traced.leaves), read_before, read_after)
+    lost |= {k for k in through if state[k] in removed}
+    rows = _Rows(traced, flow, after, kept, state, lost, shorter)
+    return Surgery(
+        passes=passes,
+        kept=kept,
+        live=after,
+        removed=removed,
+        rows=rows.axes,
+        small=frozenset(rows.small),
+        dropped_outputs=frozenset(lost),
+        short_outputs=rows.outputs,
+        row_of=rows.scans,
+    )
+
+
+def _parts(traced: Traced) -> list[str]:
+    """List the path of the leaf of each of the first arguments."""
+    return [path for path, leaf in traced.leaves.items() for _ in jax.tree.leaves(leaf)]
+
+
+def _mirrors(traced: Traced) -> dict[int, str]:
+    """Find the results that are new values of leaves: those with a leaf's path and shape."""
+    found = {}
+    for k, (keypath, like) in enumerate(jax.tree_util.tree_flatten_with_path(traced.outputs)[0]):
+        segments = tree.path_str(keypath).split("/")
+        for start in range(len(segments)):
+            path = "/".join(segments[start:])
+            if path in traced.leaves and traced.leaves[path].shape == like.shape:
+                found[k] = path
+                break
+    return found
+
+
+def _removed(paths: Sequence[str], before: set[str], after: set[str]) -> tuple[str, ...]:
+    """List the leaves that are not read any more, and unread ones of what is gone altogether."""
+    gone = before - after
+    alive = {folder for path in paths if path in after for folder in _folders(path)}
+    emptied = {folder for path in gone for folder in _folders(path)} - alive
+    return tuple(
+        path
+        for path in paths
+        if path in gone or (path not in before and not emptied.isdisjoint(_folders(path)))
+    )
+
+
+def _folders(path: str) -> Iterator[str]:
+    while "/" in path:
+        path = path.rsplit("/", 1)[0]
+        yield path
+
+
+class _Rows:
+    """Follows leaves to the scans that lose iterations, and their stacked results to outputs."""
+
+    def __init__(
+        self,
+        traced: Traced,
+        flow: Flow,
+        after: Live,
+        kept: Kept,
+        state: Mapping[int, str],
+        lost: set[int],
+        shorter: Container[str] | None,
+    ):
+        self._flow, self._after, self._kept = flow, after, kept
+        self._state, self._lost = state, lost
+        self.axes: dict[str, int] = {}
+        self.scans: dict[str, Position] = {}
+        self.small: set[int] = set()
+        self.outputs: dict[int, tuple[int, Position]] = {}
+        parts, scans = _parts(traced), [n for n in flow.nodes if n.position in kept]
+        values = {path: v for v, path in zip(flow.inputs, parts, strict=False)}
+        for scan in scans:
+            for path, axis in self._leaves(scan, parts, traced).items():
+                if shorter is not None and path not in shorter:
+                    continue
+                outputs: dict[int, tuple[int, Position]] = {}
+                reached = self._spread(values[path], axis, scan, path, outputs)
+                if reached is not None:
+                    self.axes[path], self.scans[path] = axis, scan.position
+                    self.small |= reached
+                    self.outputs |= outputs
+        for scan in scans:
+            self._results(scan)
+
+    def _leaves(self, scan: Node, parts: Sequence[str], traced: Traced) -> dict[str, int]:
+        """Find the leaves whose rows a scan reads one by one, and along which axis."""
+        found: dict[str, int] = {}
+        for k in range(_first_slice(scan), len(scan.operands)):
+            value, axis = scan.operands[k], 0
+            while value != NO_VALUE and (maker := self._flow.maker[value]) is not None:
+                if maker.name not in _ROWWISE:
+                    break
+                if maker.name == "transpose":
+                    axis = maker.eqn.params["permutation"][axis]
+                value = maker.operands[0]
+            if value in self._after.values[()] and value in self._flow.inputs[: len(parts)]:
+                path = parts[self._flow.inputs.index(value)]
+                if not isinstance(traced.leaves[path], tree.LeafNode):
+                    found[path] = axis
+        return found
+
+    def _spread(
+        self, value: int, axis: int, scan: Node, path: str, outputs: dict[int, tuple[int, Position]]
+    ) -> set[int] | None:
+        """Follow the rows of a value; `None` if something reads them that needs all of them."""
+        flow, reached, left = self._flow, {value}, [(value, axis)]
+        while left:
+            value, axis = left.pop()
+            for k, output in enumerate(flow.outputs):
+                if output == value and k not in self._lost:
+                    if self._state.get(k) != path:
+                        return None
+                    outputs[k] = axis, scan.position
+            for node, k in flow.readers.get(value, ()):
+                if node.position not in self._after.nodes:
+                    continue
+                same = self._kept.get(node.position) == self._kept[scan.position]
+                if same and k >= _first_slice(node) and axis == 0:
+                    continue
+                if node.name not in _ROWWISE:
+                    return None
+                order = node.eqn.params.get("permutation", range(len(flow.shapes[value])))
+                (result,) = node.results
+                reached.add(result)
+                left.append((result, list(order).index(axis)))
+        return reached
+
+    def _results(self, scan: Node) -> None:
+        """Check that results stacked by a scan are state of leaves that lose the same rows."""
+        carry = _compat.scan_counts(scan.eqn)[1]
+        for value in scan.results[carry:]:
+            if value not in self._after.values[()]:
+                continue
+            paths = {self._state.get(k) for k, v in self._ends(value)}
+            outputs: dict[int, tuple[int, Position]] = {}
+            path = next(iter(paths), None)
+            reached, ends = None, list[bool]()
+            if path in self.axes and len(paths) == 1:
+                reached = self._spread(value, 0, scan, path, outputs)
+                ends = [p == (self.axes[path], self.scans[path]) for p in outputs.values()]
+            if reached is None or not all(ends):
+                raise ArgumentError(
+                    "blocks",
+                    got="layers of a scan whose stacked results fn returns or goes on with",
+                    expected="a scan that stacks nothing but the new state of its own leaves",
+                    fix="Return no values per layer, or drop blocks in all layers instead.",
+                )
+            self.small |= reached
+            self.outputs |= outputs
+
+    def _ends(self, value: int) -> list[tuple[int, int]]:
+        """List the results of fn that a value leads to."""
+        return [
+            (k, v)
+            for k, v in enumerate(self._flow.outputs)
+            if v != NO_VALUE and k not in self._lost and self._flow.above[v] >> value & 1
+        ]
+
+
+def _first_slice(node: Node) -> int:
+    return sum(_compat.scan_counts(node.eqn)) if node.name == "scan" else len(node.operands)
+
+
+# --- carrying it out ------------------------------------------------------------------------------
+
+
+def new_plan(
+    *, fills: bool = False, labels: Mapping[Position, frozenset[str]] | None = None
+) -> tuple[Plan, dict[Position, Visit]]:
+    """Make a plan and the visits in it, to be filled in before it is run."""
+    visits: dict[Position, Visit] = {}
+
+    def forward(position: Position, program: Program) -> Plan:
+        return Plan({}, {}, forward)  # no rule of differentiation is entered
+
+    keyed = {position: tuple(sorted(names)) for position, names in (labels or {}).items()}
+    return Plan(visits, {}, forward, fills, keyed=keyed), visits
+
+
+def plan_of(flow: Flow, surgery: Surgery) -> Plan:
+    """Plan a run without what is left out."""
+    plan, visits = new_plan()
+    _plan_flow(flow, surgery, plan, visits)
+    return plan
+
+
+def _plan_flow(flow: Flow, surgery: Surgery, plan: Plan, visits: dict[Position, Visit]) -> None:
+    needed = surgery.live.values[flow.position]
+    small = surgery.small if flow.position == () else frozenset[int]()
+    alive = surgery.live.nodes
+    for position, border in flow.borders.items():
+        inside = any(p[: len(position)] == position for p in alive)
+        given = [v for v in border.operands if v != NO_VALUE]
+        if not inside and needed.isdisjoint(border.results):
+            visits[position] = leave_out
+        elif any(v not in needed or v in small for v in given):
+            visits[position] = functools.partial(_rebuild, plan, position)
+    for node in flow.nodes:
+        here = node.position
+        if here in surgery.passes and here in alive:
+            visits[here] = functools.partial(_pass, surgery.passes[here])
+        elif here not in alive:
+            visits[here] = leave_out
+        elif node.body is not None:
+            kept = surgery.kept.get(here)
+            if kept is not None or any(v not in needed for v in node.operands if v != NO_VALUE):
+                whole = {
+                    k
+                    for k in range(_first_slice(node), len(node.operands))
+                    if node.operands[k] not in small
+                }
+                visits[here] = functools.partial(_shorter, plan, here, kept, whole)
+            _plan_flow(node.body, surgery, plan, visits)
+
+
+def _pass(
+    operand: int, equation: Equation, operands: Sequence[Any], cells: Cells
+) -> tuple[list, Cells]:
+    return [jnp.asarray(operands[operand], equation.result_dtype)], {}
+
+
+def leave_out(equation: Equation, operands: Sequence[Any], cells: Cells) -> tuple[list, Cells]:
+    return [None] * len(equation._eqn.outvars), {}
+
+
+def _rebuild(
+    plan: Plan, position: Position, equation: Equation, operands: Sequence[Any], cells: Cells
+) -> tuple[list, Cells]:
+    """Enter a construct even if nothing in it is visited: some operands are missing or shorter."""
+    eqn = equation._eqn
+    rule = construct(eqn.primitive.name)
+    assert rule is not None
+    enter = Entry(functools.partial(rule.bodies, eqn), plan, position)
+    return rule.rebuild(eqn, operands, {}, enter)
+
+
+def _shorter(
+    plan: Plan,
+    position: Position,
+    kept: tuple[int, ...] | None,
+    whole: set[int],
+    equation: Equation,
+    operands: Sequence[Any],
+    cells: Cells,
+) -> tuple[list, Cells]:
+    """Run a scan with the iterations that stay; `whole` are the operands that have all rows."""
+    eqn = equation._eqn
+    if kept is not None:
+        eqn = eqn.replace(params={**eqn.params, "length": len(kept)})
+        operands = [
+            take(x, 0, kept) if k in whole and x is not None else x for k, x in enumerate(operands)
+        ]
+    rule = construct("scan")
+    assert rule is not None
+    return rule.rebuild(
+        eqn, operands, {}, Entry(functools.partial(rule.bodies, eqn), plan, position)
+    )
+
+
+def take(x: Any, axis: int, kept: Sequence[int]) -> Any:
+    """Take rows of an array, of a shape only, or of a NumPy array, which stays one."""
+    if isinstance(x, jax.ShapeDtypeStruct):
+        shape = (*x.shape[:axis], len(kept), *x.shape[axis + 1 :])
+        return jax.ShapeDtypeStruct(shape, x.dtype)
+    first, last = kept[0], kept[-1] + 1
+    if last - first == len(kept) and isinstance(x, jax.Array):
+        return lax.slice_in_dim(x, first, last, axis=axis)
+    return x[(slice(None),) * axis + (np.asarray(kept),)]
+
+
+Step = Callable[[Sequence[Any], Sequence[Any], Any], tuple[Sequence[Any], Cells]]
+"""`(carry before, carry after, cell) -> (carry, filled cells)` of one iteration of a scan."""
+
+
+class _Stepped:
+    """Runs the body of a scan, then a step on what it carries."""
+
+    def __init__(self, enter: Entry, carried: slice, label: str, step: Step):
+        self._enter, self._carried, self._label, self._step = enter, carried, label, step
+        self.fills = enter.fills
+
+    def __call__(self, body: int, operands: Sequence[Any], cells: Cells) -> tuple[list, Cells]:
+        results, filled = self._enter(body, operands, cells)
+        before = operands[self._carried]
+        carry, more = self._step(before, results[: len(before)], cells.get(self._label))
+        return [*carry, *results[len(before) :]], {**filled, **more}
+
+    def forward(self, program: Program, operands: Sequence[Any]) -> list:
+        return self._enter.forward(program, operands)
+
+
+def stepped(plan: Plan, position: Position, label: str, step: Step) -> Visit:
+    """Make a visit that runs a scan with a step after each iteration."""
+
+    def visit(equation: Equation, operands: Sequence[Any], cells: Cells) -> tuple[list, Cells]:
+        eqn, rule = equation._eqn, construct("scan")
+        assert rule is not None
+        consts, carry = _compat.scan_counts(eqn)
+        names = sorted(plan.cells.get(position, ()))
+        inside = {name: cells[name] for name in names if name in cells}
+        enter = Entry(functools.partial(rule.bodies, eqn), plan, position)
+        carried = slice(consts, consts + carry)
+        return rule.rebuild(eqn, operands, inside, _Stepped(enter, carried, label, step))
+
+    return visit

@@ -1,0 +1,199 @@
+"""Rules of `dims` one by one: what is tied, what is frozen, and that what is left still runs."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax import lax
+
+from jaxcompress import graph
+from jaxcompress.errors import ArgumentError
+
+W = {"up": (3, 8), "down": (8, 2)}
+
+
+def params_of(shapes, seed=0):
+    rng = np.random.default_rng(seed)
+    return {
+        name: jnp.asarray(rng.standard_normal(shape), jnp.float32) for name, shape in shapes.items()
+    }
+
+
+def check(between, kept, *, hidden=8, width=None, out=None):
+    """Run `between` on hidden units of which some go: small must equal re-masked."""
+    width = hidden if width is None else width
+    params = params_of({"up": (3, hidden), "down": (width, 2)})
+    fn = lambda p, x: between(x @ p["up"]) @ p["down"]
+    found = graph.dims(fn, params, jnp.ones((4, 3)))
+    gone = np.setdiff1d(np.arange(hidden), kept)
+    labels = found.labels.rows(found.leaves["up"][1])
+    down = found.labels.rows(found.leaves["down"][0])
+    removed = np.setdiff1d(labels[gone], labels[np.asarray(kept)])
+    keep = {
+        "up": {1: np.asarray(kept)},
+        "down": {0: np.flatnonzero(~np.isin(down, removed[removed >= 0]).any(axis=1))},
+    }
+    shapes = {name: leaf.shape for name, leaf in params.items()}
+    small = {"up": params["up"][:, keep["up"][1]], "down": params["down"][keep["down"][0]]}
+    x = jnp.asarray(np.random.default_rng(1).standard_normal((5, 3)), jnp.float32)
+    result = jax.jit(graph.resize(fn, keep, shapes))(small, x)
+    expected = jax.jit(graph.remask(fn, keep))(params, x)
+    np.testing.assert_allclose(result, expected, rtol=1e-5, atol=1e-5)
+    return keep
+
+
+PAIRS = [0, 2, 4, 6]  # of 8: both halves of each pair (i, i + 4)
+RULES = {
+    "elementwise": (lambda h: jnp.where(h > 0, h, jnp.expm1(h)) * 2, [0, 3, 5]),
+    "iota": (lambda h: h * jnp.arange(8.0), [1, 4, 7]),
+    "iota as a mask": (lambda h: jnp.where(jnp.arange(8) % 2 == 0, h, 0.5 * h), [1, 2, 7]),
+    "constant": (lambda h: h + jnp.asarray(np.linspace(0, 1, 8), jnp.float32), [0, 6]),
+    "constant in a jit": (jax.jit(lambda h: h * np.linspace(1, 2, 8).astype(np.float32)), [0, 6]),
+    "random bits": (lambda h: h * jax.random.bernoulli(jax.random.key(0), 0.5, (8,)), [2, 3, 5]),
+    "reverse": (lambda h: h[:, ::-1], [0, 1]),
+    "roll": (lambda h: jnp.roll(h, 3, axis=1), [0, 1, 5]),
+    "gather": (lambda h: h[:, np.array([3, 1, 0, 2, 7, 6, 5, 4])], [0, 3, 5]),
+    "halves": (lambda h: jnp.concatenate([h[:, :4] - h[:, 4:], h[:, :4] + h[:, 4:]], 1), PAIRS),
+    "every other": (
+        lambda h: jnp.stack([h[:, ::2], h[:, 1::2] ** 2], -1).reshape(-1, 8),
+        [0, 1, 6, 7],
+    ),
+    "heads": (lambda h: (h.reshape(-1, 2, 4) ** 2).transpose(0, 2, 1).reshape(-1, 8), [0, 1, 2, 3]),
+    "softmax": (lambda h: jax.nn.softmax(h, axis=-1), [0, 3, 4]),
+    "logsumexp": (lambda h: h - jax.nn.logsumexp(h, axis=-1, keepdims=True), [0, 3, 4]),
+    "product": (lambda h: h * jnp.prod(h, axis=-1, keepdims=True), [1, 2, 6]),
+    "minimum": (lambda h: h - jnp.min(h, axis=-1, keepdims=True), [1, 2, 6]),
+    "any": (lambda h: h * jnp.all(h < 1.0, axis=-1, keepdims=True), [1, 2, 6]),
+    "cumulative sum": (lambda h: jnp.cumsum(h, axis=-1), [0, 2, 7]),
+    "cumulative maximum": (lambda h: lax.cummax(h, axis=1), [0, 2, 7]),
+    "pad": (lambda h: jnp.pad(h, ((0, 0), (2, 1)))[:, 2:-1], [0, 5]),
+    "scan over time": (lambda h: lax.scan(lambda c, x: (c + x, c * x), jnp.zeros(8), h)[1], [1, 5]),
+    "while": (lambda h: lax.fori_loop(0, 3, lambda k, h: jnp.sin(h) + k, h), [1, 5]),
+    "cond": (lambda h: lax.cond(h.sum() > 0, jnp.sin, lambda h: 2 * h, h), [1, 5]),
+    "remat": (jax.checkpoint(lambda h: jnp.sin(h) * jnp.arange(8.0)), [1, 5]),
+    "vmap": (jax.vmap(lambda h: h * jnp.arange(8.0) / jnp.linalg.norm(h)), [1, 5]),
+    "dynamic slice": (
+        lambda h: lax.dynamic_slice(h, (h.astype(int)[0, 0] * 0, 0), (h.shape[0], 8)),
+        [0, 1, 5],
+    ),
+    "update": (lambda h: jnp.zeros((9, 8)).at[: h.shape[0]].set(h)[: h.shape[0]], [1, 5]),
+}
+
+
+@pytest.mark.parametrize("name", RULES)
+def test_rule(name):
+    between, kept = RULES[name]
+    keep = check(between, kept)
+    assert 0 < len(keep["down"][0]) < 8
+
+
+def test_repeat_widens_units():
+    keep = check(lambda h: jnp.repeat(h, 2, axis=1), [0, 3], hidden=4, width=8)
+    assert keep["down"][0].tolist() == [0, 1, 6, 7]
+
+
+def test_tiles_widen_units():
+    keep = check(lambda h: jnp.tile(h, (1, 2)), [0, 3], hidden=4, width=8)
+    assert keep["down"][0].tolist() == [0, 3, 4, 7]
+
+
+def test_flatten_before_dense():
+    """(4, 2) positions of each unit: a unit is rows 2u and 2u + 1 of the next kernel."""
+
+    def between(h):
+        return (h[:, :, None] * jnp.array([1.0, -1.0])).reshape(h.shape[0], -1)
+
+    keep = check(between, [1, 2], hidden=4, width=8)
+    assert keep["down"][0].tolist() == [2, 3, 4, 5]
+
+
+def reason(fn, shapes, path, axis, *inputs):
+    found = graph.dims(fn, params_of(shapes), *inputs)
+    rows = found.labels.rows(found.leaves[path][axis])
+    return set(found.reasons[rows[rows >= 0]])
+
+
+def hidden_reason(between, down=8):
+    fn = lambda p, x: between(x @ p["up"]) @ p["down"]
+    return reason(fn, {"up": (3, 8), "down": (down, 2)}, "up", 1, jnp.ones((4, 3)))
+
+
+@pytest.mark.parametrize(
+    ("between", "because"),
+    [
+        (lambda h: jnp.sort(h, axis=-1), "it is sorted"),
+        (lambda h: lax.top_k(h, 8)[0], "top_k gives positions along it"),
+        (lambda h: h + jnp.argmax(h, axis=-1, keepdims=True), "argmax gives positions along it"),
+        (lambda h: jnp.fft.fft(h).real, "fft has no rule"),
+        (
+            lambda h: lax.reduce_window(h, 0.0, lax.add, (1, 3), (1, 1), "SAME"),
+            "a window slides over it",
+        ),
+        (
+            lambda h: h[:, jnp.int32(h[0, 0])][:, None] * jnp.ones(8),
+            "an index that depends on values picks from it",
+        ),
+    ],
+)
+def test_what_ends_a_unit_is_named(between, because):
+    assert because in hidden_reason(between)
+
+
+def test_an_index_picked_alone_stays_and_others_may_go():
+    found = hidden_reason(lambda h: h * h[:, 2:3])
+    assert found == {"", "an index of it is picked alone"}
+
+
+def test_inputs_and_outputs_are_named():
+    fn = lambda p, a, b: a @ p["up"] @ p["down"] + b
+    inputs = jnp.ones((4, 3)), jnp.ones((4, 2))
+    assert reason(fn, W, "up", 0, *inputs) == {"it is tied to axis 1 of input 0"}
+    assert reason(fn, W, "down", 1, *inputs) == {"it is tied to axis 1 of input 1"}
+    assert reason(lambda p, x: x @ p["up"], {"up": (3, 8)}, "up", 1, jnp.ones((4, 3))) == {
+        "it is axis 1 of output 0"
+    }
+
+
+def test_conv_groups_go_with_their_channels():
+    def fn(p, x):
+        numbers = ("NHWC", "HWIO", "NHWC")
+        x = lax.conv_general_dilated(x, p["first"], (1, 1), "SAME", dimension_numbers=numbers)
+        x = lax.conv_general_dilated(
+            x, p["grouped"], (1, 1), "SAME", dimension_numbers=numbers, feature_group_count=2
+        )
+        return x.sum((1, 2)) @ p["head"]
+
+    params = params_of({"first": (1, 1, 2, 8), "grouped": (3, 3, 4, 6), "head": (6, 2)})
+    x = jnp.asarray(np.random.default_rng(0).standard_normal((2, 4, 4, 2)), jnp.float32)
+    found = graph.dims(fn, params, x)
+    rows = found.labels.rows(found.leaves["first"][3])
+    assert rows.shape == (8, 2)  # (group, channel of it)
+    keep = {"first": {3: np.array([0, 2, 4, 6])}, "grouped": {2: np.array([0, 2])}}
+    small = dict(params, first=params["first"][..., ::2], grouped=params["grouped"][:, :, ::2])
+    shapes = {name: leaf.shape for name, leaf in params.items()}
+    np.testing.assert_allclose(
+        graph.resize(fn, keep, shapes)(small, x), graph.remask(fn, keep)(params, x), rtol=1e-5
+    )
+
+
+def test_a_rule_of_your_own():
+    primitive = jax.extend.core.Primitive("test_twice")
+    primitive.def_impl(lambda x: 2 * x)
+    primitive.def_abstract_eval(lambda x: x)
+    assert hidden_reason(primitive.bind) == {"test_twice has no rule"}
+
+    @graph.register_dims("test_twice")
+    class Twice:
+        def follow(self, step):
+            return [step.operands[0]]
+
+    assert hidden_reason(primitive.bind) == {""}
+
+
+def test_indices_that_tear_a_tie_apart_are_refused():
+    fn = lambda p, x: jnp.tanh(x @ p["up"]) @ p["down"]
+    keep = {"up": {1: np.array([0, 1])}, "down": {0: np.array([0, 2])}}
+    small = {"up": jnp.ones((3, 2)), "down": jnp.ones((2, 2))}
+    shapes = {"up": (3, 8), "down": (8, 2)}
+    with pytest.raises(ArgumentError, match="which go with what is kept of the other leaves"):
+        graph.resize(fn, keep, shapes)(small, jnp.ones((1, 3)))
