@@ -1,5 +1,6 @@
 """`to_module`: the user's own class again, at the new widths."""
 
+import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NoReturn
