@@ -80,6 +80,7 @@ def numbers(node: Any, kind: type, at: Place = ()) -> Iterator[tuple[Place, Any]
 
 
 def _children(node: Any) -> list[tuple[str | int, Any]]:
+    kind: Any = type(node)
     if isinstance(node, Call):
         return list(node.arguments.items())
     if isinstance(node, nn.Module) or (
@@ -89,7 +90,7 @@ def _children(node: Any) -> list[tuple[str | int, Any]]:
         hidden = ("parent", "name") if isinstance(node, nn.Module) else ()
         return [(name, getattr(node, name)) for name in names if name not in hidden]
     if isinstance(node, tuple) and hasattr(node, "_fields"):
-        return list(node._asdict().items())
+        return list(zip(kind._fields, node, strict=True))
     if isinstance(node, tuple | list):
         return list(enumerate(node))
     if isinstance(node, Mapping):
@@ -99,8 +100,9 @@ def _children(node: Any) -> list[tuple[str | int, Any]]:
 
 def having(node: Any, settings: Settings) -> Any:
     """Give a copy with other numbers in some places."""
+    kind: Any = type(node)
     if () in settings:
-        return type(node)(settings[()])
+        return kind(settings[()])
     new = {}
     for key, child in _children(node):
         inner = {place[1:]: value for place, value in settings.items() if place[0] == key}
@@ -113,11 +115,11 @@ def having(node: Any, settings: Settings) -> Any:
     if isinstance(node, nn.Module):
         return node.clone(**new)
     if isinstance(node, tuple) and hasattr(node, "_fields"):
-        return node._replace(**new)
+        return kind._replace(node, **new)
     if isinstance(node, tuple | list):
-        return type(node)(new.get(k, child) for k, child in enumerate(node))
+        return kind(new.get(k, child) for k, child in enumerate(node))
     if isinstance(node, Mapping):
-        return type(node)({**node, **new})
+        return kind({**node, **new})
     return dataclasses.replace(node, **new)
 
 
@@ -185,8 +187,10 @@ def search(
 
 def _options(n: int, pairs: Sequence[tuple[int, int]]) -> list[int]:
     """List what a number may become, the likeliest first: a width itself, then parts of one."""
-    direct = [new for old, new in pairs if old == n]
-    ratios = dict.fromkeys(Fraction(new, old) for old, new in pairs)
-    scaled = [int(n * ratio) for ratio in ratios if n > 1 and (n * ratio).denominator == 1]
-    choices = dict.fromkeys([*direct, *([] if direct else [n]), *scaled])
-    return list(choices) if len(choices) > 1 or direct else []
+    choices = dict.fromkeys(new for old, new in pairs if old == n)
+    if not choices:
+        choices[n] = None
+    for ratio in dict.fromkeys(Fraction(new, old) for old, new in pairs):
+        if n > 1 and (n * ratio).denominator == 1:
+            choices[int(n * ratio)] = None
+    return [] if list(choices) == [n] else list(choices)

@@ -1,16 +1,17 @@
 """`to_module`: the user's own class again, at the new widths."""
 
-import math
+import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, NoReturn
 
 import flax.linen as nn
 import jax
 from flax import nnx
 
-from jaxcompress import adapters, graph, tree
-from jaxcompress.errors import ArgumentError, ArgumentTypeError
+from jaxcompress import graph, tree
+from jaxcompress.errors import ArgumentError
+from jaxcompress.structured._builders import Builder, builder_of, is_near
 from jaxcompress.structured._certificate import (
     Distance,
     distance,
@@ -19,7 +20,6 @@ from jaxcompress.structured._certificate import (
     tolerance_of,
 )
 from jaxcompress.structured._fields import (
-    Call,
     Place,
     Settings,
     Shapes,
@@ -95,12 +95,15 @@ def to_module(
     `shrink`'s function keeps the width N of fn as a number where it divides by it; the class
     divides by the new width K. For the root mean square of RMSNorm that folds exactly:
 
-        x / sqrt(s/N + eps) * scale = x / sqrt(s/K + eps N/K) * (scale sqrt(N/K)),   s = sum x^2,
+        x / sqrt(s/N + eps) * scale = x / sqrt(s/K + eps N/K) * (scale sqrt(N/K)),  s = sum x^2,
 
-    and for queries or scores over the root of the heads' size, q / sqrt(N) = (q sqrt(K/N)) / sqrt(K).
-    Epsilon is set where a field or an NNX attribute has it, and left as it is otherwise. A mean that
-    is subtracted (LayerNorm, GroupNorm) over an axis that shrinks cannot be folded; neither can
-    other numbers that depend on a width, such as rotary wavelengths. Nothing is taken on trust:
+    and for queries or scores over the root of the heads' size,
+
+        q / sqrt(N) = (q sqrt(K/N)) / sqrt(K).
+
+    Epsilon is set where a field or an NNX attribute has it, and stays as it is otherwise. A mean
+    that is subtracted (LayerNorm, GroupNorm) over an axis that shrinks cannot be folded; neither
+    can other numbers that depend on a width, such as rotary wavelengths. Nothing is taken on trust:
     outputs are compared with the shrunk function's.
 
     Args:
@@ -111,7 +114,8 @@ def to_module(
         keep: What is kept.
         *inputs: Inputs of the module.
         exact: Refuse a module whose outputs are not the shrunk function's, up to rounding and to an
-            epsilon that no field sets. With `False` the nearest is returned, and says how far it is.
+            epsilon that no field sets. With `False` the nearest that was found is returned, and
+            says how far it is.
         **kwargs: Keywords of every call, as for `adapters.from_linen` and `from_nnx`.
 
     Returns:
@@ -137,29 +141,15 @@ def to_module(
         >>> small.module.hidden, small.agrees, small.module.apply(small.params, x).shape
         (3, True, (1, 2))
     """
-    kind = _kind(module, inputs, kwargs)
+    builder = builder_of(module, inputs, kwargs)
     smaller = _at_new_size(params, keep)
     full = tree.map_with_path(
         lambda path, x: jax.ShapeDtypeStruct(keep.shapes[path], x.dtype), smaller
     )
-    fn = kind.fn(kind.source, full)
+    fn = builder.fn(builder.source, full)
     literals = width_literals(graph.dims(fn, full, *inputs), keep.leaves)
-    wanted = {path: keep.shape(path) for path in keep.shapes}
-    places = {place: int(n) for place, n in numbers(kind.source, int)}
     reference = _Reference(rebuild(fn, keep), smaller, inputs)
-    best: Rebuilt | None = None
-    for settings, misfits in search(places, _pairs(keep), wanted, kind.shapes_of):
-        if misfits:
-            _refuse_shapes(kind, settings, misfits, wanted, keep)
-        for candidate in _candidates(kind, settings, literals, smaller, reference):
-            best = candidate if best is None or _rank(candidate) < _rank(best) else best
-        if best is not None and (best.distance is None or best.agrees):
-            break
-        if any(_inexact(literal) for literal in literals):
-            break
-    if best is None:
-        _refuse_shapes(kind, {}, list(wanted), wanted, keep)
-    assert best is not None
+    best = _nearest(builder, keep, literals, smaller, reference)
     unfolded = best.distance is None and any(_inexact(literal) for literal in literals)
     if exact and (unfolded or (best.distance is not None and not best.agrees)):
         raise ArgumentError(
@@ -168,6 +158,29 @@ def to_module(
             expected=f"outputs within {best.tolerance:.0e} of the shrunk function's",
             fix="Use `structured.rebuild`, whose outputs are those; or exact=False, and train on.",
         )
+    return best
+
+
+def _nearest(
+    builder: Builder,
+    keep: Keep,
+    literals: Sequence[WidthLiteral],
+    smaller: tree.Params,
+    reference: "_Reference",
+) -> Rebuilt:
+    """Search for the module that gives the shapes, and outputs if several do."""
+    wanted = {path: keep.shape(path) for path in keep.shapes}
+    places = {place: int(n) for place, n in numbers(builder.source, int)}
+    best: Rebuilt | None = None
+    for settings, misfits in search(places, _pairs(keep), wanted, builder.shapes_of):
+        if misfits:
+            _refuse_shapes(builder, settings, misfits, wanted)
+        for candidate in _candidates(builder, settings, literals, smaller, reference):
+            best = candidate if best is None or _rank(candidate) < _rank(best) else best
+        # Where nothing can agree, the first is as good as any.
+        if best is None or best.distance is None or best.agrees or any(map(_inexact, literals)):
+            break
+    assert best is not None, "the search gives something, and each of it a candidate"
     return best
 
 
@@ -187,9 +200,9 @@ def _at_new_size(params: tree.Params, keep: Keep) -> tree.Params:
 
 
 def _refuse_shapes(
-    kind: "_Kind", settings: Settings, misfits: Sequence[str], wanted: Shapes, keep: Keep
-) -> None:
-    found = kind.shapes_of(settings) or {}
+    builder: Builder, settings: Settings, misfits: Sequence[str], wanted: Shapes
+) -> NoReturn:
+    found = builder.shapes_of(settings) or {}
     texts = [
         f"{path!r} would be {found.get(path, 'missing')}, not {wanted[path]}"
         for path in misfits[:5]
@@ -230,32 +243,32 @@ def _folds(params: tree.Params, literals: Sequence[WidthLiteral]) -> tuple[tree.
 
 
 def _candidates(
-    kind: "_Kind",
+    builder: Builder,
     settings: Settings,
     literals: Sequence[WidthLiteral],
     smaller: tree.Params,
     reference: "_Reference",
 ) -> Iterator[Rebuilt]:
     """Give the module with everything folded, then (where that is a guess) with less."""
-    source = having(kind.source, settings)
-    epsilons = _epsilons(kind.source, literals)
+    source = having(builder.source, settings)
+    epsilons = _epsilons(builder.source, literals)
     norms = [literal for literal in literals if literal.kind == "norm" and literal.epsilon]
     centred = [literal for literal in literals if literal.centred]
     fewer = [literal for literal in literals if not literal.centred]
     for chosen in [literals, fewer] if centred else [literals]:
         for floats in [epsilons, {}] if epsilons else [{}]:
             folded, factors = _folds(smaller, chosen)
-            covered = [known for known, _ in _changes(kind.source, floats).values()]
-            open_norms = [x for x in norms if not any(_is_near(x.epsilon, c) for c in covered)]
-            module, unset = kind.module(having(source, floats), open_norms)
-            fn = kind.fn(module, folded)
+            covered = [known for known, _ in _changes(builder.source, floats).values()]
+            open_norms = [x for x in norms if not any(is_near(x.epsilon, c) for c in covered)]
+            module, unset = builder.module(having(source, floats), open_norms)
+            fn = builder.fn(module, folded)
             far = structural = reference.distance(fn, folded)
             if far is not None and unset:
                 structural = reference.distance(with_epsilons(fn, unset), folded)
             rebuilt = Rebuilt(
-                module=kind.holding(module, folded),
+                module=builder.holding(module, folded),
                 params=folded,
-                fields=_changes(kind.source, {**settings, **floats}),
+                fields=_changes(builder.source, {**settings, **floats}),
                 folded=factors,
                 distance=far,
                 structural=structural,
@@ -267,10 +280,6 @@ def _candidates(
                 return
 
 
-def _is_near(a: float, b: float) -> bool:
-    return math.isclose(a, b, rel_tol=1e-5)  # of one number, in float32 and as it was written
-
-
 def _epsilons(source: Any, literals: Sequence[WidthLiteral]) -> dict[Place, float]:
     """Say which float fields are the epsilon of norms that all want the same other one."""
     settings = {}
@@ -278,7 +287,7 @@ def _epsilons(source: Any, literals: Sequence[WidthLiteral]) -> dict[Place, floa
         wants = {
             literal.old / literal.new
             for literal in literals
-            if literal.kind == "norm" and _is_near(literal.epsilon, value)
+            if literal.kind == "norm" and is_near(literal.epsilon, value)
         }
         if len(wants) == 1:
             settings[place] = value * wants.pop()
@@ -317,13 +326,21 @@ class _Reference:
     """The shrunk function's outputs, on given and on random inputs."""
 
     def __init__(self, fn: Callable[..., Any], params: tree.Params, inputs: Sequence[Any]):
+        self._fn, self._params = fn, params
         self._inputs = [] if is_abstract(params) else [random_like(inputs)]
         if self._inputs and not is_abstract(inputs):
             self._inputs.append(tuple(inputs))
+
+    @functools.cached_property
+    def _outputs(self) -> list[Any]:
         with jax.default_matmul_precision("highest"):
-            run = jax.jit(fn)
-            self._outputs = [run(params, *args) for args in self._inputs]
-        self.tolerance = tolerance_of(params, inputs, self._outputs)
+            run = jax.jit(self._fn)
+            return [run(self._params, *args) for args in self._inputs]
+
+    @property
+    def tolerance(self) -> float:
+        """The relative distance that is rounding."""
+        return tolerance_of(self._params, self._inputs, self._outputs)
 
     def distance(self, fn: Callable[..., Any], params: tree.Params) -> Distance | None:
         """Measure how far another function is, at the worst."""
@@ -334,121 +351,3 @@ class _Reference:
                 for args, outputs in zip(self._inputs, self._outputs, strict=True)
             ]
         return max(found, key=lambda d: d.relative, default=None)
-
-
-# --- Linen and NNX ------------------------------------------------------------------------------
-
-
-class _Kind(Protocol):
-    """How modules of a library are built."""
-
-    source: Any
-    """What has the numbers."""
-
-    def shapes_of(self, settings: Settings) -> Shapes | None:
-        """Give the shapes of the leaves with some settings; `None` if it cannot be built."""
-        ...
-
-    def module(self, source: Any, norms: Sequence[WidthLiteral]) -> tuple[Any, list[WidthLiteral]]:
-        """Build it, with the epsilons of norms set; gives those where no attribute has it."""
-        ...
-
-    def fn(self, module: Any, params: tree.Params) -> Callable[..., Any]:
-        """Give its function of params."""
-        ...
-
-    def holding(self, module: Any, params: tree.Params) -> Any:
-        """Give the module that the user gets."""
-        ...
-
-
-def _kind(module: Any, inputs: Sequence[Any], kwargs: Mapping[str, Any]) -> _Kind:
-    if isinstance(module, nn.Module):
-        return _Linen(module, inputs, kwargs)
-    if callable(module) and not isinstance(module, nnx.Module):
-        call = Call(module)
-        if isinstance(nnx.eval_shape(lambda: call()), nnx.Module):
-            return _Nnx(call, kwargs)
-    raise ArgumentTypeError(
-        "module",
-        got=f"a {type(module).__name__}",
-        expected="a Linen module, or what builds an NNX module",
-        fix="For NNX give its class with arguments: functools.partial(Model, hidden=8, rngs=rngs).",
-    )
-
-
-class _Linen:
-    def __init__(self, module: nn.Module, inputs: Sequence[Any], kwargs: Mapping[str, Any]):
-        self.source, self._inputs, self._kwargs = module, inputs, kwargs
-
-    def shapes_of(self, settings: Settings) -> Shapes | None:
-        kwargs = {k: v for k, v in self._kwargs.items() if k not in ("mutable", "rngs")}
-        key = jax.random.key(0)
-        rngs = {"dropout": key, **self._kwargs.get("rngs", {}), "params": key}
-        try:
-            module = having(self.source, settings)
-            made = jax.eval_shape(lambda *args: module.init(rngs, *args, **kwargs), *self._inputs)
-        except Exception:  # whatever the user's code raises at widths that do not go together
-            return None
-        made = nn.meta.unbox(made)
-        return {path: tuple(leaf.shape) for path, leaf in tree.items(made)}
-
-    def module(self, source: Any, norms: Sequence[WidthLiteral]) -> tuple[Any, list[WidthLiteral]]:
-        return source, list(norms)
-
-    def fn(self, module: Any, params: tree.Params) -> Callable[..., Any]:
-        return adapters.from_linen(module, params, **self._kwargs)[0]
-
-    def holding(self, module: Any, params: tree.Params) -> Any:
-        return module
-
-
-class _Nnx:
-    def __init__(self, call: Call, kwargs: Mapping[str, Any]):
-        self.source, self._kwargs = call, kwargs
-
-    def shapes_of(self, settings: Settings) -> Shapes | None:
-        try:
-            state = nnx.state(self._abstract(having(self.source, settings)))
-        except Exception:  # as above
-            return None
-        return {path: tuple(leaf.shape) for path, leaf in tree.items(state)}
-
-    def _abstract(self, call: Call) -> Any:
-        return nnx.eval_shape(lambda: call())
-
-    def module(self, source: Any, norms: Sequence[WidthLiteral]) -> tuple[Any, list[WidthLiteral]]:
-        module = self._abstract(source)
-        unset = []
-        for norm in norms:
-            was_set = [_set_epsilon(module, path, norm) for path in norm.leaves]
-            if not any(was_set):
-                unset.append(norm)
-        return module, unset
-
-    def fn(self, module: Any, params: tree.Params) -> Callable[..., Any]:
-        if isinstance(module, Call):
-            module = self._abstract(module)
-        fn = adapters.from_nnx(module, **self._kwargs)[0]
-        return lambda params, *inputs: fn(_as(nnx.state(module), params), *inputs)
-
-    def holding(self, module: Any, params: tree.Params) -> Any:
-        graphdef, state = nnx.split(module)
-        return nnx.merge(graphdef, _as(state, params))
-
-
-def _as(state: nnx.State, params: tree.Params) -> nnx.State:
-    """Write params in the containers of another state, whose static metadata may differ."""
-    return jax.tree.unflatten(jax.tree.structure(state), jax.tree.leaves(params))
-
-
-def _set_epsilon(module: Any, path: str, norm: WidthLiteral) -> bool:
-    """Set the float attribute of a leaf's module that is its epsilon."""
-    *parents, _ = path.split("/")
-    for name in parents:
-        module = module[int(name)] if name.isdecimal() else getattr(module, name, None)
-    for name, value in vars(module).items() if isinstance(module, nnx.Module) else ():
-        if isinstance(value, float) and _is_near(value, norm.epsilon):
-            setattr(module, name, norm.wanted_epsilon)
-            return True
-    return False

@@ -93,7 +93,7 @@ def shrink_state(
         owner, shape = owners.of(where), getattr(want, "shape", ())
         if old is not None and getattr(old, "shape", ()) == shape:
             continue
-        if owner in keep.shapes and _can_slice(old, shape, owner, keep):
+        if owner is not None and _can_slice(old, shape, owner, keep):
             results[where] = _sliced(owner, old, keep)
             sliced.append(tree.path_str(where))
         else:
@@ -201,10 +201,14 @@ def _with_siblings(
 
 def _home(state: Any, above: _KeyPath) -> _KeyPath | None:
     """Find the innermost named tuple that a path leads through."""
-    home, node = None, state
-    for k, key in enumerate((*above, None)):
+    home: _KeyPath | None = None
+    node: Any = state
+    for k in range(len(above) + 1):
         if isinstance(node, tuple) and hasattr(node, "_fields"):
             home = above[:k]
+        if k == len(above):
+            break
+        key: Any = above[k]
         if isinstance(key, jax.tree_util.GetAttrKey):
             node = getattr(node, key.name, None)
         elif isinstance(key, jax.tree_util.SequenceKey):

@@ -64,7 +64,7 @@ def normed():
 
 
 def test_width_and_epsilon_fold_into_fields_and_scales(normed):
-    fn, params, groups = normed
+    _, params, groups = normed
     keep = halved(groups)
     small = structured.to_module(Normed(), params, keep, X)
     assert small.module == Normed(width=4, hidden=(3,), epsilon=0.5)
@@ -234,7 +234,7 @@ def test_nnx_attributes_take_the_epsilon():
 
 
 def test_what_is_no_module_is_refused(normed):
-    fn, params, groups = normed
+    _, params, groups = normed
     keep = halved(groups)
     for module in (nnx.Linear(2, 2, rngs=nnx.Rngs(0)), lambda: {"a": jnp.ones(2)}, 3):
         with pytest.raises(ArgumentTypeError, match="functools.partial"):

@@ -1,0 +1,179 @@
+"""What follows from one equation for means, norms and linear outputs: rules by primitive."""
+
+import math
+import operator
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal, TypeAlias
+
+import jax.numpy as jnp
+import numpy as np
+
+from jaxcompress.graph import _compat
+from jaxcompress.graph._walk import Position
+
+Kind: TypeAlias = Literal[
+    "number", "leaf", "sum", "mean", "deviation", "root", "norm", "output", "dot"
+]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tag:
+    """What is known of a value: what it was made from, and over which width."""
+
+    kind: Kind
+    old: int = 0
+    new: int = 0
+    value: float = 0.0
+    """Of a number; what was added to a mean; what was added to a leaf."""
+    centred: bool = False
+    leaves: frozenset[str] = frozenset()
+    at: Position = ()
+    added: tuple[Position, int] | None = None
+
+
+ARITHMETIC: dict[str, Callable[[float, float], float]] = {
+    "add": operator.add, "sub": operator.sub, "mul": operator.mul, "div": operator.truediv
+}  # fmt: skip
+Rule: TypeAlias = Callable[..., "Tag | None"]
+RULES: dict[str, Rule] = {}
+
+
+def _rule(*names: str) -> Callable[[Rule], Rule]:
+    def register(rule: Rule) -> Rule:
+        RULES.update(dict.fromkeys(names, rule))
+        return rule
+
+    return register
+
+
+def is_literal(atom: Any) -> bool:
+    return isinstance(atom, _compat.Literal)
+
+
+def read(atom: Any, tags: dict[Any, Tag | None]) -> Tag | None:
+    if not is_literal(atom):
+        return tags.get(atom)
+    value = np.asarray(atom.val)
+    if value.ndim or not (jnp.issubdtype(value.dtype, jnp.number) and np.isrealobj(value)):
+        return None
+    return Tag(kind="number", value=float(value))
+
+
+def summed(x: Tag | None, sizes: Sequence[tuple[int, int]]) -> Tag | None:
+    old, new = math.prod(a for a, _ in sizes), math.prod(b for _, b in sizes)
+    if new == old:
+        return None
+    return Tag(kind="sum", old=old, new=new, centred=x is not None and x.kind == "deviation")
+
+
+def contracted(x: Tag | None, y: Tag | None, sizes: Sequence[tuple[int, int]]) -> Tag | None:
+    kinds = {tag.kind if tag else "" for tag in (x, y)}
+    for tag in (x, y):
+        if tag and tag.kind == "leaf" and kinds != {"leaf"}:
+            return Tag(kind="output", leaves=tag.leaves)
+    if x and y and kinds == {"output"} and not x.leaves & y.leaves:
+        old, new = math.prod(a for a, _ in sizes), math.prod(b for _, b in sizes)
+        return Tag(kind="dot", leaves=x.leaves, old=old, new=new)
+    return None
+
+
+def _linear(operands: Sequence[Tag | None]) -> Tag | None:
+    """Follow what is computed from one product by whatever keeps it linear, such as a rotation."""
+    tags = [tag for tag in operands if tag is not None and tag.kind != "number"]
+    same = {tag.leaves for tag in tags if tag.kind == "output"}
+    if len(same) == 1 and all(tag.kind == "output" for tag in tags):
+        return tags[0]
+    return None
+
+
+@_rule(
+    "broadcast_in_dim", "convert_element_type", "copy", "expand_dims", "reduce_precision",
+    "reshape", "reshard", "sharding_constraint", "squeeze", "transpose", "name",
+)  # fmt: skip
+def _passed(eqn: Any, x: Tag | None, *rest: Any) -> Tag | None:
+    return x
+
+
+@_rule("add_any", "concatenate", "neg", "pad", "rev", "slice", "split")
+def _rearranged(eqn: Any, *operands: Tag | None) -> Tag | None:
+    return _linear(operands)
+
+
+@_rule("square", "integer_pow")
+def _power(eqn: Any, x: Tag | None) -> Tag | None:
+    power = eqn.params.get("y", 2)
+    if x and x.kind == "number":
+        return replace(x, value=x.value**power) if 1e-9 < abs(x.value) < 1e9 else None
+    if x and power == -1 and x.kind == "root":
+        return replace(x, kind="norm")
+    return x if x and power == 2 and x.kind in ("deviation", "mean") else None
+
+
+@_rule("sqrt", "rsqrt")
+def _rooted(eqn: Any, x: Tag | None) -> Tag | None:
+    inverse = eqn.primitive.name == "rsqrt"
+    if x and x.kind == "number" and x.value > 0:
+        return replace(x, value=x.value ** (-0.5 if inverse else 0.5))
+    return replace(x, kind="norm" if inverse else "root") if x and x.kind == "mean" else None
+
+
+@_rule("pow")
+def _raised(eqn: Any, x: Tag | None, y: Tag | None) -> Tag | None:
+    if x and y and x.kind == "mean" and y.kind == "number" and abs(y.value) == 0.5:
+        return replace(x, kind="norm" if y.value < 0 else "root")
+    return None
+
+
+@_rule("div")
+def _divided(eqn: Any, x: Tag | None, y: Tag | None) -> Tag | None:
+    if x and y and x.kind == "sum" and y.kind == "number":
+        return replace(x, kind="mean") if math.isclose(y.value, x.old, rel_tol=1e-3) else None
+    if y and y.kind == "root":
+        return replace(y, kind="norm")
+    return _linear([x]) if y is None or y.kind == "number" else None
+
+
+@_rule("mul")
+def _multiplied(eqn: Any, x: Tag | None, y: Tag | None) -> Tag | None:
+    kinds = {tag.kind: tag for tag in (x, y) if tag}
+    if "sum" in kinds and "number" in kinds:
+        near = math.isclose(kinds["number"].value * kinds["sum"].old, 1, rel_tol=1e-3)
+        return replace(kinds["sum"], kind="mean") if near else None
+    if "norm" in kinds:
+        return kinds["norm"]
+    if x is not None and x == y and x.kind in ("mean", "deviation"):  # a square
+        return x
+    return _linear([x, y])
+
+
+@_rule("add")
+def _added(eqn: Any, x: Tag | None, y: Tag | None) -> Tag | None:
+    kinds = {tag.kind: tag for tag in (x, y) if tag}
+    number = kinds.get("number")
+    for kind in ("mean", "leaf"):
+        if number and kind in kinds:
+            return replace(kinds[kind], value=kinds[kind].value + number.value)
+    if "output" in kinds and "leaf" in kinds:  # a bias
+        return replace(kinds["output"], leaves=kinds["output"].leaves | kinds["leaf"].leaves)
+    return _linear([x, y]) if x and y else None
+
+
+@_rule("sub")
+def _subtracted(eqn: Any, x: Tag | None, y: Tag | None) -> Tag | None:
+    if y and y.kind == "mean":
+        return replace(y, kind="mean" if x and x.kind == "mean" else "deviation", centred=True)
+    return _linear([x, y]) if x and y else None
+
+
+@_rule("select_n")
+def _selected(eqn: Any, which: Any, *cases: Tag | None) -> Tag | None:
+    """Follow a mean that NaN stands in for where nothing was counted."""
+    means = [tag for tag in cases if tag and tag.kind in ("mean", "sum")]
+    others = [tag for tag in cases if tag not in means]
+    return means[0] if means and all(tag and tag.kind == "number" for tag in others) else None
+
+
+@_rule("max")
+def _at_least(eqn: Any, x: Tag | None, y: Tag | None) -> Tag | None:
+    return next((tag for tag in (x, y) if tag and tag.kind == "mean"), None)
