@@ -5,6 +5,7 @@ is also written as JSON.
 """
 
 from jaxcompress.report._graph_plot import plot_graph as plot_graph
+from jaxcompress.report._group_plot import plot_group as plot_group
 from jaxcompress.report._latency import Latency as Latency
 from jaxcompress.report._latency import latency as latency
 from jaxcompress.report._leaves import Leaf as Leaf

@@ -383,6 +383,9 @@ class _Stepped:
     def forward(self, program: Program, operands: Sequence[Any]) -> list:
         return self._enter.forward(program, operands)
 
+    def derivative(self) -> Callable[..., list] | None:
+        return self._enter.derivative()
+
 
 def stepped(plan: Plan, position: Position, label: str, step: Step) -> Visit:
     """Make a visit that runs a scan with a step after each iteration."""
