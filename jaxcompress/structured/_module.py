@@ -127,7 +127,7 @@ def to_module(
 
     Example:
         >>> import jax.numpy as jnp
-        >>> from jaxcompress import structured
+        >>> from jaxcompress import adapters, structured
         >>> class Mlp(nn.Module):
         ...     hidden: int = 8
         ...     @nn.compact
