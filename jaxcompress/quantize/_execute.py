@@ -13,14 +13,14 @@ from jaxcompress import numerics, tree
 from jaxcompress.errors import ArgumentError, JaxCompressError, SelectionError, StructureError
 from jaxcompress.graph import Equation
 from jaxcompress.graph._constructs import Cells
+from jaxcompress.graph._moved import sliced
 from jaxcompress.graph._replay import SitesAt, Visit, make_plan
 from jaxcompress.graph._replay import execute as execute_plan
 from jaxcompress.graph._trace import capture
 from jaxcompress.graph._walk import Position
 from jaxcompress.numerics import QArray
 from jaxcompress.quantize import kernels as kernels_of
-from jaxcompress.quantize._carried import Carried, carried, follow, sliced
-from jaxcompress.quantize._explicit import placement
+from jaxcompress.quantize._carried import Carried, carried, follow
 from jaxcompress.quantize.kernels import Choice
 
 _BACKENDS = ("cpu", "gpu", "tpu")
@@ -255,7 +255,7 @@ def _not_traced(error: Exception, params: tree.Params, quantized: set[str]) -> E
 
 def _stand_in(q: QArray) -> jax.ShapeDtypeStruct:
     node = carried(q, "")
-    where = None if node is None else placement(node.values, node.stored_axes)
+    where = None if node is None else node.placement()
     return jax.ShapeDtypeStruct(q.shape, q.dtype, sharding=where)
 
 

@@ -7,9 +7,10 @@ from typing import Any
 from jaxcompress import tree
 from jaxcompress.errors import SelectionError
 from jaxcompress.graph import Graph, Site
+from jaxcompress.graph._forms import Form, form_at, form_of
 from jaxcompress.numerics import Format
 from jaxcompress.quantize import _ranges
-from jaxcompress.quantize._matrix import Form, Target, form_at, form_of, target_of
+from jaxcompress.quantize._matrix import Target, target_of
 from jaxcompress.quantize._method import Method, RoundToNearest
 from jaxcompress.quantize._policy import Policy, Rule, first_matches, obstacle
 from jaxcompress.stats import Statistic, mean_covariance

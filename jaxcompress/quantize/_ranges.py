@@ -8,8 +8,8 @@ import numpy as np
 
 from jaxcompress import numerics, stats
 from jaxcompress.errors import ArgumentError
+from jaxcompress.graph._forms import Form
 from jaxcompress.numerics import MSE, AbsMax, Activation, Entropy, Format, Int, Percentile
-from jaxcompress.quantize._matrix import Form
 
 _BINS = 2048
 

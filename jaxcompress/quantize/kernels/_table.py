@@ -9,9 +9,9 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from jaxcompress.graph._moved import placed
 from jaxcompress.quantize import _activations as activations
 from jaxcompress.quantize._carried import Carried
-from jaxcompress.quantize._explicit import placed
 from jaxcompress.quantize.kernels import _codes, _conv, _dot, _rows
 
 _PATCHES: Mapping[str, int] = {"cpu": 16}

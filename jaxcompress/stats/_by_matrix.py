@@ -8,8 +8,9 @@ import jax.numpy as jnp
 
 from jaxcompress.errors import ArgumentTypeError
 from jaxcompress.graph import Site
-from jaxcompress.quantize._matrix import Form
-from jaxcompress.stats import ChannelNorm, MeanCovariance, MinMax, SecondMoment
+from jaxcompress.graph._forms import Form
+from jaxcompress.stats._moments import ChannelNorm, MeanCovariance, SecondMoment
+from jaxcompress.stats._ranges import MinMax
 
 
 def by_matrix(result: Any, site: Site, form: Form) -> Any:

@@ -1,0 +1,83 @@
+"""Fisher importance: the expected second-order change of the loss, from examples' gradients."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxcompress import tree
+from jaxcompress.errors import ArgumentError
+from jaxcompress.stats._collect import matching, opened
+from jaxcompress.structured._groups import Group
+from jaxcompress.structured._method import Given, Method
+from jaxcompress.structured._slopes import Slopes, differentiated, slopes
+from jaxcompress.structured._taylor import no_slopes
+
+
+@dataclass(frozen=True, kw_only=True)
+class Fisher(Method):
+    r"""Score by the empirical Fisher information of a unit's gate.
+
+    $\frac{1}{2N} \sum_n (\sum g_n w)^2$ for N examples. The inner sum is over all learned entries
+    that go with a unit, $g_n$ the gradient of the loss of example n alone: fn or `loss` is run on
+    batches of one, so that it must not look across examples (BatchNorm in inference mode).
+
+    Attributes:
+        at_once: How many examples' gradients are held at a time.
+
+    Raises:
+        ArgumentError: If `at_once` is not positive.
+
+    Reference:
+        Theis et al., Faster gaze prediction with dense networks and Fisher pruning,
+        arXiv:1801.05787, eq. 11, with the gate on all members of a group.
+    """
+
+    joint = True
+    at_once: int = 8
+
+    def __post_init__(self):
+        if self.at_once < 1:
+            raise ArgumentError("at_once", got=self.at_once, expected="1 or more", fix="Use 8.")
+
+    def prepare(self, given: Given) -> Slopes:
+        """Sum squares over examples."""
+        gradient = differentiated(self, given)
+
+        @jax.jit
+        def step(totals: Slopes, params: tree.Params, batch: tuple) -> Slopes:
+            def of_example(example: tuple) -> Slopes:
+                _, weights, gradients = gradient(params, jax.tree.map(lambda x: x[None], example))
+                return jax.tree.map(jnp.square, slopes(weights, gradients, given))
+
+            several = jax.lax.map(of_example, batch, batch_size=self.at_once)
+            return jax.tree.map(lambda total, found: total + found.sum(0), totals, several)
+
+        first, rest = opened(given.batches)
+        examples = batch_size(first)
+        totals = step(no_slopes(given), given.params, first)
+        for batch in matching(rest, first):
+            jax.block_until_ready(totals)  # one batch at a time on the device
+            examples += batch_size(batch)
+            totals = step(totals, given.params, batch)
+        return {name: total / (2 * examples) for name, total in totals.items()}
+
+    def parts(self, group: Group, given: Given, prepared: Slopes) -> list[jax.Array]:
+        """Look the group up."""
+        return [prepared[group.name]]
+
+
+def batch_size(batch: Any) -> int:
+    """Give the leading size of a batch's arrays, which must be one."""
+    shapes = [np.shape(x) for x in jax.tree.leaves(batch)]
+    sizes = {shape[0] if shape else None for shape in shapes}
+    if len(sizes) != 1 or None in sizes or 0 in sizes:
+        raise ArgumentError(
+            "batches",
+            got=f"arrays of shapes {shapes}",
+            expected="arrays that all lead with the examples of the batch",
+            fix="Close over what is no batch of examples.",
+        )
+    return sizes.pop()  # pyright: ignore[reportReturnType]

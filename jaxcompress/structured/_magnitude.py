@@ -1,0 +1,47 @@
+"""Scores by the size of weights."""
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+
+from jaxcompress.errors import ArgumentError
+from jaxcompress.structured._groups import Group
+from jaxcompress.structured._method import Given, Method
+from jaxcompress.structured._units import unit_sums
+
+
+def powers(w: jax.Array, p: int) -> jax.Array:
+    """Give |w|^p for each entry."""
+    return jnp.abs(w) if p == 1 else jnp.square(w)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Magnitude(Method):
+    r"""Score by size: $\sum |w|^p$ over the entries that go with a unit.
+
+    Summed over all kernels of the group, those that compute the unit and those that read it, and
+    no root is taken, as the group's own norm to the power p would have it. Biases, norm scales
+    and running statistics are left out: their size does not say whether a unit is needed.
+
+    Attributes:
+        p: 1 or 2.
+
+    Raises:
+        ArgumentError: If `p` is neither.
+
+    Reference:
+        Li et al., Pruning Filters for Efficient ConvNets, arXiv:1608.08710, section 3.1 (p = 1,
+        one kernel); Fang et al., DepGraph, arXiv:2301.12900, section 3.3 (p = 2, the group).
+    """
+
+    p: Literal[1, 2] = 2
+
+    def __post_init__(self):
+        if self.p not in (1, 2):
+            raise ArgumentError("p", got=f"{self.p}", expected="1 or 2", fix="Use p=1 for L1.")
+
+    def parts(self, group: Group, given: Given, prepared: Any) -> list[jax.Array]:
+        """Sum |w|^p per unit, for each kernel."""
+        return [unit_sums(powers(given.array(m), self.p), m) for m in given.weights(group)]

@@ -1,0 +1,73 @@
+"""Weights times the norms of what they multiply."""
+
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+
+from jaxcompress import stats
+from jaxcompress.errors import ArgumentError
+from jaxcompress.structured._groups import Group, Member
+from jaxcompress.structured._method import Given, Method
+from jaxcompress.structured._seen import Found, beside_inputs, beside_rows, seen
+from jaxcompress.structured._units import unit_sums
+
+
+def wanda(w: jax.Array, squares: jax.Array) -> jax.Array:
+    r"""Give $|w_{ij}| \|x_i\|_2$ for each entry, from the sums of squares of what it multiplies."""
+    return jnp.abs(w) * jnp.sqrt(squares)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Wanda(Method):
+    r"""Score by weights times activations: $\sum |W_{ij}| \|x_i\|_2$ over the entries of a unit.
+
+    Summed over the kernels of the group, those that compute the unit and those that read it; the
+    norms are over all tokens of all batches. A table's row counts as many ones as it was looked
+    up: its activation is one-hot.
+
+    Raises:
+        ArgumentError: In `importance`, if no member of a group has a site.
+
+    Reference:
+        Sun et al., A Simple and Effective Pruning Approach for Large Language Models,
+        arXiv:2306.11695, eq. 1, summed over units.
+    """
+
+    def prepare(self, given: Given) -> Found:
+        """Collect norms of inputs."""
+        given.need(self, "fn", "batches")
+        assert given.fn is not None and given.batches is not None
+        statistics = {"norm": stats.channel_norm(), "rows": stats.lookups()}
+        paths = [m.path for group in given.groups.values() for m in given.weights(group)]
+        return seen(given.fn, given.params, given.batches, statistics, paths)
+
+    def parts(self, group: Group, given: Given, prepared: Found) -> list[jax.Array]:
+        """Sum |w| times the norm per unit, for each kernel."""
+        members = with_sites(group, given, prepared)
+        return [
+            unit_sums(wanda(given.array(m), self._squares(m, given, prepared)), m) for m in members
+        ]
+
+    def _squares(self, member: Member, given: Given, found: Found) -> jax.Array:
+        shape = given.array(member).shape
+        total = jnp.zeros((1,) * len(shape), jnp.float32)
+        for site, results in found[member.path]:
+            if "norm" in results:
+                total = total + beside_inputs(jnp.square(results["norm"].l2), site, shape)
+            else:
+                total = total + beside_rows(results["rows"].counts, site, shape)
+        return total
+
+
+def with_sites(group: Group, given: Given, found: Found) -> list[Member]:
+    """List the kernels of a group that statistics were collected at; refuse a group of none."""
+    members = [m for m in given.weights(group) if found[m.path]]
+    if not members:
+        raise ArgumentError(
+            "groups",
+            got=f"{group.name!r}, at no member of which the statistic applies",
+            expected="groups with a contraction",
+            fix="Leave the group out, or score it by Magnitude or Taylor.",
+        )
+    return members
