@@ -7,25 +7,22 @@ Reads `cifar10.npz` and `resnet20_cifar10.safetensors` from `$JAXCOMPRESS_DATA`,
 `../shared/data` from the project's root.
 """
 
-import os
 import pathlib
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+import cifar
 import jax
-import jax.numpy as jnp
 import numpy as np
+import optax
 import tyro
-from models.resnet import TORCH_NAMES, CifarResNet
+from cifar import Network, data_folder, load_network, normalise
 
-from jaxcompress import adapters, distill, export, numerics, quantize, report, sparsity, train
+from jaxcompress import export, numerics, quantize, report, sparsity, train
 from jaxcompress.quantize import presets
-from jaxcompress.train import augment, metrics
+from jaxcompress.train import metrics
 
-ROOT = pathlib.Path(__file__).parents[1]
-MEAN, STD = jnp.array([0.485, 0.456, 0.406]), jnp.array([0.229, 0.224, 0.225])
-TEMPERATURE = 4.0
 INT4 = quantize.Policy(
     (
         quantize.Rule(
@@ -55,43 +52,7 @@ class Config:
     batch_size: int = 64
     seed: int = 0
     out: pathlib.Path = pathlib.Path("cifar-resnet")
-    data: pathlib.Path = field(
-        default_factory=lambda: pathlib.Path(
-            os.environ.get("JAXCOMPRESS_DATA", ROOT.parent / "shared" / "data")
-        )
-    )
-
-
-def normalise(pixels: jax.Array) -> jax.Array:
-    return (pixels / 255.0 - MEAN) / STD
-
-
-@dataclass(frozen=True, kw_only=True)
-class Network:
-    """The pretrained network as functions of its params.
-
-    Attributes:
-        params: Linen variables: params and batch_stats.
-        predict: `(params, pixels) -> logits`, jitted.
-        forward: `(params, images) -> logits`, with running statistics.
-        forward_train: `(params, images) -> (logits, new batch_stats)`, with batch statistics.
-    """
-
-    params: Any
-    predict: Callable[..., jax.Array]
-    forward: Callable[..., jax.Array]
-    forward_train: Callable[..., Any]
-
-
-def load_network(path: pathlib.Path) -> Network:
-    module = CifarResNet(blocks=3)
-    shapes = jax.eval_shape(module.init, jax.random.key(0), jnp.zeros((1, 32, 32, 3)))
-    variables = adapters.from_torch_state(path, shapes, rename=TORCH_NAMES)
-    forward, params = adapters.from_linen(module, variables, train=False)
-    forward_train, _ = adapters.from_linen(module, variables, train=True, mutable=["batch_stats"])
-    # Packed params are unpacked inside the compiled program: what is stored is what is passed.
-    predict = jax.jit(lambda params, x: forward(quantize.unpack(params), normalise(x)))
-    return Network(params=params, predict=predict, forward=forward, forward_train=forward_train)
+    data: pathlib.Path = field(default_factory=data_folder)
 
 
 def distil(
@@ -112,27 +73,21 @@ def distil(
         The params, and their mask (`None` without a schedule).
     """
 
-    def loss(params, batch, key):
-        images = normalise(augment.pad_crop_flip(key, batch["pixels"], pad=4))
-        rounded = quantize.fake_quant(params, policy) if policy else params
-        logits, updates = network.forward_train(rounded, images)
-        teacher = network.forward(network.params, images)
-        return distill.kl(logits, teacher, temperature=TEMPERATURE), train.Aux(state=updates)
+    def pruned(tx: optax.GradientTransformation) -> Any:
+        every = max(1, steps // 60)
+        return sparsity.sparsify(tx, schedule=schedule, every=every, scope="global", within=mask)
 
-    tx = train.optimizer(
-        train.OptimizerConfig(
-            method=train.Nesterov(momentum=0.9),
-            learning_rate=learning_rate,
-            schedule=train.schedules.Cosine(steps=steps),
-            clip_norm=5.0,
-        )
+    state = cifar.distil(
+        network,
+        network.forward_train,
+        params,
+        data,
+        steps=steps,
+        learning_rate=learning_rate,
+        wrap=(lambda tx: tx) if schedule is None else pruned,
+        seen=lambda params: quantize.fake_quant(params, policy) if policy else params,
+        seed=seed,
     )
-    if schedule is not None:
-        tx = sparsity.sparsify(
-            tx, schedule=schedule, every=max(1, steps // 60), scope="global", within=mask
-        )
-    state = train.init(params, tx, key=jax.random.key(seed))
-    state, _ = train.fit(state, train.make_step(loss, tx), data, steps=steps)
     if schedule is None:
         return state.params, None
     return state.params, sparsity.get_mask(state.opt_state)
@@ -142,7 +97,7 @@ def distil(
 class Table:
     """Collects one row per model, each compared with the dense one on the same images."""
 
-    network: Network
+    predict: Callable[..., jax.Array]
     pixels: np.ndarray
     labels: np.ndarray
     folder: pathlib.Path
@@ -154,7 +109,7 @@ class Table:
         """Save, reload, and compare what was reloaded with the dense network."""
         saved = export.save(self.folder / f"{name}.safetensors", params, mask=mask)
         loaded = export.load(saved.path)
-        logits = self.network.predict(loaded.params, self.pixels)
+        logits = self.predict(loaded.params, self.pixels)
         self.dense = logits if self.dense is None else self.dense
         key = jax.random.key(self.seed)
         against = metrics.compare(self.dense, logits, self.labels, key=key)
@@ -177,11 +132,13 @@ class Table:
 
 def main(config: Config) -> None:
     images = np.load(config.data / "cifar10.npz")
-    network = load_network(config.data / "resnet20_cifar10.safetensors")
+    network = load_network(config.data)
+    # Packed params are unpacked inside the compiled program: what is stored is what is passed.
+    predict = jax.jit(lambda params, x: network.forward(quantize.unpack(params), normalise(x)))
     data = train.Batches(
         {"pixels": images["x_train"]}, batch_size=config.batch_size, seed=config.seed
     )
-    table = Table(network, images["x_test"], images["y_test"], config.out, config.seed)
+    table = Table(predict, images["x_test"], images["y_test"], config.out, config.seed)
     table.add("dense", network.params)
 
     for fraction in (0.5, 0.7, 0.8, 0.9):

@@ -8,7 +8,6 @@ Reads `cifar10.npz`, `resnet20_cifar10.safetensors`, `resnet32_cifar10.safetenso
 `$JAXCOMPRESS_DATA`, by default `../shared/data` from the project's root.
 """
 
-import os
 import pathlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -18,17 +17,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import tyro
+from cifar import augmented, data_folder, load_network, normalise
 from models import char_lstm
-from models.resnet import TORCH_NAMES, CifarResNet
 from side_by_side import SideBySide, remarks
 
 from jaxcompress import adapters, quantize, report
 from jaxcompress.numerics import MSE, AbsMax, Format, PerChannel, Range, int4
 from jaxcompress.quantize import GPTQ, ClipSearch, Method, Policy, RoundToNearest, Rule, presets
-from jaxcompress.train import augment
 
-ROOT = pathlib.Path(__file__).parents[1]
-MEAN, STD = jnp.array([0.485, 0.456, 0.406]), jnp.array([0.229, 0.224, 0.225])
 WINDOW, WARM = 256, 32
 
 
@@ -50,15 +46,7 @@ class Config:
     windows: int = 128
     seed: int = 0
     out: pathlib.Path = pathlib.Path("quantize-pretrained")
-    data: pathlib.Path = field(
-        default_factory=lambda: pathlib.Path(
-            os.environ.get("JAXCOMPRESS_DATA", ROOT.parent / "shared" / "data")
-        )
-    )
-
-
-def normalise(pixels: jax.Array) -> jax.Array:
-    return (pixels / 255.0 - MEAN) / STD
+    data: pathlib.Path = field(default_factory=data_folder)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,13 +66,7 @@ class Images:
 
 def read_images(config: Config) -> Images:
     arrays = np.load(config.data / "cifar10.npz")
-    pixels = np.asarray(arrays["x_train"][: config.images])
-    # The networks know the plain training images by heart; as they were augmented in training,
-    # activations are nearer to those of new images.
-    seen = [
-        normalise(augment.pad_crop_flip(jax.random.fold_in(jax.random.key(config.seed), i), part))
-        for i, part in enumerate(np.split(pixels, len(pixels) // 250))
-    ]
+    seen = augmented(arrays["x_train"][: config.images], seed=config.seed)
     batches = [normalise(jnp.asarray(part)) for part in np.split(arrays["x_test"], 2)]
     return Images(seen=seen, batches=batches, labels=arrays["y_test"])
 
@@ -142,11 +124,8 @@ def quantize_all(
 
 def resnet(depth: int, images: Images, config: Config) -> report.Table:
     """Quantize a ResNet, its BatchNorm folded into the convolutions before it."""
-    module = CifarResNet(blocks=(depth - 2) // 6)
-    shapes = jax.eval_shape(module.init, jax.random.key(0), images.batches[0])
-    path = config.data / f"resnet{depth}_cifar10.safetensors"
-    variables = adapters.from_torch_state(path, shapes, rename=TORCH_NAMES)
-    fn, params = adapters.from_linen(module, variables, train=False)
+    network = load_network(config.data, depth=depth)
+    fn, params = network.forward, network.params
     table = SideBySide(
         fn=fn,
         batches=images.batches,
