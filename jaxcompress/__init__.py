@@ -11,6 +11,7 @@ from jaxcompress import numerics as numerics
 from jaxcompress import quantize as quantize
 from jaxcompress import report as report
 from jaxcompress import sparsity as sparsity
+from jaxcompress import structured as structured
 from jaxcompress import train as train
 from jaxcompress import tree as tree
 

@@ -89,7 +89,20 @@ def taken(x: Any, masks: Sequence[Mask]) -> Any:
 
 
 def take(x: Any, indices: np.ndarray, axis: int) -> Any:
-    """Take indices along an axis, which stays sharded as it is if their number can be divided."""
+    """Take indices along an axis, which stays sharded as it is if their number can be divided.
+
+    Args:
+        x: Any array, on explicit meshes too.
+        indices: (K,) integers.
+        axis: The axis, counted from 0.
+
+    Returns:
+        The array with K entries along the axis.
+
+    Example:
+        >>> take(jnp.arange(6).reshape(2, 3), np.array([0, 2]), 1).tolist()
+        [[0, 2], [3, 5]]
+    """
     place = jax.typeof(x).sharding
     spec = list(place.spec)
     if not place.mesh._any_axis_explicit or all(name is None for name in spec):

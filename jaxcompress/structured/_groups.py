@@ -69,6 +69,7 @@ class Groups(Mapping[str, Group]):
     """The groups of a function by name, those that can be pruned; `frozen` has the others.
 
     Attributes:
+        prunable: Groups that can be pruned, what the mapping shows.
         leaves: `{path: ShapeDtypeStruct}` of params.
         frozen: Groups that cannot be pruned, each with its reason.
         dims: The labels that they were found from.
