@@ -132,11 +132,11 @@ def to_module(
         ...     hidden: int = 8
         ...     @nn.compact
         ...     def __call__(self, x):
-        ...         return nn.Dense(2)(jnp.tanh(nn.Dense(self.hidden)(x)))
+        ...         return nn.Dense(2)(jnp.tanh(nn.Dense(self.hidden, name="up")(x)))
         >>> x = jnp.ones((1, 3))
         >>> fn, params = adapters.from_linen(Mlp(), Mlp().init(jax.random.key(0), x))
         >>> groups = structured.groups(fn, params, x)
-        >>> keep = structured.keep(groups, {"params/Dense_0/kernel": [0, 2, 5]})
+        >>> keep = structured.keep(groups, {"params/up/kernel": [0, 2, 5]})
         >>> small = to_module(Mlp(), params, keep, x)
         >>> small.module.hidden, small.agrees, small.module.apply(small.params, x).shape
         (3, True, (1, 2))

@@ -107,16 +107,19 @@ def _roles(keep: Keep, groups: Groups) -> dict[tuple[str, int], list[tuple[str, 
             key = member.path, member.axis
             axis = keep.shapes[key[0]][key[1]], keep.shape(key[0])[key[1]]
             features = "inputs" if member.reads else _what(group)
-            if group.role in ("heads", "head size", "experts"):
-                found[key][group.role] = group.role, old, new
+            if group.role in _ALONE:
                 features = "inputs" if member.reads else "features"
-            if math.prod(member.indices.shape) != old or group.role not in _ALONE:
-                found[key][features] = features, *axis
+                own = len(keep.shapes[key[0]]) - len(member.layers) > 2
+                if own or math.prod(member.indices.shape) == old:
+                    found[key][group.role] = group.role, *axis
+                    continue
+                found[key][group.role] = group.role, old, new
+            found[key][features] = features, *axis
     return {key: list(whats.values()) for key, whats in found.items()}
 
 
 _ALONE = ("heads", "head size", "experts")
-"""Roles whose units may have an axis of their own."""
+"""Roles whose units have an axis of their own, in leaves of more than two."""
 
 
 def _what(group: Group) -> str:

@@ -22,8 +22,8 @@ def test_heads_and_widths_are_told_by_module(llama):
     widths = structured.widths(keep, llama)
     assert str(widths).splitlines() == [
         "params/layers/attention/k: heads 2 -> 1",
-        "params/layers/attention/o: heads 2 -> 1, inputs 4 -> 2",
-        "params/layers/attention/q: heads 2 -> 1, features 4 -> 2",
+        "params/layers/attention/o: heads 4 -> 2",
+        "params/layers/attention/q: heads 4 -> 2",
         "params/layers/attention/v: heads 2 -> 1",
         "params/layers/down: inputs 6 -> 4",
         "params/layers/gate: features 6 -> 4",
@@ -46,6 +46,17 @@ def test_every_axis_that_shrinks_is_listed_with_its_sizes(llama):
             path = f"{module}/{w.leaf}"
             if w.what in ("features", "inputs"):
                 assert (w.old, w.new) == (keep.shapes[path][w.axis], keep.shape(path)[w.axis])
+
+
+def test_heads_that_share_an_axis_with_their_features_are_told_beside_it():
+    fn, params, inputs = ZOO["gpt_neox"].build()
+    groups = structured.groups(fn, params, *inputs)
+    (heads,) = (name for name, group in groups.items() if group.role == "heads")
+    widths = structured.widths(structured.keep(groups, {heads: [0]}), groups)
+    assert str(widths).splitlines() == [
+        "params/layers_0/out: heads 2 -> 1, inputs 8 -> 4",
+        "params/layers_0/qkv: heads 2 -> 1, features 24 -> 12",
+    ]
 
 
 def test_convolutions_have_channels_and_leaves_without_a_module_are_named():
