@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import AxisType
 
 from jaxcompress import tree
 from jaxcompress.errors import ArgumentError
@@ -128,9 +129,10 @@ def rebuild_layers(
     def call(params: tree.Params, *inputs: Any, **kwargs: Any) -> Any:
         dropped.check_smaller(params)
         given = dict(tree.items(params))
+        seen = [given.get(path, like) for path, like in shapes.items()]
         seen = [
-            shapes[path] if path not in given or path in dropped.rows else given[path]
-            for path in shapes
+            _of_shape(x, like) if path in dropped.rows else x
+            for x, (path, like) in zip(seen, shapes.items(), strict=True)
         ]
         analysis = analyse(fn, jax.tree.unflatten(structure, seen), inputs, kwargs)
         surgery = _again(analysis, dropped)
@@ -167,6 +169,13 @@ def decide(analysis: Analysis, blocks: Chosen) -> tuple[Dropped, Surgery]:
 
 def _is_leaf(x: Any) -> bool:
     return isinstance(x, tree.LeafNode)
+
+
+def _of_shape(x: Any, like: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+    """Describe an array as it was with all rows, sharded as it is on Explicit mesh axes."""
+    sharding = jax.typeof(x).sharding
+    explicit = AxisType.Explicit in sharding.mesh.axis_types
+    return jax.ShapeDtypeStruct(like.shape, x.dtype, sharding=sharding if explicit else None)
 
 
 def _kept(analysis: Analysis, iterations: Mapping[str, Sequence[int]]) -> Kept:
