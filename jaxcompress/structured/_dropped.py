@@ -356,14 +356,15 @@ def something_stays(
 
 
 def zeroed(params: tree.Params, dropped: Dropped) -> tree.Params:
-    """Set what goes to zero where it stands; leaves of other types than floats stay."""
+    """Set what goes to zero where it stands; integers stay, but for those that scales multiply."""
+
+    def floats_to_zero(x: Any) -> Any:
+        return jnp.zeros_like(x) if jnp.issubdtype(x.dtype, jnp.inexact) else x
 
     def zero(path: str, leaf: Any) -> Any:
-        if not all(jnp.issubdtype(x.dtype, jnp.inexact) for x in jax.tree.leaves(leaf)):
-            return leaf
         if path in dropped.removed:
-            return jax.tree.map(jnp.zeros_like, leaf)
-        if path in dropped.rows:
+            return jax.tree.map(floats_to_zero, leaf)
+        if path in dropped.rows and jnp.issubdtype(leaf.dtype, jnp.inexact):
             axis, kept = dropped.rows[path]
             stays = jnp.isin(jnp.arange(leaf.shape[axis]), jnp.asarray(kept))
             stays = stays.reshape([-1 if k == axis else 1 for k in range(leaf.ndim)])

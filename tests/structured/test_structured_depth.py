@@ -11,7 +11,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from zoo import ZOO
 from zoo_sequences import LLAMA, Llama, LlamaConfig, llama_nnx
 
-from jaxcompress import adapters, graph, structured, tree
+from jaxcompress import adapters, graph, numerics, quantize, structured, tree
 from jaxcompress.errors import (
     ArgumentError,
     ArgumentTypeError,
@@ -392,6 +392,25 @@ def test_a_shortcut_that_changes_shape():
     fn, params, inputs = ZOO["resnet_eval"].build()
     with pytest.raises(ArgumentError, match="its shortcut changes shape"):
         structured.drop_layers(fn, params, "params/layer2_0", *inputs)
+
+
+def test_quantized_leaves_go_whole():
+    def quantized(params):
+        to_int8 = lambda x: numerics.quantize(x, numerics.Format(numerics.int8))
+        return {k: v if k == "head" else jax.tree.map(to_int8, v) for k, v in params.items()}
+
+    fn, stack = quantize.execute(unrolled), quantize.execute(scanned)
+    smaller, fewer, certificate = structured.drop_layers(
+        fn, quantized(unrolled_params()), "layer_1", X
+    )
+    assert certificate.holds and set(fewer) == {"head", "layer_0", "layer_2"}
+    # Scales of zero are weights of zero.
+    assert certificate.given.weights.relative < 1e-5 < certificate.given.dense.relative
+    np.testing.assert_allclose(smaller(fewer, X), without(unrolled_params(), 1), atol=0.02)
+    params = quantized(stacked_params())
+    smaller, fewer, certificate = structured.drop_layers(stack, params, "layers[1]", X)
+    assert certificate.notes[0] == "layers/down keeps its rows: it is quantized"
+    np.testing.assert_allclose(smaller(fewer, X), without(unrolled_params(), 1), atol=0.02)
 
 
 @pytest.mark.parametrize("axes", [AxisType.Auto, AxisType.Explicit])
