@@ -129,8 +129,8 @@ def _seconds(fn: Callable[..., Any], params: Any, inputs: Any, kwargs: Any, targ
     if seconds is None:
         raise ArgumentError(
             "budget",
-            got=f"Seconds for {target!r}, whose compiler is not installed",
-            expected="a target that graph.cost can compile for",
+            got=f"Seconds for {target!r}, whose compiler gives no estimate here",
+            expected='a target that graph.cost knows the seconds of, such as "tpu-v5e"',
             fix="Install its plugin, or give a budget in Params, Flops or Bytes.",
         )
     return seconds

@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import AxisType
 
 from jaxcompress import tree
 from jaxcompress.errors import ArgumentError
@@ -37,7 +38,8 @@ def drop_layers(
     and results of fn that are new values of such leaves, as the statistics of a BatchNorm in
     training. Leaves of stacked layers, which a scan reads row by row, lose the rows of the layers
     that go, and the scan becomes shorter. A block of a stack can go from all layers at once; from
-    some layers only it cannot, since its leaves would have fewer rows than the others.
+    some layers only it cannot, since its leaves would have fewer rows than the others. Quantized
+    leaves of a stack keep their rows: drop first, then quantize.
 
     The new function is fn replayed: it takes other batch sizes and works under jit, grad, vmap
     and `jax.export`. What is left is fn's own, so positions and layer numbers that fn computes
@@ -128,9 +130,10 @@ def rebuild_layers(
     def call(params: tree.Params, *inputs: Any, **kwargs: Any) -> Any:
         dropped.check_smaller(params)
         given = dict(tree.items(params))
+        seen = [given.get(path, like) for path, like in shapes.items()]
         seen = [
-            shapes[path] if path not in given or path in dropped.rows else given[path]
-            for path in shapes
+            _of_shape(x, like) if path in dropped.rows else x
+            for x, (path, like) in zip(seen, shapes.items(), strict=True)
         ]
         analysis = analyse(fn, jax.tree.unflatten(structure, seen), inputs, kwargs)
         surgery = _again(analysis, dropped)
@@ -167,6 +170,13 @@ def decide(analysis: Analysis, blocks: Chosen) -> tuple[Dropped, Surgery]:
 
 def _is_leaf(x: Any) -> bool:
     return isinstance(x, tree.LeafNode)
+
+
+def _of_shape(x: Any, like: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+    """Describe an array as it was with all rows, sharded as it is on Explicit mesh axes."""
+    sharding = jax.typeof(x).sharding
+    explicit = AxisType.Explicit in sharding.mesh.axis_types
+    return jax.ShapeDtypeStruct(like.shape, x.dtype, sharding=sharding if explicit else None)
 
 
 def _kept(analysis: Analysis, iterations: Mapping[str, Sequence[int]]) -> Kept:
@@ -293,7 +303,11 @@ def _notes(analysis: Analysis, dropped: Dropped) -> tuple[str, ...]:
     stacked = [p for name in dropped.iterations for p in analysis.stacks[name].paths]
     whole = [p for p in stacked if p not in dropped.rows and p not in dropped.removed]
     notes = [f"{p} stays: it is read outside what was dropped" for p in leaves]
-    return (*notes, *(f"{p} keeps its rows: not only the scan reads them" for p in whole))
+    for path in whole:
+        quantized = isinstance(analysis.traced.leaves[path], tree.LeafNode)
+        why = "it is quantized" if quantized else "not only the scan reads them"
+        notes.append(f"{path} keeps its rows: {why}")
+    return tuple(notes)
 
 
 def _cut(analysis: Analysis, surgery: Surgery, outputs: Any) -> Any:

@@ -1,10 +1,11 @@
 """Which blocks are dropped, as data: chosen by name, saved, loaded, applied to params."""
 
 import json
+import operator
 import os
 import pathlib
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
@@ -220,7 +221,7 @@ Item: TypeAlias = tuple[str, tuple[int, ...] | None]
 
 def _items(chosen: Chosen) -> list[Item]:
     if isinstance(chosen, Mapping):
-        return [(str(name), tuple(indices)) for name, indices in chosen.items()]
+        return [(str(name), _indices(indices)) for name, indices in chosen.items()]
     several = [chosen] if isinstance(chosen, str | Block | Layer) else chosen
     if not isinstance(several, Sequence) or not all(
         isinstance(one, str | Block | Layer) for one in several
@@ -239,6 +240,19 @@ def _items(chosen: Chosen) -> list[Item]:
             fix="structured.blocks(fn, params, *inputs) lists them.",
         )
     return [(one if isinstance(one, str) else one.name, None) for one in several]
+
+
+def _indices(given: Any) -> tuple[int, ...]:
+    several = given if isinstance(given, Iterable) else (given,)
+    try:
+        return tuple(operator.index(i) for i in several)
+    except TypeError:
+        raise ArgumentTypeError(
+            "blocks",
+            got=f"the indices {given!r}",
+            expected="integers: which layers of a stack go",
+            fix='For example {"layers": [3, 5]}.',
+        ) from None
 
 
 def _meant(analysis: Analysis, item: Item) -> tuple[tuple[str, ...], tuple[int, ...] | None]:
@@ -307,7 +321,7 @@ def _checked_indices(analysis: Analysis, name: str, indices: Sequence[int]) -> t
             "fewer rows than the others, which the scan reads side by side",
             fix=fix,
         )
-    wrong = [i for i in indices if not isinstance(i, int) or not 0 <= i < layer.length]
+    wrong = [i for i in indices if not 0 <= i < layer.length]
     if wrong or not indices:
         raise ArgumentError(
             "blocks",
@@ -342,14 +356,15 @@ def something_stays(
 
 
 def zeroed(params: tree.Params, dropped: Dropped) -> tree.Params:
-    """Set what goes to zero where it stands; leaves of other types than floats stay."""
+    """Set what goes to zero where it stands; integers stay, but for those that scales multiply."""
+
+    def floats_to_zero(x: Any) -> Any:
+        return jnp.zeros_like(x) if jnp.issubdtype(x.dtype, jnp.inexact) else x
 
     def zero(path: str, leaf: Any) -> Any:
-        if not all(jnp.issubdtype(x.dtype, jnp.inexact) for x in jax.tree.leaves(leaf)):
-            return leaf
         if path in dropped.removed:
-            return jax.tree.map(jnp.zeros_like, leaf)
-        if path in dropped.rows:
+            return jax.tree.map(floats_to_zero, leaf)
+        if path in dropped.rows and jnp.issubdtype(leaf.dtype, jnp.inexact):
             axis, kept = dropped.rows[path]
             stays = jnp.isin(jnp.arange(leaf.shape[axis]), jnp.asarray(kept))
             stays = stays.reshape([-1 if k == axis else 1 for k in range(leaf.ndim)])

@@ -59,14 +59,19 @@ def influence(
 
 
 def _turned(x: Array, y: Array, axis: int) -> Seen:
-    x, y = x.astype(jnp.float32), y.astype(jnp.float32)
-    lengths = [jnp.linalg.norm(z, axis=axis, keepdims=True) for z in (x, y)]
-    # Normalised first: the product of two squared lengths overflows sooner.
-    x, y = (z / jnp.where(n > 0, n, 1.0) for z, n in zip((x, y), lengths, strict=True))
+    x, y = (_unit(z.astype(jnp.float32), axis) for z in (x, y))
     cosine = jnp.sum(x * y, axis=axis)
-    nothing = jnp.squeeze(jnp.maximum(*lengths) == 0, axis=axis)
+    nothing = ~jnp.any((x != 0) | (y != 0), axis=axis)
     turned = jnp.where(nothing, 0.0, 1.0 - cosine)
     return jnp.sum(turned), jnp.asarray(turned.size, jnp.float32)
+
+
+def _unit(x: Array, axis: int) -> Array:
+    """Scale tokens to length 1; zeros stay."""
+    for norm in (jnp.inf, 2):  # by the largest entry first, whose square may overflow
+        size = jnp.linalg.norm(x, ord=norm, axis=axis, keepdims=True)
+        x = x / jnp.where(size > 0, size, 1.0)
+    return x
 
 
 def block_influence(

@@ -7,10 +7,11 @@ import pytest
 from depth_models import X, draw, layer, scanned, stacked_params, unrolled, unrolled_params, without
 from flax import nnx
 from jax import export
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from zoo import ZOO
 from zoo_sequences import LLAMA, Llama, LlamaConfig, llama_nnx
 
-from jaxcompress import adapters, graph, structured, tree
+from jaxcompress import adapters, graph, numerics, quantize, structured, tree
 from jaxcompress.errors import (
     ArgumentError,
     ArgumentTypeError,
@@ -364,6 +365,7 @@ RAISED_IN_STACK = [
     ({"layers": []}, ArgumentError, "at least one"),
     ({"layers": [0, 1, 2]}, ArgumentError, "at least one layer that stays"),
     ({"layer": [0]}, SelectionError, "'layers'"),
+    ({"layers": ["0"]}, ArgumentTypeError, "integers"),
     ("layers", ArgumentError, "all 1 residual blocks"),
 ]
 
@@ -390,6 +392,67 @@ def test_a_shortcut_that_changes_shape():
     fn, params, inputs = ZOO["resnet_eval"].build()
     with pytest.raises(ArgumentError, match="its shortcut changes shape"):
         structured.drop_layers(fn, params, "params/layer2_0", *inputs)
+
+
+def test_quantized_leaves_go_whole():
+    def quantized(params):
+        to_int8 = lambda x: numerics.quantize(x, numerics.Format(numerics.int8))
+        return {k: v if k == "head" else jax.tree.map(to_int8, v) for k, v in params.items()}
+
+    fn, stack = quantize.execute(unrolled), quantize.execute(scanned)
+    smaller, fewer, certificate = structured.drop_layers(
+        fn, quantized(unrolled_params()), "layer_1", X
+    )
+    assert certificate.holds and set(fewer) == {"head", "layer_0", "layer_2"}
+    # Scales of zero are weights of zero.
+    assert certificate.given.weights.relative < 1e-5 < certificate.given.dense.relative
+    np.testing.assert_allclose(smaller(fewer, X), without(unrolled_params(), 1), atol=0.02)
+    params = quantized(stacked_params())
+    smaller, fewer, certificate = structured.drop_layers(stack, params, "layers[1]", X)
+    assert certificate.notes[0] == "layers/down keeps its rows: it is quantized"
+    np.testing.assert_allclose(smaller(fewer, X), without(unrolled_params(), 1), atol=0.02)
+
+
+@pytest.mark.parametrize("axes", [AxisType.Auto, AxisType.Explicit])
+@pytest.mark.parametrize("kind", ["unrolled", "scanned"])
+def test_sharded_over_a_mesh(kind, axes):
+    """Batch over one axis, outputs of the head over the other; the result is one device's."""
+    mesh = jax.make_mesh((2, 2), ("data", "model"), axis_types=(axes, axes))
+    place = lambda x, *spec: jax.device_put(x, NamedSharding(mesh, PartitionSpec(*spec)))
+    fn, make, name = (
+        (unrolled, unrolled_params, "layer_1")
+        if kind == "unrolled"
+        else (scanned, stacked_params, {"layers": np.asarray([1])})
+    )
+    params, x = make(), draw(99, 4, 4)
+    smaller, fewer = dropped_without_running(fn, params, name, x)
+    with jax.sharding.set_mesh(mesh):
+        sharded = {k: jax.tree.map(place, v) for k, v in params.items() if k != "head"}
+        sharded["head"] = place(params["head"], None, "model")
+        given = place(x, "data")
+        found = structured.drop_layers(fn, sharded, name, given)
+        assert found[2].holds, str(found[2])
+        result = jax.jit(found[0])(found[1], given)
+    np.testing.assert_allclose(result, smaller(fewer, x), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("jitted", [False, True])
+def test_strict_promotion_in_bfloat16(strict_promotion, jitted):
+    half = lambda params: jax.tree.map(lambda x: x.astype(jnp.bfloat16), params)
+    for fn, params, name in (
+        (unrolled, unrolled_params(), "layer_1"),
+        (scanned, stacked_params(), "layers[1]"),
+    ):
+        fn = jax.jit(fn) if jitted else fn
+        x = X.astype(jnp.bfloat16)
+        smaller, fewer, certificate = structured.drop_layers(fn, half(params), name, x)
+        assert certificate.holds, str(certificate)
+        y = smaller(fewer, x)
+        assert y.dtype == jnp.bfloat16
+        np.testing.assert_allclose(y.astype(np.float32), without(unrolled_params(), 1), atol=0.1)
+        scores = structured.block_influence(fn, half(params), [x])
+        gated, with_gates = structured.gate(fn, half(params), x)
+        assert len(scores) == 3 and (gated(with_gates, x) == fn(half(params), x)).all()
 
 
 def test_blocks_and_layers_may_be_given_themselves():
