@@ -20,7 +20,8 @@ sys.path.insert(0, str(pathlib.Path(__file__).parents[1] / "examples"))
 from models.llama import LLAMA_1B, Llama, LlamaConfig
 
 README = (pathlib.Path(__file__).parents[1] / "README.md").read_text()
-LOOP, PTQ, AWARE, SUMMARY, SITES, SESSION = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+BLOCKS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+LOOP, PTQ, AWARE, SHRINK, SUMMARY, SITES, SESSION = BLOCKS
 TABLE = re.search(r"```\n(site or leaf .*?)\n```", README, re.DOTALL)
 
 
@@ -72,6 +73,16 @@ def test_quantizing_a_trained_model(tmp_path, monkeypatch):
     loaded = export.load("model.safetensors").params
     again = jax.jit(quantize.execute(scope["fn"]))(loaded, images)
     assert jnp.array_equal(again, scope["logits"])
+
+
+def test_shrinking(names):
+    scope = {**names, "x": names["batches"][0]}
+    with contextlib.redirect_stdout(io.StringIO()) as printed:
+        exec(SHRINK, scope)
+    assert scope["certificate"].holds and "certificate: holds" in printed.getvalue()
+    before = scope["certificate"].before.flops
+    assert scope["certificate"].after.flops <= before / 2
+    assert scope["fn"](scope["params"], scope["x"]).shape == (8, 10)
 
 
 def test_training_with_rounded_activations(names):
