@@ -16,7 +16,6 @@ from jaxcompress.structured._dropped import Dropped as Dropped
 from jaxcompress.structured._gate import SparseGatesState as SparseGatesState
 from jaxcompress.structured._gate import gate as gate
 from jaxcompress.structured._gate import gate_scores as gate_scores
-from jaxcompress.structured._gate import soft_threshold as soft_threshold
 from jaxcompress.structured._gate import sparse_gates as sparse_gates
 from jaxcompress.structured._groups import Group as Group
 from jaxcompress.structured._groups import Groups as Groups
