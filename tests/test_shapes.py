@@ -42,6 +42,7 @@ CALLS = {
     "quantize.bias_shift": lambda f: f(LOGITS[0], LOGITS[0], jnp.ones(3)),
     "quantize.clip_search": lambda f: f(LOGITS[0], jnp.ones(3), INT4),
     "quantize.gptq": lambda f: f(LOGITS[0], jnp.eye(3), INT4),
+    "structured.influence": lambda f: f(LOGITS, -LOGITS),
     "train.augment.pad_crop_flip": lambda f: f(jax.random.key(0), jnp.ones((2, 4, 4, 3))),
     "train.metrics.accuracy": lambda f: f(LOGITS[0], LABELS[0]),
     "train.metrics.confusion": lambda f: f(LOGITS[0], LABELS[0]),

@@ -26,7 +26,6 @@ from jaxcompress.structured._fpgm import FPGM as FPGM
 from jaxcompress.structured._gate import SparseGatesState as SparseGatesState
 from jaxcompress.structured._gate import gate as gate
 from jaxcompress.structured._gate import gate_scores as gate_scores
-from jaxcompress.structured._gate import soft_threshold as soft_threshold
 from jaxcompress.structured._gate import sparse_gates as sparse_gates
 from jaxcompress.structured._group_lasso import GroupLassoState as GroupLassoState
 from jaxcompress.structured._group_lasso import group_lasso as group_lasso

@@ -63,7 +63,7 @@ class Blocks(Mapping[str, Block]):
     """The residual blocks of a function by name, in the order in which they run.
 
     Attributes:
-        blocks: The blocks by name.
+        blocks: The blocks by name; the mapping itself gives them, too.
         layers: The layers by name, in order.
         rejected: Sums that look like blocks and cannot be dropped, `{name: reason}`.
     """

@@ -140,7 +140,7 @@ def sparse_gates(
     Example:
         >>> tx = optax.chain(optax.sgd(0.1), sparse_gates(0.25))
         >>> params = {"gates": {"a": jnp.float32(1.0), "b": jnp.float32(0.25)}}
-        >>> zero = jax.tree.map(jnp.zeros_like, params)
+        >>> zero = {"gates": {"a": jnp.float32(0.0), "b": jnp.float32(0.0)}}
         >>> updates, _ = tx.update(zero, tx.init(params), params)
         >>> {k: float(v) for k, v in optax.apply_updates(params, updates)["gates"].items()}
         {'a': 0.75, 'b': 0.0}
