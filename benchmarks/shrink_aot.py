@@ -47,9 +47,7 @@ def main():
     args = parser.parse_args()
     module = Llama(dataclasses.replace(LLAMA_1B, layers=args.layers))
     tokens = jax.ShapeDtypeStruct((8, 1), jnp.int32)
-    fn, params = adapters.from_linen(
-        module, jax.eval_shape(module.init, jax.random.key(0), tokens)
-    )
+    fn, params = adapters.from_linen(module, jax.eval_shape(module.init, jax.random.key(0), tokens))
     small, fewer, certificate, hidden = shrunk(fn, params, tokens)
     before, after = certificate.before.bytes, certificate.after.bytes
     report = {

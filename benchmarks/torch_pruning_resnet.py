@@ -13,9 +13,9 @@ import time
 
 import numpy as np
 import torch
-import torch.nn as nn
-import torch.nn.functional as F
 import torch_pruning as tp
+from torch import nn
+from torch.nn import functional as F  # noqa: N812, as it is known
 
 MEAN, STD = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
 CRITERIA = {
@@ -38,6 +38,7 @@ class Shortcut(nn.Module):
         self.extra = extra
 
     def forward(self, x):
+        """Map (batch, c, h, w) to half of h and w, and more channels."""
         return F.pad(x[:, :, ::2, ::2], (0, 0, 0, 0, self.extra, self.extra))
 
 
@@ -53,6 +54,7 @@ class Block(nn.Module):
         self.shortcut = nn.Identity() if stride == 1 else Shortcut((width - inputs) // 2)
 
     def forward(self, x):
+        """Run the block."""
         y = F.relu(self.bn1(self.conv1(x)))
         return F.relu(self.bn2(self.conv2(y)) + self.shortcut(x))
 
@@ -74,6 +76,7 @@ class ResNet(nn.Module):
         self.linear = nn.Linear(64, 10)
 
     def forward(self, x):
+        """Map images to logits."""
         x = self.layer3(self.layer2(self.layer1(F.relu(self.bn1(self.conv1(x))))))
         return self.linear(x.mean((2, 3)))
 
@@ -214,10 +217,14 @@ def main(work_path, result_path):
     settings = json.loads(str(work["settings"]))
     torch.set_num_threads(settings["threads"])
     dense = ResNet()
-    dense.load_state_dict({k[6:]: torch.from_numpy(v) for k, v in work.items() if k[:6] == "model/"}, strict=False)
+    dense.load_state_dict(
+        {k[6:]: torch.from_numpy(v) for k, v in work.items() if k[:6] == "model/"}, strict=False
+    )
     dense = dense.to(memory_format=torch.channels_last).eval()
     whole = macs(dense)
-    rows, (criterion, scope) = choose(dense, whole / settings["ratio"], work, settings["temperature"])
+    rows, (criterion, scope) = choose(
+        dense, whole / settings["ratio"], work, settings["temperature"]
+    )
     print("torch-pruning", rows, criterion, scope, flush=True)
     found, logits = [], {}
     for schedule, rounds in settings["schedules"].items():
