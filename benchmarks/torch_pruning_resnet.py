@@ -13,9 +13,9 @@ import time
 
 import numpy as np
 import torch
-import torch.nn as nn
-import torch.nn.functional as F
 import torch_pruning as tp
+from torch import nn
+from torch.nn import functional as F  # noqa: N812, as it is known
 
 MEAN, STD = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
 CRITERIA = {
@@ -38,6 +38,7 @@ class Shortcut(nn.Module):
         self.extra = extra
 
     def forward(self, x):
+        """Map (batch, c, h, w) to half of h and w, and more channels."""
         return F.pad(x[:, :, ::2, ::2], (0, 0, 0, 0, self.extra, self.extra))
 
 
@@ -53,6 +54,7 @@ class Block(nn.Module):
         self.shortcut = nn.Identity() if stride == 1 else Shortcut((width - inputs) // 2)
 
     def forward(self, x):
+        """Run the block."""
         y = F.relu(self.bn1(self.conv1(x)))
         return F.relu(self.bn2(self.conv2(y)) + self.shortcut(x))
 
@@ -74,6 +76,7 @@ class ResNet(nn.Module):
         self.linear = nn.Linear(64, 10)
 
     def forward(self, x):
+        """Map images to logits."""
         x = self.layer3(self.layer2(self.layer1(F.relu(self.bn1(self.conv1(x))))))
         return self.linear(x.mean((2, 3)))
 
@@ -133,9 +136,9 @@ def pruner(model, criterion, scope, ignored):
     )
 
 
-def prune_to(model, target, criterion, scope, work):
+def pruned(dense, target, criterion, scope, work):
     """Prune in its steps until the MACs are within the target."""
-    model.eval()
+    model = copy.deepcopy(dense)
     if criterion == "Taylor":
         model.zero_grad()
         for part, labels in zip(
@@ -147,7 +150,7 @@ def prune_to(model, target, criterion, scope, work):
         if macs(model) <= target:
             break
         steps.step()
-    model.zero_grad()
+    return model
 
 
 def without_hints(model):
@@ -171,87 +174,71 @@ def without_hints(model):
     return failures
 
 
-def choose(dense, target, work, temperature):
-    """Take the criterion and the scope with the least distance on images held back."""
-    rows, best = [], None
+def choose(dense, target, work, settings):
+    """Take the criterion and the scope with the least distance, after a short trial, held back."""
+    rows = []
     for criterion in CRITERIA:
         for scope in SCOPES:
-            model = copy.deepcopy(dense)
-            prune_to(model, target, criterion, scope, work)
+            model = pruned(dense, target, criterion, scope, work)
+            train(model, work, settings, steps=settings["trial"], seed=0)
             reestimate(model, work["calibration"])
-            logits = predict(model, work["held"])
-            found = float(distance(logits, torch.from_numpy(work["held_teacher"]), temperature))
+            teacher = torch.from_numpy(work["held_teacher"])
+            found = float(distance(predict(model, work["held"]), teacher, settings["temperature"]))
             rows.append({"criterion": criterion, "scope": scope, "distance": round(found, 3)})
-            best = min(best or (found, criterion, scope), (found, criterion, scope))
-    return rows, best[1:]
+            print("torch-pruning", rows[-1], flush=True)
+    return rows, min(rows, key=lambda row: row["distance"])
 
 
-def train(dense, criterion, scope, targets, every, work, settings, seed):
-    """Prune to each target in turn, `every` steps apart, and train on."""
-    model, order = copy.deepcopy(dense), np.random.default_rng(seed).permutation(len(work["pool"]))
-    steps, size, optimizer = settings["steps"], settings["batch"], None
+def train(model, work, settings, *, steps, seed):
+    """Distil on the pool in the order of the seed."""
+    order, size = np.random.default_rng(seed).permutation(len(work["pool"])), settings["batch"]
+    optimizer = torch.optim.SGD(
+        model.parameters(), settings["learning_rate"], momentum=0.9, nesterov=True
+    )
+    model.train()
     for i in range(steps):
-        if i % every == 0 and i // every < len(targets):
-            prune_to(model, targets[i // every], criterion, scope, work)
-            optimizer = torch.optim.SGD(
-                model.parameters(), settings["learning_rate"], momentum=0.9, nesterov=True
-            )
-            model.train()
         for group in optimizer.param_groups:
             group["lr"] = settings["learning_rate"] * (1 + math.cos(math.pi * i / steps)) / 2
-        batch = np.sort(order[np.arange(i * size, (i + 1) * size) % len(order)])
+        batch = order[i * size : (i + 1) * size]
         logits = model(images(work["pool"][batch]))
         loss = distance(logits, torch.from_numpy(work["teacher"][batch]), settings["temperature"])
         optimizer.zero_grad()
         loss.backward()
-        nn.utils.clip_grad_norm_(model.parameters(), 5.0)
+        nn.utils.clip_grad_norm_(model.parameters(), settings["clip_norm"])
         optimizer.step()
-    return model
 
 
 def main(work_path, result_path):
+    """Choose, prune, train and predict."""
     work = dict(np.load(work_path))
     settings = json.loads(str(work["settings"]))
-    torch.set_num_threads(settings["threads"])
     dense = ResNet()
-    dense.load_state_dict(
-        {k[6:]: torch.from_numpy(v) for k, v in work.items() if k[:6] == "model/"}, strict=False
-    )
+    weights = {k[6:]: torch.from_numpy(v) for k, v in work.items() if k[:6] == "model/"}
+    dense.load_state_dict(weights, strict=False)
     dense = dense.to(memory_format=torch.channels_last).eval()
-    whole = macs(dense)
-    rows, (criterion, scope) = choose(
-        dense, whole / settings["ratio"], work, settings["temperature"]
-    )
-    print("torch-pruning", rows, criterion, scope, flush=True)
-    found, logits = [], {}
-    for schedule, rounds in settings["schedules"].items():
-        targets = [whole / settings["ratio"] ** ((k + 1) / rounds) for k in range(rounds)]
-        for seed in settings["seeds"]:
-            start = time.perf_counter()
-            model = train(dense, criterion, scope, targets, settings["every"], work, settings, seed)
-            logits[f"{schedule}/{seed}"] = predict(model, work["test"]).numpy()
-            widths = [m.out_channels for m in model.modules() if isinstance(m, nn.Conv2d)]
-            found.append(
-                {
-                    "schedule": schedule,
-                    "seed": seed,
-                    "macs": round(whole / macs(model), 3),
-                    "widths": widths,
-                    "seconds": round(time.perf_counter() - start, 1),
-                }
-            )
-            print("torch-pruning", found[-1], flush=True)
+    target = macs(dense) / settings["ratio"]
+    rows, best = choose(dense, target, work, settings)
+    runs, logits = [], {}
+    for seed in settings["seeds"]:
+        model = pruned(dense, target, best["criterion"], best["scope"], work)
+        start = time.perf_counter()
+        train(model, work, settings, steps=settings["steps"], seed=seed)
+        seconds = time.perf_counter() - start
+        logits[f"seed{seed}"] = predict(model, work["test"]).numpy()
+        widths = [m.out_channels for m in model.modules() if isinstance(m, nn.Conv2d)]
+        ratio = macs(dense) / macs(model)
+        runs.append({"macs": round(ratio, 3), "widths": widths, "seconds": round(seconds, 1)})
+        print("torch-pruning", runs[-1], flush=True)
+    off = np.abs(predict(dense, work["test"]).numpy() - work["test_teacher"]).max()
     report = {
-        "version": tp.__version__,
+        "torch_pruning": tp.__version__,
         "torch": torch.__version__,
-        "dense_logits_differ_by": float(
-            np.abs(predict(dense, work["test"]).numpy() - work["test_teacher"]).max()
-        ),
+        "dense_logits_differ_by": float(off),
         "without_hints": without_hints(dense),
-        "hints": "convolutions of the residual stream are ignored",
+        "hints": "the convolutions that write to the residual stream are ignored",
         "tried": rows,
-        "chosen": {"criterion": criterion, "scope": scope},
-        "runs": found,
+        "chosen": best,
+        "runs": runs,
     }
     np.savez(result_path, report=json.dumps(report), **logits)
 

@@ -18,14 +18,12 @@ import jax.numpy as jnp
 import numpy as np
 import tyro
 from cifar import augmented, data_folder, load_network, normalise
-from models import char_lstm
+from shakespeare import WARM, counted, load_model, read_text, spread
 from side_by_side import SideBySide, remarks
 
-from jaxcompress import adapters, quantize, report
+from jaxcompress import quantize, report
 from jaxcompress.numerics import MSE, AbsMax, Format, PerChannel, Range, int4
 from jaxcompress.quantize import GPTQ, ClipSearch, Method, Policy, RoundToNearest, Rule, presets
-
-WINDOW, WARM = 256, 32
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -119,7 +117,7 @@ def quantize_all(
     """
     for name, policy in policies.items():
         result = quantize.ptq(fn, params, seen, policy)
-        table.add(name, result.params, fn=read(fn), note=remarks(result))
+        table.add(name, result.params, fn=counted(fn), note=remarks(result))
 
 
 def resnet(depth: int, images: Images, config: Config) -> report.Table:
@@ -143,20 +141,10 @@ def resnet(depth: int, images: Images, config: Config) -> report.Table:
 
 def lstm(config: Config) -> report.Table:
     """Quantize the character model, recurrent kernels and embedding too."""
-    vocab = config.data / "charrnn_shakespeare_vocab.json"
-    text = (config.data / "tinyshakespeare.txt").read_text()
-    ids = char_lstm.encode(text, vocab)
-    cut = len(ids) - len(ids) // 10
-    windows = spread(ids[cut:], 16 if config.quick else 64)
-    variables = char_lstm.load(config.data / "charrnn_shakespeare.safetensors")
-    fn, params = adapters.from_linen(char_lstm.CharLSTM(), variables)
-
-    def read(fn: Any) -> Any:
-        # (windows, time, vocab) -> (characters that count, vocab)
-        return lambda params, x: fn(params, x)[:, WARM:].reshape(-1, 65)
-
+    ids, windows = read_text(config.data, windows=16 if config.quick else 64)
+    fn, params = load_model(config.data)
     table = SideBySide(
-        fn=read(fn),
+        fn=counted(fn),
         batches=np.split(windows[:, :-1], len(windows) // 16),
         labels=windows[:, 1 + WARM :].ravel(),
         folder=config.out / "lstm",
@@ -164,19 +152,13 @@ def lstm(config: Config) -> report.Table:
         seed=config.seed,
     )
     table.add("float32", params)
-    seen = spread(ids[:cut], config.windows)[:, :-1]
+    seen = spread(ids, config.windows)[:, :-1]
     policies = {name: POLICIES[name] for name in (QUICK if config.quick else LSTM)}
-    quantize_all(table, fn, params, np.split(seen, len(seen) // 16), policies, read=read)
+    quantize_all(table, fn, params, np.split(seen, len(seen) // 16), policies, read=counted)
     return table.table(f"Character LSTM, {len(table.labels):,} held-out characters")
 
 
 LSTM = ("int8 static", "int8", "int8 weights", *INT4)
-
-
-def spread(ids: np.ndarray, count: int) -> np.ndarray:
-    """Take windows at even distances, (count, WINDOW + 1)."""
-    starts = np.linspace(0, len(ids) - WINDOW - 1, count).astype(int)
-    return np.stack([ids[start : start + WINDOW + 1] for start in starts])
 
 
 def main(config: Config) -> None:

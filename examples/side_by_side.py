@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxcompress import export, quantize, report, tree
+from jaxcompress import export, quantize, report, structured, tree
 from jaxcompress.numerics import QArray
 from jaxcompress.train import metrics
 
@@ -104,6 +104,45 @@ class SideBySide:
         keys = [key for key in self.rows[0] if any(row[key] not in ("", None) for row in self.rows)]
         columns = [report.Column(key=k, versus="ratio") if k == "bytes" else k for k in keys]
         return report.table(self.rows, columns=columns, title=title)
+
+
+def certified(certificate: structured.Certificate) -> report.Section:
+    """Make a report's section of a certificate.
+
+    Args:
+        certificate: From `structured.shrink`.
+
+    Returns:
+        Its distances, what explains them, and sizes.
+    """
+    measured = {"given": certificate.given, "random": certificate.random}
+    distances = [
+        {
+            "inputs": name,
+            "to fn re-masked": str(found.structural),
+            "to masked params": str(found.weights),
+            "to dense": str(found.dense),
+        }
+        for name, found in measured.items()
+        if found is not None
+    ]
+    sizes = [
+        {"": name, "params": size.params, "bytes": size.bytes, "FLOPs": size.flops}
+        for name, size in (("dense", certificate.before), ("shrunk", certificate.after))
+    ]
+    verdict = "holds" if certificate.holds else "does not hold"
+    leaks = [
+        f"{leak.where or 'fn'}: {leak.primitive} of masked params sees removed indices, "
+        f"which moves outputs by {leak.effect:.1e}"
+        for leak in certificate.leaks
+    ]
+    text = (
+        f"The certificate {verdict}: relative distances of outputs; that to fn re-masked is the "
+        f"surgery's, and may be {certificate.tolerance:.0e}."
+    )
+    return report.Section(
+        title="Certificate", parts=(text, report.table(distances), *leaks, report.table(sizes))
+    )
 
 
 def remarks(result: quantize.QResult) -> str:

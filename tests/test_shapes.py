@@ -33,8 +33,6 @@ CALLS = {
     "linalg.top_k_in_groups": lambda f: f(LOGITS, 1, axis=2, size=2),
     "linalg.top_k_mask": lambda f: f(LOGITS, 5),
     "linalg.top_k_masks": lambda f: f([LOGITS, LOGITS[0]], 5),
-    "structured.influence": lambda f: f(LOGITS, LOGITS),
-    "structured.soft_threshold": lambda f: f(LOGITS, 0.1),
     "lowrank.activation_svd": lambda f: f(LOGITS[0], jnp.eye(3), 1),
     "lowrank.spectra": lambda f: f(LOGITS),
     "lowrank.svd": lambda f: f(LOGITS[0], 1),
