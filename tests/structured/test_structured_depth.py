@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from depth_models import X, draw, layer, scanned, stacked_params, unrolled, unrolled_params, without
+from flax import linen as nn
 from flax import nnx
 from jax import export
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
@@ -22,6 +23,7 @@ from jaxcompress.errors import (
 from jaxcompress.structured._blocks import analyse
 from jaxcompress.structured._gated import run_gated
 
+KEY = jax.random.key(0)
 # One of each model; a layer of a stack where there is one.
 DROPPED = {
     "resnet_train": "params/layer1_0",
@@ -295,6 +297,35 @@ def test_rows_of_everything_that_a_scan_reads(gone):
     found, new = jax.jit(smaller)(fewer, X, keys)  # the inputs stay as they were
     np.testing.assert_allclose(found, y, rtol=1e-5, atol=1e-6)
     np.testing.assert_allclose(new["mean"], state["mean"], rtol=1e-5, atol=1e-6)
+
+
+class NoisyLayer(nn.Module):
+    """A residual layer with dropout, to be scanned."""
+
+    @nn.compact
+    def __call__(self, x):
+        y = nn.Dropout(0.5, deterministic=False)(nn.Dense(6, name="up")(x))
+        return x + nn.Dense(4, name="down")(y), None
+
+
+def test_a_linen_scan_with_leaves_stacked_along_axis_1_and_split_keys():
+    scan = nn.scan(
+        NoisyLayer,
+        variable_axes={"params": 1},
+        split_rngs={"params": True, "dropout": True},
+        length=5,
+    )
+    module = scan(name=None)
+    params = jax.eval_shape(module.init, {"params": KEY, "dropout": KEY}, X)
+    params = jax.tree.map(lambda x: draw(x.size, *x.shape), params)
+    fn = jax.jit(lambda params, x, key: module.apply(params, x, rngs={"dropout": key})[0])
+    (name,) = structured.blocks(fn, params, X, KEY).layers
+    smaller, fewer, certificate = structured.drop_layers(fn, params, {name: [1, 3]}, X, KEY)
+    assert certificate.holds, str(certificate)
+    assert certificate.given.dense.relative > 1e-3
+    assert [x.shape for x in jax.tree.leaves(fewer)] == [(4, 3), (6, 3, 4), (6, 3), (4, 3, 6)]
+    zeros = jax.tree.map(lambda x: x.at[:, jnp.array([1, 3])].set(0), params)
+    np.testing.assert_allclose(smaller(fewer, X, KEY), fn(zeros, X, KEY), rtol=1e-5, atol=1e-6)
 
 
 def test_results_stacked_over_layers_are_refused():
