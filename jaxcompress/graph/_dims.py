@@ -192,9 +192,7 @@ class Dims:
         return None
 
 
-def dims(
-    fn: Callable[..., Any], params: tree.Params, *inputs: Any, **kwargs: Any
-) -> Dims:
+def dims(fn: Callable[..., Any], params: tree.Params, *inputs: Any, **kwargs: Any) -> Dims:
     """Find which indices of the leaves are the same index, so that they live and die together.
 
     Args:
@@ -404,8 +402,11 @@ class Walker:
         if flops := contraction_flops(eqn):
             self._contracts(eqn, here, operands, results[0], repeats, branch, flops)
         elif eqn.primitive.name in ("add", "sub") and all(len(axes) for axes in operands):
-            whole = [axes for axes in operands if all(len(a) == len(r) for a, r in
-                                                      zip(axes, results[0], strict=True))]
+            whole = [
+                axes
+                for axes in operands
+                if all(len(a) == len(r) for a, r in zip(axes, results[0], strict=True))
+            ]
             if len(whole) == 2:
                 self._summed += results[0]
         return results
@@ -561,4 +562,3 @@ def _folded(eqn: Any, known: Sequence[np.ndarray | None]) -> np.ndarray | None:
         return None
     with jax.ensure_compile_time_eval():
         return np.asarray(_compat.bind(eqn, [jax.numpy.asarray(value) for value in known])[0])
-

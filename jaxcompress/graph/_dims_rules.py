@@ -74,9 +74,7 @@ class _Broadcast:
     def follow(self, step: Step) -> list[Axes]:
         shape = step.shape()
         result = [step.labels.fresh(n) for n in shape]
-        for axis, target in zip(
-            step.operands[0], step.params["broadcast_dimensions"], strict=True
-        ):
+        for axis, target in zip(step.operands[0], step.params["broadcast_dimensions"], strict=True):
             if len(axis) == shape[target]:
                 result[target] = axis
         return [tuple(result)]

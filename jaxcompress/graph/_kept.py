@@ -36,7 +36,9 @@ class Kept:
     @property
     def changes(self) -> bool:
         """Whether any axis here is smaller."""
-        return any(mask is not None for masks in (*self._operands, *self._results) for mask in masks)
+        return any(
+            mask is not None for masks in (*self._operands, *self._results) for mask in masks
+        )
 
     def count(self, mask: np.ndarray) -> int:
         """Count what is kept; all layers keep the same number."""

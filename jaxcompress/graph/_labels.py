@@ -256,9 +256,7 @@ def _partition(rows: np.ndarray) -> np.ndarray:
     return order[inverse.reshape(-1)]
 
 
-def _aligned(
-    a: np.ndarray, b: np.ndarray
-) -> list[tuple[tuple[int, int], tuple[int, int]]] | None:
+def _aligned(a: np.ndarray, b: np.ndarray) -> list[tuple[tuple[int, int], tuple[int, int]]] | None:
     """Find which columns of two descriptions of the same indices are the same.
 
     Returns:

@@ -24,7 +24,6 @@ from jaxcompress.graph._trace import capture
 from jaxcompress.graph._walk import Position
 
 
-
 class Masker:
     """Makes the plan by which a program runs at full size, with zeros where indices are gone."""
 
@@ -63,7 +62,11 @@ class Masker:
         return () if isinstance(atom, _compat.Literal) else self._removed.masks(env[atom])
 
     def _add_cell(
-        self, here: Position, kept: Kept, env: Mapping[Any, Axes], keyed: dict[Position, tuple[str, ...]]
+        self,
+        here: Position,
+        kept: Kept,
+        env: Mapping[Any, Axes],
+        keyed: dict[Position, tuple[str, ...]],
     ) -> None:
         """Have masks that differ between layers sliced by the scans around, layer by layer."""
         dims, scans = self._removed.dims, self._removed.dims.scans[here[:-1]]

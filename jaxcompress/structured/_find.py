@@ -88,7 +88,10 @@ def _multiple(group: Group, round_to: int | Mapping[str, int]) -> int:
     for key, value in pairs.items():
         if value < 1:
             raise ArgumentError(
-                "round_to", got=repr(value), expected="a positive multiple", fix="1 leaves all free."
+                "round_to",
+                got=repr(value),
+                expected="a positive multiple",
+                fix="1 leaves all free.",
             )
         if key == "*" or key == group.role or tree.matches(key, group.name):
             features = max((m.indices.shape[1] for m in group.members), default=1)
@@ -160,7 +163,9 @@ class _Finder:
             if group.size > 1 or group.frozen is not None:
                 found.append(group)
         order = {path: k for k, path in enumerate(self._paths)}
-        found.sort(key=lambda g: (order[g.name], g.members[0].axis, int(g.members[0].indices[0, 0])))
+        found.sort(
+            key=lambda g: (order[g.name], g.members[0].axis, int(g.members[0].indices[0, 0]))
+        )
         return found
 
     def _occurrences(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -193,7 +198,9 @@ class _Finder:
         layer = self._dims.layers[units]
         random = np.random.default_rng(0).integers(1, 2**63, len(self._codes), dtype=np.uint64)
         key = np.zeros(len(units), np.uint64)
-        np.add.at(key, unit, random[where] * (counts.astype(np.uint64) * np.uint64(2) + np.uint64(1)))
+        np.add.at(
+            key, unit, random[where] * (counts.astype(np.uint64) * np.uint64(2) + np.uint64(1))
+        )
         table = np.stack([key.view(np.int64), reason.reshape(-1), layer], axis=1)
         return np.unique(table, axis=0, return_inverse=True)[1].reshape(-1)
 

@@ -158,9 +158,7 @@ def keep(groups: Groups, indices: Mapping[str, ArrayLike]) -> Keep:
     chosen = {
         name: _checked(_group(groups, name), np.asarray(units)) for name, units in indices.items()
     }
-    chosen = {
-        name: units for name, units in chosen.items() if units.shape[-1] < groups[name].size
-    }
+    chosen = {name: units for name, units in chosen.items() if units.shape[-1] < groups[name].size}
     shapes = {path: tuple(leaf.shape) for path, leaf in groups.leaves.items()}
     masks: dict[tuple[str, int], np.ndarray] = {}
     layers: dict[str, int] = {}
