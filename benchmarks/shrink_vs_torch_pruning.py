@@ -15,6 +15,7 @@ in the report, and it is told to leave the residual stream alone. Ours needs no 
 """
 
 import argparse
+import contextlib
 import json
 import pathlib
 import subprocess
@@ -39,7 +40,7 @@ METHODS = {
     "magnitude": structured.Magnitude(),
     "FPGM": structured.FPGM(),
 }
-RESIDUAL = (0.7, 0.8, 0.9, 1.0)  # the least of the residual stream's channels to keep
+RESIDUAL = (0.8, 0.9, 1.0)  # the least of the residual stream's channels to keep
 
 
 def prepare(data, network, settings):
@@ -180,15 +181,25 @@ def _product(params, mask):
     return jax.tree.map(jnp.multiply, params, mask)
 
 
+@contextlib.contextmanager
 def peer(python, work):
-    """Run Torch-Pruning's side in its interpreter."""
+    """Run Torch-Pruning's side in its interpreter meanwhile; yields what waits for the result."""
     with tempfile.TemporaryDirectory() as folder:
         paths = [str(pathlib.Path(folder) / name) for name in ("work.npz", "result.npz")]
         np.savez(paths[0], **work)
         script = pathlib.Path(__file__).with_name("torch_pruning_resnet.py")
-        subprocess.run([python, str(script), *paths], check=True)
-        result = dict(np.load(paths[1]))
-    return json.loads(str(result.pop("report"))), result
+        process = subprocess.Popen([python, str(script), *paths])
+
+        def result():
+            if process.wait():
+                raise RuntimeError(f"{script} failed")
+            found = dict(np.load(paths[1]))
+            return json.loads(str(found.pop("report"))), found
+
+        try:
+            yield result
+        finally:
+            process.kill()
 
 
 def compared(work, logits):
@@ -234,15 +245,13 @@ def main():
     network = load_network(args.data)
     work = prepare(args.data, network, settings)
     report = {"jax": jax.__version__, "settings": settings}
-    sides = {
-        "ours": lambda: Ours(network, work, settings).run(),
-        "torch-pruning": lambda: peer(args.peer, work),
-    }
-    for name, side in sides.items():
-        found, logits = side()
-        report[name] = {**compared(work, logits), **found}
-        if args.json:
-            args.json.write_text(json.dumps(report, indent=2) + "\n")
+    with peer(args.peer, work) as result:
+        sides = {"ours": Ours(network, work, settings).run, "torch-pruning": result}
+        for name, side in sides.items():
+            found, logits = side()
+            report[name] = {**compared(work, logits), **found}
+            if args.json:
+                args.json.write_text(json.dumps(report, indent=2) + "\n")
     print(json.dumps(report, indent=2))
 
 

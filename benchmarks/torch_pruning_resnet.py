@@ -6,6 +6,7 @@ The network is that of akamaster/pytorch_resnet_cifar10, with option-A shortcuts
 """
 
 import copy
+import importlib.metadata
 import json
 import math
 import sys
@@ -23,9 +24,9 @@ CRITERIA = {
     "BatchNorm scale": tp.importance.BNScaleImportance,
     "Taylor": tp.importance.GroupTaylorImportance,
 }
+# Isomorphic is the same as global here: what may go is of one kind.
 SCOPES = {
     "global": {"global_pruning": True},
-    "isomorphic": {"global_pruning": True, "isomorphic": True},
     "local": {},
 }
 
@@ -122,35 +123,34 @@ def residual(model):
     return [model.conv1, *(block.conv2 for block in blocks)]
 
 
-def pruner(model, criterion, scope, ignored):
-    # Its ratios are of channels: many small steps, until the MACs are met.
-    return tp.pruner.BasePruner(
-        model,
-        torch.zeros(1, 3, 32, 32),
-        importance=CRITERIA[criterion](),
-        pruning_ratio=1.0,
-        max_pruning_ratio=0.95,
-        iterative_steps=200,
-        ignored_layers=[model.linear, *ignored],
-        **SCOPES[scope],
-    )
-
-
 def pruned(dense, target, criterion, scope, work):
-    """Prune in its steps until the MACs are within the target."""
-    model = copy.deepcopy(dense)
-    if criterion == "Taylor":
-        model.zero_grad()
-        for part, labels in zip(
-            np.split(work["calibration"], 4), np.split(work["calibration_labels"], 4), strict=True
-        ):
-            F.cross_entropy(model(images(part)), torch.from_numpy(labels)).backward()
-    steps = pruner(model, criterion, scope, residual(model))
-    for _ in range(199):
+    """Prune as little as is needed; its ratios are of channels, so the right one is searched."""
+    low, high, best = 0.3, 0.8, None
+    for _ in range(7):
+        ratio, model = (low + high) / 2, copy.deepcopy(dense)
+        if criterion == "Taylor":
+            with_gradients(model, work)
+        tp.pruner.BasePruner(
+            model,
+            torch.zeros(1, 3, 32, 32),
+            importance=CRITERIA[criterion](),
+            pruning_ratio=ratio,
+            max_pruning_ratio=0.95,
+            ignored_layers=[model.linear, *residual(model)],
+            **SCOPES[scope],
+        ).step()
         if macs(model) <= target:
-            break
-        steps.step()
-    return model
+            high, best = ratio, model
+        else:
+            low = ratio
+    return best
+
+
+def with_gradients(model, work):
+    """Sum the gradients of the cross-entropy on the calibration images."""
+    parts = (np.split(work[name], 4) for name in ("calibration", "calibration_labels"))
+    for part, labels in zip(*parts, strict=True):
+        F.cross_entropy(model(images(part)), torch.from_numpy(labels)).backward()
 
 
 def without_hints(model):
@@ -231,7 +231,7 @@ def main(work_path, result_path):
         print("torch-pruning", runs[-1], flush=True)
     off = np.abs(predict(dense, work["test"]).numpy() - work["test_teacher"]).max()
     report = {
-        "torch_pruning": tp.__version__,
+        "torch_pruning": importlib.metadata.version("torch-pruning"),
         "torch": torch.__version__,
         "dense_logits_differ_by": float(off),
         "without_hints": without_hints(dense),

@@ -98,9 +98,9 @@ class Dims:
 
     def layer_axis(self, axes: Axes, level: int) -> int | None:
         """Find the axis of a variable that counts the layers of a scan."""
-        want = int(self.labels.find(self.levels[level].axis[:1])[0])
+        want = self.labels.find(self.levels[level].axis)
         for k, axis in enumerate(axes):
-            if len(axis) > 1 and int(self.labels.find(axis[:1])[0]) == want:
+            if len(axis) > 1 and np.array_equal(self.labels.find(axis), want):
                 return k
         return None
 
@@ -232,7 +232,8 @@ class Walker:
     def _layers(self, canonical: Sequence[int]) -> np.ndarray:
         """Find the labels that occur only beside the layers of a scan, or inside it."""
         labels, levels = self._labels, self._levels
-        names = {int(labels.find(levels[k].axis)[0]): k for k in canonical}
+        layered = {k: labels.find(levels[k].axis) for k in canonical}
+        names = {int(axis[0]): k for k, axis in layered.items()}
         allowed = np.full(len(labels), -1, np.int64)
         for prefix, (_, env) in self.programs.items():
             inside = sum(1 << k for k in {canonical[k] for k in self.scans[prefix]})
@@ -240,7 +241,7 @@ class Walker:
                 beside = inside
                 for axis in axes:
                     k = names.get(int(labels.find(axis[:1])[0])) if len(axis) > 1 else None
-                    if k is not None and len(axis) == levels[k].length:
+                    if k is not None and np.array_equal(labels.find(axis), layered[k]):
                         beside |= 1 << k
                 for axis in axes:
                     rows = labels.rows(axis)

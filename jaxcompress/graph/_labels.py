@@ -123,14 +123,13 @@ class Labels:
                 inside = (self.rows(bound) == free[:, None]).any(axis=1)
                 if inside.any():
                     self._conflict(bound[inside])
+                    self._conflict(free[inside])
                 # One at a time for each label: what is left over meets it bound, next time.
                 _, first = np.unique(free, return_index=True)
                 first = first[~inside[first]]
-                if len(first) and not self._cyclic(free[first], bound[first]):
-                    self._parent[free[first]] = bound[first]
-                elif len(first):
-                    self._conflict(bound[first])
-                    inside[first] = True
+                if self._cyclic(free[first], bound[first]):
+                    first = first[:1]
+                self._parent[free[first]] = bound[first]
                 keep = np.ones(len(a), bool)
                 keep[np.flatnonzero(one)[inside]] = False
                 a, b = a[keep], b[keep]
