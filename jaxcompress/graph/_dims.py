@@ -80,6 +80,8 @@ class Dims:
         products: All contractions.
         summed: Labels of axes along which two results are added: residual streams.
         carried: Labels of axes that a scan carries round.
+        cuts: Parts of axes that are sliced off: as many of each go in every layer of a scan.
+        dead: Positions of equations that nothing needs; they are left out.
         state: Which outputs mirror leaves of params: `{number of the output: path}`.
     """
 
@@ -94,6 +96,8 @@ class Dims:
     products: tuple[Product, ...] = field(repr=False)
     summed: np.ndarray = field(repr=False)
     carried: np.ndarray = field(repr=False)
+    cuts: tuple[Axis, ...] = field(repr=False)
+    dead: frozenset[Position] = field(repr=False)
     state: Mapping[int, str]
 
     def layer_axis(self, axes: Axes, level: int) -> int | None:
@@ -162,6 +166,9 @@ class Walker:
         self._products: list[Product] = []
         self._summed: list[Axis] = []
         self._carried: list[Axis] = []
+        self._cuts: list[Axis] = []
+        self._spread: set[int] = set()
+        self.dead: set[Position] = set()
 
     def whole(self, leaves: Mapping[str, Axes]) -> Dims:
         traced, labels, program = self._traced, self._labels, self._traced.program
@@ -180,14 +187,15 @@ class Walker:
                 labels.freeze(axis, f"it is tied to axis {k} of input {number}")
             args.append(axes)
         outs = self.walk(program, args, (), (), 1, ())
-        state = _state(traced)
+        # New state is made from the old: its indices are the leaf's by fn itself.
+        alike = lambda axes, path: all(
+            np.array_equal(labels.rows(a), labels.rows(b))
+            for a, b in zip(axes, leaves[path], strict=True)
+        )
+        state = {k: path for k, path in _mirrors(traced).items() if alike(outs[k], path)}
         for number, axes in enumerate(outs):
-            path = state.get(number)
-            for k, axis in enumerate(axes):
-                if path is None:
-                    labels.freeze(axis, f"it is axis {k} of output {number}")
-                else:
-                    labels.unify(axis, leaves[path][k])
+            for k, axis in enumerate(axes if number not in state else ()):
+                labels.freeze(axis, f"it is axis {k} of output {number}")
         return self._result(leaves, state)
 
     def _outer(self, shape: Sequence[Any], reason: str | None) -> Axes:
@@ -219,6 +227,8 @@ class Walker:
             products=tuple(self._products),
             summed=self._flags(self._summed),
             carried=self._flags(self._carried),
+            cuts=tuple(self._cuts),
+            dead=frozenset(self.dead),
             state=state,
         )
 
@@ -274,9 +284,16 @@ class Walker:
             self._uniform += env[var]
             if is_small(value):
                 values[var] = np.asarray(value)
+        live = _live(program)
         for number, eqn in enumerate(program.eqns):
-            operands = tuple(self._read(atom, env) for atom in eqn.invars)
             here = (*prefix, number)
+            if number not in live:  # only shapes of it were used
+                self.dead.add(here)
+                env.update((var, self._outer(var.aval.shape, None)) for var in eqn.outvars)
+                continue
+            operands = tuple(self._read(atom, env) for atom in eqn.invars)
+            if eqn.primitive.name == "broadcast_in_dim":
+                self._spread.add(id(eqn.outvars[0]))
             mine = tuple(value_of(atom, values) for atom in eqn.invars)
             rule = construct(eqn.primitive.name)
             if rule is not None:
@@ -304,7 +321,7 @@ class Walker:
         branch: tuple[tuple[Position, int], ...],
     ) -> list[Axes]:
         step = Step(eqn=eqn, operands=operands, known=known, labels=self._labels,
-                    uniform=self._uniform.append)  # fmt: skip
+                    uniform=self._uniform.append, cut=self._cuts.append)  # fmt: skip
         rule = dims_rule(eqn.primitive.name)
         if rule is None:
             reason = f"{eqn.primitive.name} has no rule"
@@ -321,7 +338,8 @@ class Walker:
                 for axes in operands
                 if all(len(a) == len(r) for a, r in zip(axes, results[0], strict=True))
             ]
-            if len(whole) == 2:
+            # A bias that was spread first is no stream of its own.
+            if len(whole) == 2 and not self._spread & set(map(id, eqn.invars)):
                 self._summed += results[0]
         return results
 
@@ -422,8 +440,19 @@ class Walker:
         return tuple(fitted)
 
 
-def _state(traced: Traced) -> dict[int, str]:
-    """Match outputs with the leaves that they are new values of, by path and shape."""
+def _live(program: Program) -> set[int]:
+    """List the equations that results, or effects, depend on."""
+    needed = {atom for atom in program.outvars if not isinstance(atom, _compat.Literal)}
+    live = set()
+    for number, eqn in reversed(list(enumerate(program.eqns))):
+        if eqn.effects or any(var in needed for var in eqn.outvars):
+            live.add(number)
+            needed.update(a for a in eqn.invars if not isinstance(a, _compat.Literal))
+    return live
+
+
+def _mirrors(traced: Traced) -> dict[int, str]:
+    """Match outputs with the leaves that they may be new values of, by path and shape."""
     found: dict[int, str] = {}
     for number, (keypath, out) in enumerate(
         jax.tree_util.tree_flatten_with_path(traced.outputs)[0]

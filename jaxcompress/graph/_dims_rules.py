@@ -58,8 +58,28 @@ class _Bitcast:
         return [(*axes[: len(shape)], *extra)]
 
 
+@register_dims("debug_callback", "debug_print")
+class _Debug:
+    def follow(self, step: Step) -> list[Axes]:
+        return []
+
+
+@register_dims("fft")
+class _Fft:
+    def follow(self, step: Step) -> list[Axes]:
+        (axes,) = step.operands
+        count = len(step.params["fft_lengths"])
+        result = list(axes[: len(axes) - count])
+        for axis, n in zip(axes[len(result) :], step.shape()[len(result) :], strict=True):
+            step.labels.freeze(axis, "it is transformed by fft")
+            result.append(step.labels.fresh(n))
+            step.labels.freeze(result[-1], "it counts frequencies or samples of fft")
+        return [tuple(result)]
+
+
 @register_dims(
-    "optimization_barrier", "pbroadcast", "pmax", "pmin", "ppermute", "psum", "psum_invariant",
+    "device_put", "optimization_barrier", "pbroadcast", "pmax", "pmin", "ppermute", "psum",
+    "psum_invariant",
 )  # fmt: skip
 class _Barrier:
     def follow(self, step: Step) -> list[Axes]:
@@ -189,6 +209,9 @@ class _Slice:
                 part = step.labels.fresh(1)
             if stride > 1:
                 step.uniform(axis)
+            elif part is not axis:
+                step.cut(axis[:start])
+                step.cut(part)
             result.append(part)
         return [tuple(result)]
 
@@ -224,6 +247,7 @@ class _Split:
             if len(part) == 1:
                 step.labels.freeze(part, "an index of it is picked alone")
                 part = step.labels.fresh(1)
+            step.cut(part)
             axes = list(step.operands[0])
             axes[at] = part
             results.append(tuple(axes))
@@ -297,6 +321,8 @@ class _Pad:
                 step.labels.freeze(result[-1], "it is made by padding")
             else:
                 new = step.labels.fresh(low + high + 1)
+                step.cut(new[:low])
+                step.cut(new[low : low + high])
                 result.append(np.concatenate([new[:low], axis, new[low : low + high]]))
         return [tuple(result)]
 

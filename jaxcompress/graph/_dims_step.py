@@ -28,6 +28,7 @@ class Step:
         known: Their values, where they are small integers that depend on nothing; else `None`.
         labels: The store.
         uniform: Says of labels that they stand for one index in all layers of a scan.
+        cut: Says of labels that they are a part of an axis, which is counted by itself.
     """
 
     eqn: Any
@@ -35,6 +36,7 @@ class Step:
     known: tuple[np.ndarray | None, ...]
     labels: Labels
     uniform: Callable[[Axis], None]
+    cut: Callable[[Axis], None]
 
     @property
     def params(self) -> Mapping[str, Any]:

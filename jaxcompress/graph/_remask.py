@@ -39,6 +39,8 @@ class Masker:
         for prefix, (program, env) in removed.dims.programs.items():
             for number, eqn in enumerate(program.eqns):
                 here = (*prefix, number)
+                if here in removed.dims.dead:
+                    continue
                 names = (around.get(prefix[:-1], ""), str(eqn.source_info.name_stack))
                 around[here] = "/".join(name for name in names if name)
                 if eqn.primitive.name in ("custom_jvp_call", "custom_vjp_call"):

@@ -201,6 +201,9 @@ class _Resizer:
                 [self._of(atom, env) for atom in eqn.outvars],
             )
             here = (*prefix, number)
+            if here in self._dims.dead:
+                visits[here] = _leave_out
+                continue
             if not kept.changes:
                 continue
             if construct(eqn.primitive.name) is not None:
@@ -248,6 +251,12 @@ class _Resizer:
         return _Resizer(_extended(self._removed, program, operands)).plan()
 
 
+def _leave_out(
+    equation: Equation, operands: Sequence[Any], cells: Cells
+) -> tuple[list[None], Cells]:
+    return [None] * len(equation._eqn.outvars), {}
+
+
 def _extended(removed: Removed, program: Program, operands: Sequence[Axes]) -> Removed:
     dims = removed.dims
     labels = dims.labels
@@ -265,7 +274,7 @@ def _extended(removed: Removed, program: Program, operands: Sequence[Axes]) -> R
         gone = np.flatnonzero(flags.any(axis=0))
         wide[:, labels.find(gone)] |= flags[:, gone]
         by_layer[level] = wide
-    later = Dims(**{**vars(dims), "programs": walker.programs})
+    later = Dims(**{**vars(dims), "programs": walker.programs, "dead": frozenset(walker.dead)})
     return Removed(dims=later, everywhere=everywhere, by_layer=by_layer)
 
 

@@ -166,8 +166,9 @@ class _Finder:
         ends = np.cumsum(np.bincount(mine))
         for here in np.split(order, ends[:-1]):
             group = self._group(label[here], code[here], position[here])
-            if group.size > 1 or group.frozen is not None:
-                found.append(group)
+            if group.size == 1 and group.frozen is None:
+                group = replace(group, frozen="all its indices go together")
+            found.append(group)
         order = {path: k for k, path in enumerate(self._paths)}
         found.sort(
             key=lambda g: (order[g.name], g.members[0].axis, int(g.members[0].indices[0, 0]))
@@ -219,6 +220,8 @@ class _Finder:
             there = np.flatnonzero(code == number)
             by_axis[key] = np.concatenate([by_axis.get(key, there[:0]), there])
         level = int(dims.layers[label[0]]) - 1
+        if level >= 0 and not self._even(np.unique(label)):
+            level = -1
         members = []
         for (path, axis), there in by_axis.items():
             site = self._sites[path]
@@ -251,6 +254,18 @@ class _Finder:
             frozen=self._frozen(label[0], role, placed),
             labels=order,
         )
+
+    def _even(self, units: np.ndarray) -> bool:
+        """Tell whether each part of an axis that is sliced off has as much of every unit.
+
+        Then layers may keep different units, and slices are still as long in one as in another.
+        """
+        for cut in self._dims.cuts:
+            rows = self._dims.labels.rows(cut)
+            counts = np.bincount(rows[rows >= 0], minlength=len(self._dims.labels))[units]
+            if len(np.unique(counts)) > 1:
+                return False
+        return True
 
     def _frozen(self, label: int, role: Role, members: Sequence[Member]) -> str | None:
         if reason := str(self._dims.reasons[label]):

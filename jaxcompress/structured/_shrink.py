@@ -1,6 +1,5 @@
 """`shrink`: a function and its params made smaller, with a certificate of equivalence."""
 
-import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -20,6 +19,7 @@ from jaxcompress.structured._certificate import (
     random_like,
     size_of,
     tolerance_of,
+    widened,
 )
 from jaxcompress.structured._find import groups as find_groups
 from jaxcompress.structured._keep import Keep
@@ -163,11 +163,11 @@ def shrink(
     leaks: tuple[Leak, ...] = ()
     tolerance = 0.0
     if not is_abstract(params):
-        compare = _Comparison(fn, small_fn, params, smaller, keep, kwargs)
+        compare = _Comparison(fn, small_fn, params, smaller, keep, inputs, kwargs)
         given = None if is_abstract(inputs) else compare.distances(inputs)
         drawn = random_like(inputs)
         distances_on = compare.distances(drawn)
-        tolerance = tolerance_of(params, inputs, compare.outputs)
+        tolerance = compare.tolerance
         if distances_on.weights.relative > tolerance:
             leaks = compare.leaks(drawn)
     before = size_of(fn, params, inputs, kwargs, compiled=compiled)
@@ -184,7 +184,11 @@ def shrink(
 
 
 class _Comparison:
-    """The smaller function beside its three references."""
+    """The smaller function beside its three references.
+
+    The structural distance is taken in float32 where fn runs in it: in bfloat16 rounding would hide
+    what it is to show.
+    """
 
     def __init__(
         self,
@@ -193,47 +197,58 @@ class _Comparison:
         params: tree.Params,
         smaller: tree.Params,
         keep: Keep,
+        inputs: Sequence[Any],
         kwargs: Mapping[str, Any],
     ):
-        self._fn, self._small, self._keep, self._kwargs = fn, small, keep, dict(kwargs)
+        self._fn, self._keep, self._kwargs = fn, keep, dict(kwargs)
         self._params, self._smaller = params, smaller
         self._masked = mask_params(params, keep)
-        self._dense_jit = jax.jit(fn)
-        self.outputs: Any = None
+        self._dense, self._small = jax.jit(fn), jax.jit(small)
+        self._remasked = jax.jit(graph.remask(fn, keep.leaves))
+        self._wide = self._widens(inputs)
+        dims = graph.dims(fn, self._widened(params), *self._widened(inputs), **kwargs)
+        self._state = dims.state
+        variables = [var.aval for _, env in dims.programs.values() for var in env]
+        self.tolerance = tolerance_of(params if not self._wide else (), (), variables)
 
-    @functools.cached_property
-    def _small_jit(self) -> Callable[..., Any]:
-        return jax.jit(self._small)
+    def _widens(self, inputs: Sequence[Any]) -> bool:
+        """Tell whether there is anything narrow, and fn takes it in float32."""
+        narrow = (self._params, inputs)
+        wide = jax.eval_shape(widened, narrow)
+        if wide == jax.eval_shape(lambda x: x, narrow):
+            return False
+        try:
+            jax.eval_shape(self._fn, wide[0], *wide[1], **self._kwargs)
+        except (TypeError, ValueError):  # it mixes them with a dtype of its own
+            return False
+        return True
 
-    @functools.cached_property
-    def _remasked_jit(self) -> Callable[..., Any]:
-        return jax.jit(graph.remask(self._fn, self._keep.leaves))
+    def _widened(self, values: Any) -> Any:
+        return widened(values) if self._wide else values
 
     def distances(self, inputs: Sequence[Any]) -> Distances:
         # Accelerators multiply float32 in fewer bits unless they are told not to.
         with jax.default_matmul_precision("highest"):
-            self.outputs = self._small_jit(self._smaller, *inputs, **self._kwargs)
-            remasked = self._remasked_jit(self._params, *inputs, **self._kwargs)
-            masked = self._dense_jit(self._masked, *inputs, **self._kwargs)
-            dense = self._dense_jit(self._params, *inputs, **self._kwargs)
+            run = lambda fn, params, inputs: fn(params, *inputs, **self._kwargs)
+            outputs = exact = run(self._small, self._smaller, inputs)
+            if self._wide:
+                exact = run(self._small, widened(self._smaller), widened(inputs))
+            whole = self._widened(self._params), self._widened(inputs)
+            remasked = run(self._remasked, *whole)
+            masked = run(self._dense, self._masked, inputs)
+            dense = run(self._dense, self._params, inputs)
         return Distances(
-            structural=distance(self.outputs, self._cut(remasked, inputs)),
-            weights=distance(self.outputs, self._cut(masked, inputs)),
-            dense=distance(self.outputs, self._cut(dense, inputs)),
+            structural=distance(exact, self._cut(remasked)),
+            weights=distance(outputs, self._cut(masked)),
+            dense=distance(outputs, self._cut(dense)),
         )
 
-    def _cut(self, outputs: Any, inputs: Sequence[Any]) -> Any:
+    def _cut(self, outputs: Any) -> Any:
         """Take the kept indices of outputs that are new state."""
         flat, treedef = jax.tree.flatten(outputs)
-        for number, path in self._state(inputs).items():
+        for number, path in self._state.items():
             flat[number] = _sliced(path, flat[number], self._keep)
         return jax.tree.unflatten(treedef, flat)
-
-    def _state(self, inputs: Sequence[Any]) -> Mapping[int, str]:
-        if not hasattr(self, "_found_state"):
-            dims = graph.dims(self._fn, self._params, *inputs, **self._kwargs)
-            self._found_state = dims.state
-        return self._found_state
 
     def leaks(self, inputs: Sequence[Any]) -> tuple[Leak, ...]:
         return graph.leaks(self._fn, self._keep.leaves, self._params, *inputs, **self._kwargs)

@@ -124,7 +124,7 @@ def hidden_reason(between, down=8):
         (lambda h: jnp.sort(h, axis=-1), "it is sorted"),
         (lambda h: lax.top_k(h, 8)[0], "top_k gives positions along it"),
         (lambda h: h + jnp.argmax(h, axis=-1, keepdims=True), "argmax gives positions along it"),
-        (lambda h: jnp.fft.fft(h).real, "fft has no rule"),
+        (lambda h: jnp.linalg.qr(h)[0] @ jnp.ones((4, 8)), "qr has no rule"),
         (
             lambda h: lax.reduce_window(h, 0.0, lax.add, (1, 3), (1, 1), "SAME"),
             "a window slides over it",

@@ -1,0 +1,133 @@
+"""Functions that are easy to get wrong: false state, permuted layers, cuts, dead code, low bits."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from jaxcompress import structured
+
+
+def drawn(*shapes):
+    rng = np.random.default_rng(0)
+    return [jnp.asarray(rng.standard_normal(s) / 3, jnp.float32) for s in shapes]
+
+
+def halves(groups):
+    return structured.keep(groups, {g.name: np.arange(g.size // 2) for g in groups.values()})
+
+
+def holds(fn, params, x):
+    groups = structured.groups(fn, params, x)
+    assert len(groups)
+    return structured.shrink(fn, params, halves(groups), x)[2].holds
+
+
+def test_an_output_with_the_path_and_shape_of_a_leaf_is_no_state():
+    params, (x,) = drawn((8, 8), (8, 8)), drawn((8, 8))
+    fn = lambda p, x: (jnp.tanh(x @ p[0]) @ p[1],)
+    groups = structured.groups(fn, params, x)
+    assert {g.frozen for g in groups.frozen.values()} >= {"it is axis 1 of output 0"}
+    small, fewer, certificate = structured.shrink(fn, params, halves(groups), x)
+    assert certificate.holds and small(fewer, x)[0].shape == (8, 8)
+    assert small(fewer, x[:3])[0].shape == (3, 8)
+
+
+def layered(params, x):
+    block = lambda c, leaves: (c + jnp.tanh(c @ leaves["up"]) @ leaves["down"], None)
+    order = np.array([0, 2, 1])
+    return lax.scan(block, x, {"up": params["up"], "down": params["down"][order]})[0]
+
+
+def test_layers_in_another_order_keep_the_same_units():
+    up, down, x = drawn((3, 8, 10), (3, 10, 8), (5, 8))
+    params = {"up": up, "down": down}
+    groups = structured.groups(layered, params, x)
+    assert [g.layers for g in groups.values()] == [()]
+    assert holds(layered, params, x)
+
+
+def test_low_precision_hides_no_wrong_surgery():
+    up, down, x = (a.astype(jnp.bfloat16) for a in drawn((3, 8, 10), (3, 10, 8), (5, 8)))
+    params = {"up": up, "down": down}
+    groups = structured.groups(layered, params, x)
+    _, _, certificate = structured.shrink(layered, params, halves(groups), x)
+    assert certificate.holds and certificate.tolerance < 1e-4
+    # A function that rounds by itself is held to what that allows, and no more.
+    rounding = lambda p, x: (x @ p["a"]).astype(jnp.bfloat16).astype(jnp.float32) @ p["b"]
+    a, b, x = drawn((3, 8), (8, 2), (4, 3))
+    groups = structured.groups(rounding, {"a": a, "b": b}, x)
+    _, _, certificate = structured.shrink(rounding, {"a": a, "b": b}, halves(groups), x)
+    assert certificate.holds and certificate.tolerance == 0.05
+
+
+def test_nothing_finite_proves_nothing():
+    a, b, x = drawn((3, 8), (8, 2), (4, 3))
+    fn = lambda p, x: jnp.log(x @ p["a"] - 1e9) @ p["b"]
+    assert not holds(fn, {"a": a, "b": b}, x)
+
+
+def test_layers_share_units_that_a_slice_tells_apart():
+    def fn(params, x):
+        def block(c, leaves):
+            h = c @ leaves["up"]
+            h = jnp.concatenate([jax.nn.relu(h[:, :4]), jnp.tanh(h[:, 4:])], axis=-1)
+            return c + h @ leaves["down"], None
+
+        return lax.scan(block, x @ params["in"], params["layers"])[0] @ params["out"]
+
+    start, up, down, end, x = drawn((3, 6), (2, 6, 8), (2, 8, 6), (6, 2), (4, 3))
+    params = {"in": start, "layers": {"up": up, "down": down}, "out": end}
+    groups = structured.groups(fn, params, x)
+    assert groups["layers/up"].layers == ()
+    keep = structured.choose(
+        groups, structured.importance(groups, params), budget=structured.Params(0.6)
+    )
+    assert structured.shrink(fn, params, keep, x)[2].holds
+
+
+def test_a_tie_of_an_index_with_a_product_of_itself_is_frozen():
+    def fn(p, x):
+        h, g = x @ p["w"], x @ p["g"]
+        return (h + (h[:, :2, None] * g[:, None]).reshape(-1, 4)) @ p["o"]
+
+    w, g, o, x = drawn((3, 4), (3, 2), (4, 3), (4, 3))
+    groups = structured.groups(fn, {"w": w, "g": g, "o": o}, x)
+    assert not groups and "do not nest" in " ".join(str(f.frozen) for f in groups.frozen.values())
+
+
+def test_what_all_goes_together_is_listed():
+    u, d, x = drawn((3, 16), (16, 2), (4, 3))
+    fn = lambda p, x: (lambda h: h + h[:, np.r_[1:16, 0]])(x @ p["u"]) @ p["d"]
+    groups = structured.groups(fn, {"u": u, "d": d}, x)
+    assert "all its indices go together" in {g.frozen for g in groups.frozen.values()}
+
+
+def test_dead_code_ties_nothing():
+    u, d, x = drawn((3, 16), (16, 2), (4, 3))
+    fn = lambda p, x: (lambda h: (h[:, 0], jnp.tanh(h) @ p["d"])[1])(x @ p["u"])
+    groups = structured.groups(fn, {"u": u, "d": d}, x)
+    assert groups["u"].size == 16
+    keep = structured.keep(groups, {"u": np.arange(5, 9)})
+    assert structured.shrink(fn, {"u": u, "d": d}, keep, x)[2].holds
+
+
+def test_a_bias_makes_no_residual_stream():
+    u, b, d, x = drawn((3, 16), (16,), (16, 2), (4, 3))
+    fn = lambda p, x: jnp.tanh(x @ p["u"] + jnp.broadcast_to(p["b"], (4, 16))) @ p["d"]
+    groups = structured.groups(fn, {"u": u, "b": b, "d": d}, x)
+    assert groups["u"].role == "hidden"
+
+
+def test_printing_and_transforms_of_other_axes(capfd):
+    def fn(p, x):
+        h = x @ p["u"]
+        jax.debug.print("{}", h[0, 0] * 0)
+        return jnp.fft.fft(h, axis=0).real @ p["d"]
+
+    # fft along the batch only: units are apart from each other
+    u, d, x = drawn((3, 16), (16, 2), (4, 3))
+    groups = structured.groups(fn, {"u": u, "d": d}, x)
+    assert groups["u"].size == 15  # one is printed
+    keep = structured.keep(groups, {"u": np.arange(3, 9)})
+    assert structured.shrink(fn, {"u": u, "d": d}, keep, x)[2].holds
