@@ -59,11 +59,11 @@ class Config:
 
 
 def choose(network: Network, images: jnp.ndarray, config: Config) -> structured.Keep:
-    """Keep the channels with the largest weights, comparing those of one kind."""
+    """Keep the channels that others could stand for least, comparing those of one kind."""
     groups = structured.groups(network.forward, network.params, images)
     keep = structured.choose(
         groups,
-        structured.importance(groups, network.params, method=structured.Magnitude()),
+        structured.importance(groups, network.params, method=structured.FPGM()),
         budget=structured.Flops(1 / config.ratio),
         scope="isomorphic",
         bounds={"residual": (config.residual, 1.0)},

@@ -14,13 +14,15 @@ import pytest
 import zoo_registry
 from flax import linen as nn
 
-from jaxcompress import adapters, distill, export, quantize, sparsity
+from jaxcompress import adapters, distill, export, quantize, sparsity, structured
 
 sys.path.insert(0, str(pathlib.Path(__file__).parents[1] / "examples"))
 from models.llama import LLAMA_1B, Llama, LlamaConfig
 
 README = (pathlib.Path(__file__).parents[1] / "README.md").read_text()
-LOOP, PTQ, AWARE, SUMMARY, SITES, SESSION = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+LOOP, PTQ, AWARE, SHRINK, SUMMARY, SITES, SESSION = re.findall(
+    r"```python\n(.*?)```", README, re.DOTALL
+)
 TABLE = re.search(r"```\n(site or leaf .*?)\n```", README, re.DOTALL)
 
 
@@ -80,6 +82,20 @@ def test_training_with_rounded_activations(names):
     kernel = scope["packed"]["params"]["layers_0"]["kernel"]
     assert kernel.activation.is_static and kernel.format.qtype.name == "int4"
     assert scope["state"].params["quantizers"]["steps"] == 3 and scope["metrics"]["loss"] > 0
+
+
+def test_shrinking_a_model(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    images = jax.random.normal(jax.random.key(0), (4, 6, 6, 3))
+    shapes = jax.eval_shape(ConvNet().init, jax.random.key(0), images)
+    fn, params = adapters.from_linen(ConvNet(), zoo_registry.randomised(shapes))
+    scope = {"fn": fn, "params": params, "images": images}
+    with contextlib.redirect_stdout(io.StringIO()) as printed:
+        exec(SHRINK, scope)
+    assert printed.getvalue().startswith("certificate: holds")
+    assert scope["fewer"]["params"]["Conv_0"]["kernel"].shape == (3, 3, 3, 4)
+    again = structured.rebuild(fn, structured.Keep.load("keep.json"))
+    assert jnp.array_equal(again(scope["fewer"], images), scope["small"](scope["fewer"], images))
 
 
 def test_the_summary_of_llama(tmp_path, monkeypatch):
