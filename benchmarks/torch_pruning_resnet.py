@@ -23,6 +23,7 @@ CRITERIA = {
     "magnitude": lambda: tp.importance.GroupMagnitudeImportance(p=2),
     "BatchNorm scale": tp.importance.BNScaleImportance,
     "Taylor": tp.importance.GroupTaylorImportance,
+    "FPGM": tp.importance.FPGMImportance,
 }
 # Isomorphic is the same as global here: what may go is of one kind.
 SCOPES = {
