@@ -27,11 +27,8 @@ KEY = jax.random.key(0)
 # One of each model; a layer of a stack where there is one.
 DROPPED = {
     "resnet_train": "params/layer1_0",
-    "mobilenet": "params/stage1_1",
     "convnext": "params/stage0_0",
-    "mixer": "params/blocks_0",
     "vit": "blocks/0/attention",
-    "gpt2": "blocks/0/up+down",
     "gpt_neox": "params/layers_0/qkv+out",
     "llama": "params/layers_0/attention",
     "llama_scanned": "params/layers/attention",
