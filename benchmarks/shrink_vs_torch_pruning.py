@@ -17,6 +17,7 @@ in the report, and it is told to leave the residual stream alone. Ours needs no 
 import argparse
 import contextlib
 import json
+import os
 import pathlib
 import subprocess
 import sys
@@ -188,7 +189,9 @@ def peer(python, work):
         paths = [str(pathlib.Path(folder) / name) for name in ("work.npz", "result.npz")]
         np.savez(paths[0], **work)
         script = pathlib.Path(__file__).with_name("torch_pruning_resnet.py")
-        process = subprocess.Popen([python, str(script), *paths])
+        # Threads that spin while they wait would take the cores from our side, and the reverse.
+        environment = {**os.environ, "OMP_WAIT_POLICY": "PASSIVE"}
+        process = subprocess.Popen([python, str(script), *paths], env=environment)
 
         def result():
             if process.wait():

@@ -42,9 +42,9 @@ class Config:
 
     quick: bool = False
     keep: float = 2 / 3
-    steps: int = 600
+    steps: int = 400
     batch_size: int = 32
-    learning_rate: float = 2e-3
+    learning_rate: float = 6e-3
     seed: int = 0
     out: pathlib.Path = pathlib.Path("shrink-lstm")
     data: pathlib.Path = field(default_factory=data_folder)
