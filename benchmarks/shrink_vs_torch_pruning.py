@@ -10,8 +10,10 @@ the same loss (KL at temperature 4), steps and optimizer (SGD with Nesterov mome
 distillation and takes the one that is nearest to the dense network on augmented training images
 held back; test images are read once, at the end.
 
-Torch-Pruning cannot follow the zero-padded shortcuts of this network: what it does without hints is
-in the report, and it is told to leave the residual stream alone. Ours needs no hints.
+Torch-Pruning takes the zero-padded shortcuts of this network for elementwise and removes channels
+that are not connected (`without_hints`: asked to remove channels that are zero throughout, it
+changes the outputs). So its criteria are also tried with the hint to leave the residual stream
+alone. Ours needs no hints.
 """
 
 import argparse

@@ -117,7 +117,7 @@ def quantize_all(
     """
     for name, policy in policies.items():
         result = quantize.ptq(fn, params, seen, policy)
-        table.add(name, result.params, fn=counted(fn), note=remarks(result))
+        table.add(name, result.params, fn=read(fn), note=remarks(result))
 
 
 def resnet(depth: int, images: Images, config: Config) -> report.Table:
