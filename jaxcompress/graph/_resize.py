@@ -318,6 +318,7 @@ def resize(
         StructureError: When called, if params has other leaves.
 
     Example:
+        >>> import jax.numpy as jnp
         >>> fn = lambda p, x: jnp.tanh(x @ p["up"]).reshape(-1, 4) @ p["down"]
         >>> keep = {"up": {1: np.array([0, 2])}, "down": {0: np.array([0, 2])}}
         >>> small = resize(fn, keep, {"up": (3, 4), "down": (4, 2)})
