@@ -2,10 +2,13 @@
 
     python benchmarks/shrink_cpu.py [--repeats 15] [--json PATH]
 
-A ResNet-20 (batch 64) shrunk to 2.1 times fewer multiply-adds, with any numbers of channels and
-with multiples of 8 inside of blocks, and an MLP (1024 to 4096 and back, batch 256) at half its
-multiply-adds: the least wall clock of interleaved calls, and the least processor time, which other
-work on the machine disturbs less. `of_macs` is the speed-up over the ratio of multiply-adds.
+A ResNet-20 (batch 64) shrunk to 2.1 times fewer multiply-adds: any numbers of channels, multiples
+of 8 inside of blocks, and multiples of 8 or 16 inside of what is left without three blocks, those
+that `examples/shrink_resnet.py --drop 3` finds to matter least. An MLP (1024 to 4096 and back,
+batch 256) at half its multiply-adds. The least wall clock of interleaved calls, and the least
+processor time, which other work on the machine disturbs less. `of_macs` is the speed-up over the
+ratio of multiply-adds. `convolutions` has why channels alone gain little: the speed-up of bare
+3 x 3 convolutions of fewer channels beside that of their multiply-adds.
 
 Then the processor time of `structured.groups`, `choose` and `shrink` on shapes, beyond that of
 `jax.make_jaxpr` of the same: ResNet-20, and Llama-style transformers of 24 layers and width 4096,
@@ -13,6 +16,7 @@ unrolled and scanned, whose MLPs shrink so that 70 % of the params stay.
 """
 
 import argparse
+import functools
 import json
 import pathlib
 import sys
@@ -31,6 +35,13 @@ from models.resnet import CifarResNet
 from jaxcompress import adapters, graph, structured
 
 WIDTHS = (4096, 1024) * 3
+BLOCKS = ("params/layer1_0", "params/layer1_1", "params/layer2_1")
+WHOLE = {"residual": (1.0, 1.0)}
+CHANNELS = {  # by size of the image: in and out of the network's convolution, then fewer
+    32: ((16, 16), (11, 11), (16, 8), (8, 16), (8, 8)),
+    16: ((32, 32), (23, 23), (32, 16), (16, 32), (16, 16)),
+    8: ((64, 64), (45, 45), (64, 32), (32, 64), (32, 32)),
+}
 CLOCKS = {"wall": time.perf_counter, "processor": time.process_time}
 WIDE = LlamaConfig(
     vocab=32_000,
@@ -69,30 +80,72 @@ def mlp():
     return *adapters.from_linen(Mlp(), Mlp().init(jax.random.key(1), x)), x
 
 
-def speed(model, budget, repeats, *, bounds=None, round_to=1):
+def speed(model, budget, repeats, *, drop=(), bounds=None, round_to=1):
     """Time a model beside what is left of it within a budget."""
     fn, params, x = model
-    groups = structured.groups(fn, params, x, round_to=round_to)
-    scores = structured.importance(groups, params)
-    keep = structured.choose(groups, scores, budget=budget, scope="local", bounds=bounds)
-    small, fewer = structured.rebuild(fn, keep), structured.slice_params(params, keep)
-    sizes = [graph.trace(f, p, x).flops for f, p in ((fn, params), (small, fewer))]
-    calls = [(jax.jit(fn), params), (jax.jit(small), fewer)]
-    dense, cut = interleaved(
-        [lambda c=c, p=p: c(p, x).block_until_ready() for c, p in calls], repeats
+    total = graph.trace(fn, params, x).flops
+    small, fewer = fn, params
+    if drop:
+        small, fewer, _ = structured.drop_layers(fn, params, drop, x)
+    groups = structured.groups(small, fewer, x, round_to=round_to)
+    keep = structured.choose(
+        groups,
+        structured.importance(groups, fewer),
+        budget=structured.Flops(int(budget * total)),
+        scope="local",
+        bounds=bounds,
     )
-    macs = sizes[0] / sizes[1]
-    return {
-        "macs": round(macs, 2),
-        **{
-            clock: {
-                "ms": [round(1e3 * dense[clock], 2), round(1e3 * cut[clock], 2)],
-                "speed_up": round(dense[clock] / cut[clock], 2),
-                "of_macs": round(dense[clock] / cut[clock] / macs, 2),
-            }
-            for clock in CLOCKS
-        },
-    }
+    small, fewer = structured.rebuild(small, keep), structured.slice_params(fewer, keep)
+    return compared(
+        (jax.jit(fn), params),
+        (jax.jit(small), fewer),
+        x,
+        total / graph.trace(small, fewer, x).flops,
+        repeats,
+    )
+
+
+def compared(dense, cut, x, macs, repeats):
+    """Time two calls in turns, and compare their ratio with that of their multiply-adds."""
+    times = interleaved(
+        [lambda f=f, p=p: f(p, x).block_until_ready() for f, p in (dense, cut)], repeats
+    )
+    row = {"macs": round(macs, 2)}
+    for clock in CLOCKS:
+        before, after = (one[clock] for one in times)
+        row[clock] = {
+            "ms": [round(1e3 * before, 2), round(1e3 * after, 2)],
+            "speed_up": round(before / after, 2),
+            "of_macs": round(before / after / macs, 2),
+        }
+    return row
+
+
+def convolutions(repeats):
+    """Time bare convolutions of fewer channels than those of a ResNet-20."""
+    rows = {}
+    for size, (dense, *fewer) in CHANNELS.items():
+        for channels in fewer:
+            calls = []
+            for n_in, n_out in (dense, channels):
+                x, w = jnp.ones((64, size, size, n_in)), jnp.ones((3, 3, n_in, n_out))
+                calls.append(functools.partial(_convolved, x, w))
+            before, after = (one["wall"] for one in interleaved(calls, repeats))
+            name = f"{size} x {size}, {dense[0]} -> {dense[1]} to {channels[0]} -> {channels[1]}"
+            macs = dense[0] * dense[1] / (channels[0] * channels[1])
+            rows[name] = {"macs": round(macs, 2), "speed_up": round(before / after, 2)}
+    return rows
+
+
+@jax.jit
+def _convolution(x, w):
+    return jax.lax.conv_general_dilated(
+        x, w, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")
+    )
+
+
+def _convolved(x, w):
+    _convolution(x, w).block_until_ready()
 
 
 def interleaved(calls, repeats):
@@ -159,22 +212,30 @@ def main():
     parser.add_argument("--repeats", type=int, default=40)
     parser.add_argument("--json", type=pathlib.Path)
     args = parser.parse_args()
-    macs = structured.Flops(1 / 2.1)
+    resnet, less = resnet20(), 1 / 2.1
+    macs = structured.Flops(less)
     report = {
         "jax": jax.__version__,
         "analysis [s]": {
-            "ResNet-20": analysis(*resnet20(), by_position(macs)),
+            "ResNet-20": analysis(*resnet, by_position(macs)),
             "24 layers, scanned": analysis(*llama(True), by_position(structured.Params(0.7))),
             "24 layers, unrolled": analysis(*llama(False), by_position(structured.Params(0.7))),
         },
         "speed": {
-            "ResNet-20": speed(resnet20(), macs, args.repeats),
+            "ResNet-20": speed(resnet, less, args.repeats),
             "ResNet-20, multiples of 8 inside of blocks": speed(
-                resnet20(), macs, args.repeats, bounds={"residual": (1.0, 1.0)}, round_to=8
+                resnet, less, args.repeats, bounds=WHOLE, round_to=8
             ),
-            "MLP": speed(mlp(), structured.Flops(0.5), args.repeats),
-            "MLP, multiples of 64": speed(mlp(), structured.Flops(0.5), args.repeats, round_to=64),
+            **{
+                f"ResNet-20, without 3 blocks, multiples of {n} inside of others": speed(
+                    resnet, less, args.repeats, drop=BLOCKS, bounds=WHOLE, round_to=n
+                )
+                for n in (8, 16)
+            },
+            "MLP": speed(mlp(), 0.5, args.repeats),
+            "MLP, multiples of 64": speed(mlp(), 0.5, args.repeats, round_to=64),
         },
+        "convolutions": convolutions(args.repeats),
     }
     print(json.dumps(report, indent=2))
     if args.json:

@@ -2,28 +2,34 @@
 
     python examples/shrink_resnet.py                       # ResNet-20, a quarter of an hour
     python examples/shrink_resnet.py --network resnet32
+    python examples/shrink_resnet.py --drop 3 --round-to 8 # whole blocks first: faster on a CPU
     python examples/shrink_resnet.py --jpeg                # more images, without labels, too
     python examples/shrink_resnet.py --quick               # a few steps each, two minutes
 
-Channels that are missed least go, inside of blocks and from the residual stream; BatchNorm is
-re-estimated; what is left learns to answer as the dense network does, on 4,000 training images,
-augmented. Each stage is compared with the dense network on the same test images.
+Channels that are missed least go, inside of blocks and from the residual stream, and before them,
+if asked, the residual blocks that change the stream least; BatchNorm is re-estimated; what is left
+learns to answer as the dense network does, on 4,000 training images, augmented. Each stage is
+compared with the dense network on the same test images.
 
 Reads `cifar10.npz`, `cifar10_jpeg.npz` and the pretrained networks from `$JAXCOMPRESS_DATA`, by
 default `../shared/data` from the project's root.
 """
 
 import pathlib
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import tyro
 from cifar import Network, augmented, data_folder, distil, load_network, normalise
 from side_by_side import SideBySide, certified
 
-from jaxcompress import report, structured, train
+from jaxcompress import graph, report, structured, train
+
+DROPPED, KEEP = "dropped.json", "keep.json"  # what is served is made from these, and params
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,6 +40,9 @@ class Config:
         network: Which of the pretrained networks.
         quick: A few steps, to see that everything works.
         ratio: How many times fewer multiply-adds.
+        drop: How many residual blocks to drop first. What is left keeps more of its channels, and
+            a CPU gains all of it, where convolutions of few channels are slow.
+        round_to: Numbers of channels to keep are multiples of it.
         residual: The least of the residual stream's channels to keep, as a fraction: it is read
             and written everywhere, and harder to recover than what is inside of a block.
         jpeg: Distil on the JPEG images too, another domain; no labels are read.
@@ -48,6 +57,8 @@ class Config:
     network: Literal["resnet20", "resnet32"] = "resnet20"
     quick: bool = False
     ratio: float = 2.1
+    drop: int = 0
+    round_to: int = 1
     residual: float = 0.8
     jpeg: bool = False
     epochs: int = 16
@@ -58,13 +69,27 @@ class Config:
     data: pathlib.Path = field(default_factory=data_folder)
 
 
-def choose(network: Network, images: jnp.ndarray, config: Config) -> structured.Keep:
+def drop_blocks(
+    network: Network, seen: Sequence[jax.Array], config: Config
+) -> tuple[Network, structured.Certificate]:
+    """Drop the residual blocks that turn the stream least."""
+    fn, params, images = network.forward, network.params, seen[0][:64]
+    influence = structured.block_influence(fn, params, seen, level="block")
+    names = structured.choose_layers(fn, params, influence, images, budget=config.drop)
+    smaller, fewer, certificate = structured.drop_layers(fn, params, names, images)
+    smaller.dropped.save(config.out / DROPPED)
+    smaller_train = structured.rebuild_layers(network.forward_train, smaller.dropped, params)
+    print(f"without {', '.join(names)}\n{certificate}")
+    return Network(params=fewer, forward=smaller, forward_train=smaller_train), certificate
+
+
+def choose(network: Network, images: jax.Array, flops: int, config: Config) -> structured.Keep:
     """Keep the channels that others could stand for least, comparing those of one kind."""
-    groups = structured.groups(network.forward, network.params, images)
+    groups = structured.groups(network.forward, network.params, images, round_to=config.round_to)
     keep = structured.choose(
         groups,
         structured.importance(groups, network.params, method=structured.FPGM()),
-        budget=structured.Flops(1 / config.ratio),
+        budget=structured.Flops(flops),
         scope="isomorphic",
         bounds={"residual": (config.residual, 1.0)},
     )
@@ -72,6 +97,15 @@ def choose(network: Network, images: jnp.ndarray, config: Config) -> structured.
         left = len(keep[name]) if name in keep else group.size
         print(f"{left:4} of {group.size:3} {group.description}")
     return keep
+
+
+def served(network: Network, config: Config) -> Callable[..., jax.Array]:
+    """Make what is served from the files: fn again without what went; arrays are smaller."""
+    fn = network.forward
+    if config.drop:
+        dropped = structured.Dropped.load(config.out / DROPPED)
+        fn = structured.rebuild_layers(fn, dropped, network.params)
+    return structured.rebuild(fn, structured.Keep.load(config.out / KEEP))
 
 
 def main(config: Config) -> None:
@@ -88,14 +122,22 @@ def main(config: Config) -> None:
     )
     table.add("dense", network.params)
 
-    images = table.batches[0][:64]
-    keep = choose(network, images, config)
-    small, params, certificate = structured.shrink(network.forward, network.params, keep, images)
+    seen = augmented(pixels[: 250 if config.quick else 1000], seed=config.seed)
+    images = seen[0][:64]
+    flops = int(graph.trace(network.forward, network.params, images).flops / config.ratio)
+    student, certificates = network, []
+    if config.drop:
+        student, certificate = drop_blocks(network, seen, config)
+        certificates.append(certificate)
+        table.add("without blocks", student.params, fn=student.forward)
+    keep = choose(student, images, flops, config)
+    small, params, certificate = structured.shrink(student.forward, student.params, keep, images)
+    certificates.append(certificate)
+    keep.save(config.out / KEEP)
     print(certificate)
     table.add("shrunk", params, fn=small)
 
-    small_train = structured.rebuild(network.forward_train, keep)
-    seen = augmented(pixels[: 250 if config.quick else 1000], seed=config.seed)
+    small_train = structured.rebuild(student.forward_train, keep)
     params = structured.reestimate(small_train, params, seen)
     table.add("shrunk, re-estimated", params, fn=small)
 
@@ -111,10 +153,7 @@ def main(config: Config) -> None:
         learning_rate=config.learning_rate,
         seed=config.seed,
     )
-    keep.save(config.out / "keep.json")
-    # The files are enough: what is served is fn again with what was kept, and smaller arrays.
-    again = structured.rebuild(network.forward, structured.Keep.load(config.out / "keep.json"))
-    table.add("shrunk, distilled", state.params, fn=again)
+    table.add("shrunk, distilled", state.params, fn=served(network, config))
 
     rows = table.table(f"{config.network}, {len(table.labels)} CIFAR-10 test images")
     rows.to_json(config.out / "results.json")
@@ -122,7 +161,7 @@ def main(config: Config) -> None:
         config.out / "report.html",
         [
             report.Section(title="Result", parts=(replace(rows, title=""),)),
-            certified(certificate),
+            *map(certified, certificates),
         ],
         title=f"A pretrained {config.network}, with {config.ratio} times fewer multiply-adds",
         summary="Intervals are 95 % paired bootstrap intervals of the difference in cross-entropy "
