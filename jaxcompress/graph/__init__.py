@@ -19,8 +19,8 @@ from jaxcompress.graph._cost import SiteCost as SiteCost
 from jaxcompress.graph._cost import cost as cost
 from jaxcompress.graph._cost_figures import Figure as Figure
 from jaxcompress.graph._cost_figures import Memory as Memory
-from jaxcompress.graph._dims import Dims as Dims
 from jaxcompress.graph._dims import dims as dims
+from jaxcompress.graph._dims_found import Dims as Dims
 from jaxcompress.graph._dims_step import DimsRule as DimsRule
 from jaxcompress.graph._dims_step import Step as Step
 from jaxcompress.graph._dims_step import register_dims as register_dims

@@ -19,7 +19,8 @@ from jaxcompress.errors import ArgumentError, StructureError
 from jaxcompress.graph import _compat
 from jaxcompress.graph._compat import Program
 from jaxcompress.graph._constructs import Cells, construct
-from jaxcompress.graph._dims import Dims, Walker, dims_of
+from jaxcompress.graph._dims import Walker, dims_of
+from jaxcompress.graph._dims_found import Dims
 from jaxcompress.graph._dims_step import Axes, dims_rule
 from jaxcompress.graph._kept import Kept, Mask, taken
 from jaxcompress.graph._labels import Axis

@@ -139,6 +139,41 @@ def test_what_ends_a_unit_is_named(between, because):
     assert because in hidden_reason(between)
 
 
+COMPARED = {
+    "one hot": lambda labels: jax.nn.one_hot(labels, 8),
+    "another order": lambda labels: (jnp.arange(8)[:, None] == labels).T.astype(float),
+    "an offset": lambda labels: jnp.where(jnp.arange(1, 9) - labels[:, None] > 0, 1.0, 0.0),
+    "groups of two": lambda labels: (jnp.arange(8) // 2 < labels[:, None]).astype(float),
+    "numpy": lambda labels: (labels[:, None] != np.arange(8)).astype(float),
+    "vmap": jax.vmap(lambda label: (jnp.arange(8) <= label).astype(float)),
+    "a loop": lambda labels: lax.fori_loop(
+        0, 3, lambda k, mask: mask * (jnp.arange(8) != k), jnp.ones((4, 8))
+    ),
+}
+
+
+@pytest.mark.parametrize("name", COMPARED)
+def test_positions_that_are_compared_with_values_stay(name):
+    fn = lambda p, x, labels: jnp.sum((x @ p["up"]) * COMPARED[name](labels), -1)
+    found = reason(fn, {"up": (3, 8)}, "up", 1, jnp.ones((4, 3)), jnp.arange(4))
+    assert found == {"its positions are compared with values"}
+
+
+MADE = {
+    "every other": lambda h: h * (jnp.arange(8) % 2 == 0),
+    "numbers of neighbours": lambda h: h @ (jnp.arange(8)[:, None] >= jnp.arange(8)).astype(float),
+    "triangle": lambda h: h @ jnp.tril(jnp.ones((8, 8))),
+    "numpy": lambda h: h * (np.arange(8) < jnp.arange(8)[::-1]),
+    "a constant in a loop": lambda h: lax.fori_loop(0, 3, lambda k, h: h * (jnp.arange(8) < 5), h),
+    "thresholds": lambda h: h * (h > np.linspace(-1, 1, 8, dtype=np.float32)),
+}
+
+
+@pytest.mark.parametrize("name", MADE)
+def test_positions_may_be_compared_with_constants(name):
+    assert hidden_reason(MADE[name]) == {""}
+
+
 def test_an_index_picked_alone_stays_and_others_may_go():
     found = hidden_reason(lambda h: h * h[:, 2:3])
     assert found == {"", "an index of it is picked alone"}
