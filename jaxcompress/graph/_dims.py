@@ -106,10 +106,10 @@ class Walker:
                 labels.freeze(axis, "it is quantized: shrink before that")
             for part in jax.tree.leaves(leaf):
                 args.append(self._outer(part.shape, f"{path} is quantized"))
-        for number, var in enumerate(program.invars[len(args) :]):
+        for path, var in zip(traced.inputs, program.invars[len(args) :], strict=True):
             axes = self._outer(var.aval.shape, None)
             for k, axis in enumerate(axes):
-                labels.freeze(axis, f"it is tied to axis {k} of input {number}")
+                labels.freeze(axis, f"it is tied to axis {k} of input {path}")
             args.append(axes)
         outs = self.walk(program, args, (), (), 1, ())
         # New state is made from the old: its indices are the leaf's by fn itself.
@@ -118,9 +118,11 @@ class Walker:
             for a, b in zip(axes, leaves[path], strict=True)
         )
         state = {k: path for k, path in _mirrors(traced).items() if alike(outs[k], path)}
-        for number, axes in enumerate(outs):
+        paths = jax.tree_util.tree_flatten_with_path(traced.outputs)[0]
+        for number, ((keypath, _), axes) in enumerate(zip(paths, outs, strict=True)):
+            name = tree.path_str(keypath) or "0"
             for k, axis in enumerate(axes if number not in state else ()):
-                labels.freeze(axis, f"it is axis {k} of output {number}")
+                labels.freeze(axis, f"it is axis {k} of output {name}")
         return self._result(leaves, state)
 
     def _outer(self, shape: Sequence[Any], reason: str | None) -> Axes:

@@ -189,6 +189,21 @@ def test_inputs_and_outputs_are_named():
     }
 
 
+def test_inputs_and_outputs_are_named_by_their_paths():
+    def fn(p, x, state, *, bias):
+        h = x @ p["up"] + state["cache"]["h"]
+        return {"y": h, "rest": (state["other"], h @ p["down"] + bias)}
+
+    state = {"cache": {"h": jnp.ones((4, 8))}, "other": jnp.ones(2)}
+    found = graph.dims(fn, params_of(W), jnp.ones((4, 3)), state, bias=jnp.ones(2))
+    because = lambda path, axis: set(found.reasons[found.labels.find(found.leaves[path][axis])])
+    assert because("up", 0) == {"it is tied to axis 1 of input 0"}
+    assert because("up", 1) == {"it is tied to axis 1 of input 1/cache/h"}
+    assert because("down", 1) == {"it is tied to axis 0 of input bias"}
+    only = lambda p, x: {"y": x @ p["up"]}
+    assert reason(only, W, "up", 1, jnp.ones((4, 3))) == {"it is axis 1 of output y"}
+
+
 def test_conv_groups_go_with_their_channels():
     def fn(p, x):
         numbers = ("NHWC", "HWIO", "NHWC")

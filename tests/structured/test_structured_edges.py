@@ -131,3 +131,45 @@ def test_printing_and_transforms_of_other_axes(capfd):
     assert groups["u"].size == 15  # one is printed
     keep = structured.keep(groups, {"u": np.arange(3, 9)})
     assert structured.shrink(fn, {"u": u, "d": d}, keep, x)[2].holds
+
+
+def decode(weights, cache, token, index):
+    """One step of attention: 4 heads of 2 features, over a cache (batch, 5, heads, 2)."""
+    q, k, v = (jnp.einsum("bd,dhf->bhf", token, weights[name]) for name in "qkv")
+    place = (0, index, 0, 0)
+    cache = {
+        name: lax.dynamic_update_slice(cache[name], new[:, None], place)
+        for name, new in (("k", k), ("v", v))
+    }
+    scores = jnp.einsum("bhf,bthf->bht", q, cache["k"])
+    past = jnp.arange(5) <= index
+    weight = jax.nn.softmax(jnp.where(past, scores, -1e9), axis=-1)
+    attended = jnp.einsum("bht,bthf->bhf", weight, cache["v"])
+    return jnp.einsum("bhf,hfd->bd", attended, weights["o"]), {"cache": cache}
+
+
+def test_a_cache_shrinks_with_the_heads_if_it_is_state():
+    q, k, v, o, token = drawn((3, 4, 2), (3, 4, 2), (3, 4, 2), (4, 2, 3), (2, 3))
+    weights, index = {"q": q, "k": k, "v": v, "o": o}, jnp.int32(1)
+    cache = dict(zip("kv", drawn((2, 5, 4, 2), (2, 5, 4, 2)), strict=True))
+    # As an input, it comes at the size that callers know.
+    found = structured.groups(decode, weights, cache, token, index)
+    assert "it is tied to axis 2 of input 0/k" in {g.frozen for g in found.frozen.values()}
+    assert not any(g.role == "heads" for g in found.values())
+
+    step = lambda params, token, index: decode(params["w"], params["cache"], token, index)
+    params = {"w": weights, "cache": cache}
+    groups = structured.groups(step, params, token, index)
+    (heads,) = (g for g in groups.values() if g.role == "heads")
+    assert {m.path for m in heads.members} == {*(f"w/{n}" for n in "qkvo"), "cache/k", "cache/v"}
+    kept = np.array([0, 3])
+    small, fewer, certificate = structured.shrink(step, params, {heads.name: kept}, token, index)
+    assert certificate.holds and fewer["cache"]["k"].shape == (2, 5, 2, 2)
+    _, state = small(fewer, token, index)
+    result, state = small({**fewer, **state}, token, index + 1)
+    by_hand = {name: weights[name][:, kept] for name in "qkv"} | {"o": o[kept]}
+    cut = {name: x[:, :, kept] for name, x in cache.items()}
+    cut = decode(by_hand, cut, token, index)[1]["cache"]
+    expected = decode(by_hand, cut, token, index + 1)
+    np.testing.assert_allclose(result, expected[0], rtol=1e-5)
+    np.testing.assert_allclose(state["cache"]["v"], expected[1]["cache"]["v"], rtol=1e-5)
