@@ -5,6 +5,8 @@ whichever library wrote it; `replay` runs it with chosen equations handled by yo
 """
 
 from jaxcompress.graph import _dims_contract as _dims_contract
+from jaxcompress.graph import _dims_linalg as _dims_linalg
+from jaxcompress.graph import _dims_made as _dims_made
 from jaxcompress.graph import _dims_rules as _dims_rules
 from jaxcompress.graph._affine import affine as affine
 from jaxcompress.graph._bypass import bypass as bypass

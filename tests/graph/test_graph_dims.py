@@ -42,6 +42,16 @@ def check(between, kept, *, hidden=8, width=None, out=None):
     return keep
 
 
+def along(of_matrix):
+    """Make a positive matrix (2, 2) of each entry, and a number of what `of_matrix` gives."""
+
+    def between(h):
+        matrices = jnp.eye(2) + 0.1 * jnp.cos(h)[..., None, None]
+        return of_matrix(matrices).reshape(*h.shape, -1).sum(-1)
+
+    return between
+
+
 PAIRS = [0, 2, 4, 6]  # of 8: both halves of each pair (i, i + 4)
 RULES = {
     "elementwise": (lambda h: jnp.where(h > 0, h, jnp.expm1(h)) * 2, [0, 3, 5]),
@@ -75,6 +85,27 @@ RULES = {
     "dynamic slice": (
         lambda h: lax.dynamic_slice(h, (h.astype(int)[0, 0] * 0, 0), (h.shape[0], 8)),
         [0, 1, 5],
+    ),
+    "gamma": (lambda h: h * jax.random.gamma(jax.random.key(0), jnp.exp(h)), [2, 3, 5]),
+    "cholesky": (lambda h: along(jnp.linalg.cholesky)(h), [0, 3, 5]),
+    "lu": (lambda h: along(lambda m: lax.linalg.lu(m)[0])(h), [0, 3, 5]),
+    "svd": (lambda h: along(lambda m: jnp.linalg.svd(m)[1])(h), [0, 3, 5]),
+    "eigh": (lambda h: along(lambda m: jnp.linalg.eigh(m)[0])(h), [0, 3, 5]),
+    "qr": (lambda h: along(lambda m: jnp.abs(jnp.linalg.qr(m)[1]))(h), [0, 3, 5]),
+    "solve for each": (lambda h: along(lambda m: lax.linalg.triangular_solve(m, m))(h), [0, 3, 5]),
+    "solve for columns": (
+        lambda h: lax.linalg.triangular_solve(
+            jnp.tril(jnp.ones((len(h), len(h)))), h, left_side=True, lower=True
+        ),
+        [0, 3, 5],
+    ),
+    "solve for rows": (
+        lambda h: (
+            lax.linalg.triangular_solve(
+                jnp.tril(jnp.ones((len(h), len(h)))), h.T, left_side=False, lower=True
+            ).T
+        ),
+        [0, 3, 5],
     ),
     "update": (lambda h: jnp.zeros((9, 8)).at[: h.shape[0]].set(h)[: h.shape[0]], [1, 5]),
 }
@@ -124,7 +155,11 @@ def hidden_reason(between, down=8):
         (lambda h: jnp.sort(h, axis=-1), "it is sorted"),
         (lambda h: lax.top_k(h, 8)[0], "top_k gives positions along it"),
         (lambda h: h + jnp.argmax(h, axis=-1, keepdims=True), "argmax gives positions along it"),
-        (lambda h: jnp.linalg.qr(h)[0] @ jnp.ones((4, 8)), "qr has no rule"),
+        (lambda h: jnp.linalg.qr(h)[0] @ jnp.ones((4, 8)), "qr needs the whole matrix"),
+        (
+            lambda h: lax.linalg.triangular_solve(jnp.eye(8), h, left_side=False),
+            "triangular_solve solves along it",
+        ),
         (
             lambda h: lax.reduce_window(h, 0.0, lax.add, (1, 3), (1, 1), "SAME"),
             "a window slides over it",
