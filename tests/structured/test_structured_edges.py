@@ -173,3 +173,35 @@ def test_a_cache_shrinks_with_the_heads_if_it_is_state():
     expected = decode(by_hand, cut, token, index + 1)
     np.testing.assert_allclose(result, expected[0], rtol=1e-5)
     np.testing.assert_allclose(state["cache"]["v"], expected[1]["cache"]["v"], rtol=1e-5)
+
+
+def attend(p, x):
+    """4 query heads of 5 features over 2 key heads; what is asked are the latents, if any."""
+    asked = jnp.broadcast_to(p["latents"], (2, 3, 3)) if "latents" in p else x
+    q, k, v = (
+        jnp.einsum("btd,dhf->bthf", of, p[n]) for n, of in (("q", asked), ("k", x), ("v", x))
+    )
+    return jnp.einsum("bthf,hfd->bd", jax.nn.dot_product_attention(q, k, v), p["o"])
+
+
+def test_queries_that_share_a_key_head_are_heads():
+    q, k, v, o, x = drawn((3, 4, 5), (3, 2, 5), (3, 2, 5), (4, 5, 3), (2, 3, 3))
+    params = {"q": q, "k": k, "v": v, "o": o}
+    groups = structured.groups(attend, params, x)
+    queries = groups.frozen["q"]
+    assert [m.indices.tolist() for m in queries.members] == [[[0, 2], [1, 3]]] * 2
+    assert queries.frozen == "the number of query heads for each key head is kept"
+    assert queries.role == "heads" and groups["k"].role == "heads"
+    assert groups.frozen["v"].role == "head size"
+    free = structured.groups(attend, params, x, whole_heads=False)
+    assert free["q"].role == "heads" and holds(attend, params, x)
+
+
+def test_latents_are_no_features_of_heads():
+    q, k, v, o, x = drawn((3, 4, 5), (3, 2, 5), (3, 2, 5), (4, 5, 3), (2, 4, 3))
+    (latents,) = drawn((3, 3))
+    params = {"q": q, "k": k, "v": v, "o": o, "latents": latents}
+    groups = structured.groups(attend, params, x)
+    found = [g for g in groups.values() if g.members[0].path == "latents"]
+    assert [(g.members[0].axis, g.role) for g in found] == [(0, "hidden"), (1, "hidden")]
+    assert holds(attend, params, x)
