@@ -34,6 +34,7 @@ from jaxcompress.graph._intercept import Interception as Interception
 from jaxcompress.graph._intercept import intercept as intercept
 from jaxcompress.graph._kept import Kept as Kept
 from jaxcompress.graph._kept import take as take
+from jaxcompress.graph._kept import take_by_layer as take_by_layer
 from jaxcompress.graph._leaks import Leak as Leak
 from jaxcompress.graph._leaks import leaks as leaks
 from jaxcompress.graph._observe import observe as observe

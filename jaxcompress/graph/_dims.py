@@ -32,6 +32,8 @@ from jaxcompress.graph._walk import Position
 
 _PASSES = 3
 """How often a program is walked at most."""
+_OPEN = frozenset({"cond", "jit", "remat2", "scan", "while"})
+"""Constructs that take cells in whole, whatever is differentiated."""
 
 
 def dims(fn: Callable[..., Any], params: tree.Params, *inputs: Any, **kwargs: Any) -> Dims:
@@ -74,15 +76,21 @@ def dims_of(traced: Traced) -> Dims:
         if not labels.conflicts:
             break
         # What was learned late may show how to split an axis that was met early.
-        labels.frozen, labels.conflicts = [], 0
+        labels.frozen, labels.frozen_else, labels.conflicts = [], [], 0
         result = Walker(traced, labels).whole(leaves)
     return result
 
 
 class Walker:
-    """One pass over a program."""
+    """One pass over a program.
 
-    def __init__(self, traced: Traced, labels: Labels):
+    Args:
+        traced: The captured call.
+        labels: Where labels are kept.
+        closed: Whether no cells come in, so that what is made is the same in all layers.
+    """
+
+    def __init__(self, traced: Traced, labels: Labels, *, closed: bool = False):
         self._traced, self._labels = traced, labels
         self.programs: dict[Position, tuple[Program, dict[Any, Axes]]] = {}
         self.scans: dict[Position, tuple[int, ...]] = {}
@@ -93,6 +101,7 @@ class Walker:
         self._carried: list[Axis] = []
         self._cuts: list[Axis] = []
         self._spread: set[int] = set()
+        self._closed = closed
         self.dead: set[Position] = set()
 
     def whole(self, leaves: Mapping[str, Axes]) -> Dims:
@@ -134,7 +143,7 @@ class Walker:
     def _result(self, leaves: Mapping[str, Axes], state: Mapping[int, str]) -> Dims:
         labels = self._labels
         reasons = np.full(len(labels), "", object)
-        for axis, reason in reversed(labels.frozen):
+        for axis, reason in reversed([*labels.frozen, *labels.frozen_else]):
             rows = labels.rows(axis)
             reasons[rows[rows >= 0]] = reason
         levels, layers = tuple(self._levels), np.zeros(len(labels), np.int32)
@@ -250,7 +259,7 @@ class Walker:
     ) -> list[Axes]:
         step = Step(eqn=eqn, operands=operands, known=tuple(fact.value for fact in known),
                     labels=self._labels, uniform=self._uniform.append,
-                    cut=self._cuts.append)  # fmt: skip
+                    cut=self._cuts.append, by_layer=not self._closed)  # fmt: skip
         rule = dims_rule(eqn.primitive.name)
         if rule is None:
             reason = f"{eqn.primitive.name} has no rule"
@@ -306,8 +315,10 @@ class Walker:
         labels = self._labels
         results: list[Axes | None] = [None] * len(eqn.outvars)
         after: list[Fact | None] = [None] * len(eqn.outvars)
-        name = eqn.primitive.name
+        name, closed = eqn.primitive.name, self._closed
         for number, body in enumerate(bodies):
+            condition = all(target is None for target, _ in body.results)
+            self._closed = closed or name not in _OPEN or condition
             inner, level = scans, None
             if name == "scan":
                 level = self._level(eqn, body, operands)
@@ -350,6 +361,7 @@ class Walker:
                     for a, b in zip(earlier, axes, strict=True):
                         labels.unify(a, b)
                 results[target] = axes
+        self._closed = closed
         assert all(axes is not None for axes in results), f"{name} gives a result of no body"
         return [axes for axes in results if axes is not None], [fact or Fact() for fact in after]
 

@@ -11,18 +11,18 @@ from jaxcompress.graph._dims_step import Axes, Step, register_dims
 from jaxcompress.graph._kept import Kept
 
 
-class _Whole:
+@register_dims("iota", "random_bits", "rng_bit_generator", "empty")
+class _Made:
     """Made at full size, then the kept indices are taken."""
+
+    by_layer = True
+
+    def follow(self, step: Step) -> list[Axes]:
+        return step.fresh(uniform=not step.by_layer)
 
     def resize(self, eqn: Any, operands: Sequence[Any], kept: Kept) -> list[Any]:
         results = _compat.bind(eqn, operands)
         return [kept.take(x, k) for k, x in enumerate(results)]
-
-
-@register_dims("iota", "random_bits", "rng_bit_generator", "empty")
-class _Made(_Whole):
-    def follow(self, step: Step) -> list[Axes]:
-        return step.fresh()
 
 
 @register_dims(
@@ -33,8 +33,11 @@ class _Keys:
     def follow(self, step: Step) -> list[Axes]:
         for axes in step.operands:
             for axis in axes:
-                step.labels.freeze(axis, "random keys depend on it")
-        return step.fresh(frozen="it is an axis of random keys")
+                step.labels.freeze(axis, "random keys depend on it", otherwise=True)
+        results = step.fresh()
+        for axis in (axis for axes in results for axis in axes):
+            step.labels.freeze(axis, "it is an axis of random keys", otherwise=True)
+        return results
 
 
 @register_dims("random_gamma")

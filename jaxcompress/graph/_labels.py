@@ -31,6 +31,8 @@ class Labels:
         self._right = np.full(1024, -1, np.int32)
         self.frozen: list[tuple[Axis, str]] = []
         """What may not be removed, and why, in the order in which that was found."""
+        self.frozen_else: list[tuple[Axis, str]] = []
+        """Reasons that are only given where there is no other."""
         self.conflicts = 0
         """How many times two structures did not fit; more passes may mend it."""
 
@@ -55,10 +57,10 @@ class Labels:
         self._count = end
         return new
 
-    def freeze(self, axis: Axis, reason: str) -> None:
-        """Say that no index of an axis may be removed."""
+    def freeze(self, axis: Axis, reason: str, *, otherwise: bool = False) -> None:
+        """Say that no index of an axis may be removed; `otherwise`: if nothing else says it."""
         if len(axis) > 1 or axis.any():
-            self.frozen.append((axis, reason))
+            (self.frozen_else if otherwise else self.frozen).append((axis, reason))
 
     # --- classes --------------------------------------------------------------------------------
 

@@ -71,6 +71,12 @@ class Removed:
         (level,) = (k for k, flags in self.by_layer.items() if flags[:, rows].any())
         return level
 
+    def spread(self, x: np.ndarray, scans: Sequence[int], level: int) -> np.ndarray:
+        """Give (L, n) an axis for each scan around; it differs along one of them."""
+        lengths = [self.dims.levels[k].length for k in scans]
+        shape = [n if k == level else 1 for k, n in zip(scans, lengths, strict=True)]
+        return np.broadcast_to(x.reshape((*shape, x.shape[1])), (*lengths, x.shape[1]))
+
     def masks(self, axes: Axes) -> tuple[Mask, ...]:
         """Say it for all axes of a variable."""
         return tuple(self.mask(axis) for axis in axes)
@@ -161,6 +167,8 @@ class _Resizer:
 
     def __init__(self, removed: Removed):
         self._removed, self._dims = removed, removed.dims
+        self.cells: dict[str, Any] = {}
+        """What is kept in each layer of what is made there, by equation."""
 
     def plan(self) -> Plan:
         visits: dict[Position, Visit] = {}
@@ -179,6 +187,7 @@ class _Resizer:
             entered=frozenset(around),
             consts=consts,
             derivative=self._derivative,
+            keyed={here: (str(here),) for here in visits if str(here) in self.cells},
         )
 
     def _program(
@@ -212,14 +221,52 @@ class _Resizer:
                 continue
             rule: Any = dims_rule(eqn.primitive.name)
             resize = getattr(rule, "resize", None)
-            visits[here] = functools.partial(self._visit, resize, kept)
+            rows = self._rows(kept, env, self._dims.scans[prefix]) if _by_layer(rule) else {}
+            if cell := {str(key): x for key, (x, layer) in rows.items() if layer is None}:
+                self.cells[str(here)] = cell
+            visits[here] = functools.partial(self._visit, resize, kept, rows, here)
 
     def _of(self, atom: Any, env: Mapping[Any, Axes]) -> tuple[Mask, ...]:
         return () if isinstance(atom, _compat.Literal) else self._removed.masks(env[atom])
 
+    def _rows(
+        self, kept: Kept, env: Mapping[Any, Axes], scans: Sequence[int]
+    ) -> dict[tuple[int, int], tuple[np.ndarray, int | None]]:
+        """List what is kept of results that differ between layers, as `Kept` says.
+
+        Inside the loop it is for all iterations of all loops around, which slice it.
+        """
+        rows: dict[tuple[int, int], tuple[np.ndarray, int | None]] = {}
+        for number, var in enumerate(kept.eqn.outvars):
+            for k, mask in enumerate(kept.result(number)):
+                if mask is None or mask.ndim == 1:
+                    continue
+                level = self._removed.level_of(env[var][k])
+                indices = np.nonzero(mask)[1].reshape(len(mask), kept.count(mask))
+                if level in scans:
+                    rows[number, k] = self._removed.spread(indices, scans, level), None
+                else:
+                    layer = self._dims.layer_axis(env[var], level)
+                    assert layer is not None, "masks that differ stand beside their layers"
+                    rows[number, k] = indices, layer
+        return rows
+
     def _visit(
-        self, resize: Any, kept: Kept, equation: Equation, operands: Sequence[Any], cells: Cells
+        self,
+        resize: Any,
+        kept: Kept,
+        rows: Mapping[tuple[int, int], tuple[np.ndarray, int | None]],
+        here: Position,
+        equation: Equation,
+        operands: Sequence[Any],
+        cells: Cells,
     ) -> tuple[list, Cells]:
+        if rows:
+            of_layer = lambda key: cells[str(here)][str(key)]
+            kept = kept.within({
+                key: (of_layer(key) if layer is None else x, layer)
+                for key, (x, layer) in rows.items()
+            })  # fmt: skip
         if resize is None:
             return _compat.bind(equation._eqn, operands), {}
         with _compat.context(equation._eqn):
@@ -252,6 +299,10 @@ class _Resizer:
         return _Resizer(_extended(self._removed, program, operands)).plan()
 
 
+def _by_layer(rule: Any) -> bool:
+    return getattr(rule, "by_layer", False)
+
+
 def _leave_out(
     equation: Equation, operands: Sequence[Any], cells: Cells
 ) -> tuple[list[None], Cells]:
@@ -262,7 +313,7 @@ def _extended(removed: Removed, program: Program, operands: Sequence[Axes]) -> R
     dims = removed.dims
     labels = dims.labels
     roots = np.flatnonzero(removed.everywhere)
-    walker = Walker(dims.traced, labels)
+    walker = Walker(dims.traced, labels, closed=True)
     walker.walk(program, operands, (), (), 1, ())
     grown = len(labels) - len(removed.everywhere)
     everywhere = np.concatenate([removed.everywhere, np.zeros(grown, bool)])
@@ -275,7 +326,9 @@ def _extended(removed: Removed, program: Program, operands: Sequence[Axes]) -> R
         gone = np.flatnonzero(flags.any(axis=0))
         wide[:, labels.find(gone)] |= flags[:, gone]
         by_layer[level] = wide
-    later = Dims(**{**vars(dims), "programs": walker.programs, "dead": frozenset(walker.dead)})
+    programs, dead = walker.programs, frozenset(walker.dead)
+    scans = dict.fromkeys(programs, ())  # no cells come here
+    later = Dims(**{**vars(dims), "programs": programs, "scans": scans, "dead": dead})
     return Removed(dims=later, everywhere=everywhere, by_layer=by_layer)
 
 
@@ -333,8 +386,8 @@ def resize(
         _check_shapes(params, keep, shapes)
         traced = capture(fn, dense, inputs, kwargs)
         removed = removed_by(dims_of(traced), keep)
-        plan = _Resizer(removed).plan()
-        return execute(traced, plan, (params, inputs, kwargs), {})[0]
+        resizer = _Resizer(removed)
+        return execute(traced, resizer.plan(), (params, inputs, kwargs), resizer.cells)[0]
 
     return resized
 

@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from jax import lax
 
 from jaxcompress import structured
@@ -205,3 +206,62 @@ def test_latents_are_no_features_of_heads():
     found = [g for g in groups.values() if g.members[0].path == "latents"]
     assert [(g.members[0].axis, g.role) for g in found] == [(0, "hidden"), (1, "hidden")]
     assert holds(attend, params, x)
+
+
+def dropped(key, h):
+    return h * jax.random.bernoulli(key, 0.5, h.shape)
+
+
+def until_small(key, h):
+    large = lambda h: jnp.max(jnp.abs(h) * jnp.arange(1.0, 9.0)) > 0.1
+    return lax.while_loop(large, lambda h: h / 2, h)
+
+
+@pytest.mark.parametrize(
+    ("inside", "layers"),
+    [
+        (dropped, (2,)),
+        (jax.checkpoint(dropped), (2,)),
+        (lambda key, h: lax.scan(lambda h, _: (dropped(key, h), None), h, length=2)[0], (2,)),
+        (lambda key, h: lax.cond(jnp.sum(h) > 0, dropped, lambda key, h: h, key, h), (2,)),
+        (lambda key, h: h * jnp.arange(8.0), (2,)),
+        (jax.custom_jvp(dropped), ()),
+        (until_small, ()),
+    ],
+    ids=["dropout", "remat", "scan", "cond", "iota", "custom_jvp", "while condition"],
+)
+def test_layers_keep_their_own_units_of_what_is_made(inside, layers):
+    if isinstance(inside, jax.custom_jvp):
+        inside.defjvp(
+            lambda p, t: (inside(*p), jax.jvp(lambda h: dropped(p[0], h), p[1:], t[1:])[1])
+        )
+
+    def fn(p, x, key):
+        def block(c, layer):
+            weights, key, mask = layer
+            return c + (inside(key, c @ weights["up"]) * mask) @ weights["down"], None
+
+        mask = jax.random.uniform(key, (2, 8))
+        layer = p["layers"], jax.random.split(key, 2), mask
+        return lax.scan(block, x @ p["in"], layer)[0]
+
+    start, up, down, x = drawn((3, 4), (2, 4, 8), (2, 8, 4), (5, 3))
+    params, key = {"in": start, "layers": {"up": up, "down": down}}, jax.random.key(0)
+    groups = structured.groups(fn, params, x, key)
+    assert groups["layers/up"].layers == layers
+    (of_layers,) = (g for g in groups.frozen.values() if (g.members[0].axis, g.size) == (0, 2))
+    assert of_layers.frozen == "a scan runs over it: drop_layers removes layers"
+    kept = [[0, 3, 7], [1, 2, 6]] if layers else [0, 3, 7]
+    keep = structured.keep(groups, {"layers/up": kept})
+    small, fewer, certificate = structured.shrink(fn, params, keep, x, key)
+    assert certificate.holds
+    if inside is until_small:
+        return
+    loss = lambda fn: jax.jit(jax.grad(lambda p: jnp.sum(fn(p, x, key) ** 2)))
+    expected = loss(fn)(structured.mask_params(params, keep))
+    for a, b in zip(
+        jax.tree.leaves(loss(small)(fewer)),
+        jax.tree.leaves(structured.slice_params(expected, keep)),
+        strict=True,
+    ):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
