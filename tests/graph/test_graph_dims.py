@@ -86,6 +86,15 @@ RULES = {
         lambda h: lax.dynamic_slice(h, (h.astype(int)[0, 0] * 0, 0), (h.shape[0], 8)),
         [0, 1, 5],
     ),
+    "a window is scaled": (lambda h: h.at[:, :4].multiply(2.0), [1, 3, 6]),
+    "a window is set": (lambda h: h.at[1:3, 2:6].set(jnp.sin(h[1:3, :4])), [0, 1, 2, 3, 4, 5]),
+    "a window that goes": (lambda h: h.at[:, 2:6].add(1.0), [0, 1, 6]),
+    "a column is set": (lambda h: h.at[:, 5].set(h[:, 2]), [1, 2, 5, 6]),
+    "a column of one": (lambda h: h.at[:, 5:6].max(h[:, 2:3]), [1, 2, 5, 6]),
+    "a window in each layer": (
+        lambda h: lax.scan(lambda h, s: (h.at[:, 2:6].multiply(s), None), h, jnp.arange(1.0, 3))[0],
+        [1, 3, 6],
+    ),
     "gamma": (lambda h: h * jax.random.gamma(jax.random.key(0), jnp.exp(h)), [2, 3, 5]),
     "cholesky": (lambda h: along(jnp.linalg.cholesky)(h), [0, 3, 5]),
     "lu": (lambda h: along(lambda m: lax.linalg.lu(m)[0])(h), [0, 3, 5]),
@@ -165,6 +174,19 @@ def hidden_reason(between, down=8):
             "a window slides over it",
         ),
         (
+            lambda h: h.at[:, jnp.int32(h[0, 0])].set(1.0),
+            "it is written at indices that are values",
+        ),
+        (
+            lambda h: lax.scatter(
+                h,
+                jnp.int32(h[:1, 0]),
+                jnp.ones((4, 3)),
+                lax.ScatterDimensionNumbers((0, 1), (), (1,)),
+            ),
+            "windows of it are written",
+        ),
+        (
             lambda h: h[:, jnp.int32(h[0, 0])][:, None] * jnp.ones(8),
             "an index that depends on values picks from it",
         ),
@@ -212,6 +234,8 @@ def test_positions_may_be_compared_with_constants(name):
 def test_an_index_picked_alone_stays_and_others_may_go():
     found = hidden_reason(lambda h: h * h[:, 2:3])
     assert found == {"", "an index of it is picked alone"}
+    found = hidden_reason(lambda h: h.at[:, 2].set(0.0))
+    assert found == {"", "an index of it is written alone"}
 
 
 def test_inputs_and_outputs_are_named():
