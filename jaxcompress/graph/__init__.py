@@ -41,9 +41,9 @@ from jaxcompress.graph._observe import observe as observe
 from jaxcompress.graph._observe import perturb as perturb
 from jaxcompress.graph._observe import tap as tap
 from jaxcompress.graph._remask import remask as remask
+from jaxcompress.graph._removed import KeepIndices as KeepIndices
 from jaxcompress.graph._replay import Equation as Equation
 from jaxcompress.graph._replay import replay as replay
-from jaxcompress.graph._resize import KeepIndices as KeepIndices
 from jaxcompress.graph._resize import resize as resize
 from jaxcompress.graph._sites import Axes as Axes
 from jaxcompress.graph._sites import Layout as Layout

@@ -88,6 +88,10 @@ class Enter(Protocol):
         """Run the forward program of a `custom_vjp`, and return its results."""
         ...
 
+    def once(self, make: Callable[[], Any]) -> Any:
+        """Make what does not depend on operands; a plan that is kept does so only once."""
+        ...
+
     def derivative(self) -> Callable[..., list] | None:
         """Give what runs the program of a `custom_jvp` rule; `None` to run it as it is."""
         ...
@@ -151,8 +155,9 @@ class _Jit:
         def body(cells: Cells, *operands: Any) -> tuple[list, Cells]:
             return enter(0, operands, cells)
 
+        jitted = enter.once(lambda: _compat.jit_like(eqn, body))
         with _compat.context(eqn):
-            return _compat.jit_like(eqn, body)(cells, *operands)
+            return jitted(cells, *operands)
 
 
 @register_construct("remat2")

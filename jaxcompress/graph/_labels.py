@@ -39,6 +39,15 @@ class Labels:
     def __len__(self) -> int:
         return self._count
 
+    def copy(self) -> "Labels":
+        """Make a store with the same labels, which can grow by itself."""
+        other = Labels()
+        other._count, other.conflicts = self._count, self.conflicts
+        other._parent, other._left = self._parent.copy(), self._left.copy()
+        other._right = self._right.copy()
+        other.frozen, other.frozen_else = list(self.frozen), list(self.frozen_else)
+        return other
+
     def fresh(self, size: int) -> Axis:
         """Make labels that are known of nothing."""
         if size == 1:

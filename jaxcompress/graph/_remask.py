@@ -18,8 +18,8 @@ from jaxcompress.graph._constructs import Cells, construct
 from jaxcompress.graph._dims import dims_of
 from jaxcompress.graph._dims_step import Axes, dims_rule
 from jaxcompress.graph._kept import Kept, Mask
+from jaxcompress.graph._removed import KeepIndices, Removed, removed_by
 from jaxcompress.graph._replay import Equation, Plan, Visit, execute, run
-from jaxcompress.graph._resize import KeepIndices, Removed, removed_by
 from jaxcompress.graph._trace import capture
 from jaxcompress.graph._walk import Position
 
