@@ -283,7 +283,16 @@ class Walker:
                 self._summed += results[0]
         return results
 
-    def _contracts(self, eqn, here, operands, result, repeats, branch, flops) -> None:
+    def _contracts(
+        self,
+        eqn: Any,
+        here: Position,
+        operands: tuple[Axes, ...],
+        result: Axes,
+        repeats: int,
+        branch: tuple[tuple[Position, int], ...],
+        flops: int,
+    ) -> None:
         name = eqn.primitive.name
         if name == "dot_general":
             (contract, _), (batch, _) = eqn.params["dimension_numbers"]
