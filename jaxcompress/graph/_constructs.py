@@ -23,6 +23,8 @@ from jaxcompress.graph._compat import Program
 Cells: TypeAlias = dict[str, Any]
 Role: TypeAlias = Literal["same", "carry", "slice"]
 """How a body's variable relates to the construct's: the same, carried, or cut along axis 0."""
+CLOSED = frozenset({"custom_jvp", "custom_vjp", "shard_map"})
+"""Constructs (as `Site.scope` names them) that nothing but their arrays goes into."""
 
 
 @dataclass(frozen=True, kw_only=True)
