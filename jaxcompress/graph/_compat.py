@@ -142,7 +142,7 @@ def bind_custom_jvp(
             over operands and tangents that are not zero; `None` runs the rule as it is.
     """
     params = eqn.primitive.get_bind_params(eqn.params)
-    _, rule = params["subfuns"]
+    (_, rule), count = params["subfuns"], len(operands)
 
     def jvp(*primals_and_tangents: Any) -> list[Any]:
         if derivative is None:
@@ -150,7 +150,7 @@ def bind_custom_jvp(
         else:
             results = _derived(eqn, primals_and_tangents, derivative)
         tangents = results[len(results) // 2 :]
-        return [*primal(*primals_and_tangents[: len(operands)]), *tangents]
+        return [*primal(*primals_and_tangents[:count]), *tangents]
 
     wrap = _wrap(eqn)
     with context(eqn):

@@ -72,7 +72,7 @@ class _Resizer:
         masks = [self._removed.masks(env[var]) for var in program.constvars]
         if any(mask is not None for one in masks for mask in one):
             pairs = zip(program.consts, masks, strict=True)
-            consts[prefix] = [taken(value, one) for value, one in pairs]
+            consts[prefix] = [_taken(value, one) for value, one in pairs]
             entered.add(prefix)
         for number, eqn in enumerate(program.eqns):
             kept = Kept(
@@ -182,6 +182,14 @@ class _Resizer:
         programs = [program.consts for program, _ in self._dims.programs.values()]
         consts = (x for values in (*programs, *plan.consts.values()) for x in values)
         return any(isinstance(x, Tracer) for x in consts)
+
+
+def _taken(constant: Any, masks: Sequence[Mask]) -> Any:
+    """Take from a constant at once, whatever is traced around, unless it belongs to that."""
+    if isinstance(constant, Tracer):
+        return taken(constant, masks)
+    with jax.ensure_compile_time_eval():
+        return taken(constant, masks)
 
 
 def _is_same(known: Program, other: Program) -> bool:

@@ -171,7 +171,6 @@ def test_it_is_traced_once_for_arguments_of_one_kind():
 
 
 def test_no_tracer_outlives_its_trace():
-    """fn closes over a value of whoever calls it, by a scale and by a constant that is cut."""
     box = [jnp.float32(1.0)]
     small, traces = counted(lambda: box[0])
     _, params, _ = shrunk()
@@ -189,13 +188,39 @@ def test_no_tracer_outlives_its_trace():
     np.testing.assert_allclose(scaled(jnp.float32(2.0)), 2 * whole, rtol=1e-5)
 
 
-def test_constants_that_were_cut_in_a_trace_stay_in_it():
-    fn = lambda p, x: jnp.tanh(x @ p["up"] * np.linspace(1, 2, 8, dtype=np.float32)) @ p["down"]
+def test_a_tracer_that_fn_closes_over_is_cut():
+    keep = structured.keep(structured.groups(mlp, mlp_params(), X), KEEP)
+    _, params, _ = shrunk()
+
+    def scaled(s):
+        fn = lambda p, x: jnp.tanh(x @ p["up"] + p["bias"] * s) @ p["down"]
+        return structured.rebuild(fn, keep)(params, X).sum()
+
+    ones = jnp.ones(8)
+    whole = by_hand(X).sum()
+    np.testing.assert_allclose(jax.jit(scaled)(ones), whole, rtol=1e-5)
+    np.testing.assert_allclose(jax.vmap(scaled)(ones[None]), [whole], rtol=1e-5)
+    found = jax.grad(scaled)(ones)
+    assert np.flatnonzero(found).tolist() == KEEP["up"]
+
+
+def test_nothing_of_a_trace_is_kept_after_it():
+    """Not the constants that were cut in it, nor what rules of differentiation close over."""
+
+    def fn(p, x):
+        return jax.nn.relu(x @ p["up"] * np.linspace(1, 2, 8, dtype=np.float32)) @ p["down"]
+
     keep = structured.keep(structured.groups(fn, mlp_params(), X), KEEP)
-    small, params = structured.rebuild(fn, keep), structured.slice_params(mlp_params(), keep)
-    inside = jax.jit(small)(params, X)
-    np.testing.assert_allclose(small(params, X), inside, rtol=1e-5)
-    np.testing.assert_allclose(jax.jit(lambda p: small(p, X))(params), inside, rtol=1e-5)
+    params = structured.slice_params(mlp_params(), keep)
+    kept = np.array(KEEP["up"])
+    scales = np.linspace(1, 2, 8, dtype=np.float32)[kept]
+    expected = jax.nn.relu(X @ params["up"] * scales) @ params["down"]
+    small = structured.rebuild(fn, keep)
+    with jax.checking_leaks():
+        for _ in range(2):
+            np.testing.assert_allclose(jax.jit(small)(params, X), expected, rtol=1e-5)
+            jax.jit(jax.grad(lambda p: small(p, X).sum()))(params)
+            np.testing.assert_allclose(small(params, X), expected, rtol=1e-5)
 
 
 class Tagged(NamedTuple):
