@@ -5,6 +5,8 @@ whichever library wrote it; `replay` runs it with chosen equations handled by yo
 """
 
 from jaxcompress.graph import _dims_contract as _dims_contract
+from jaxcompress.graph import _dims_linalg as _dims_linalg
+from jaxcompress.graph import _dims_made as _dims_made
 from jaxcompress.graph import _dims_rules as _dims_rules
 from jaxcompress.graph._affine import affine as affine
 from jaxcompress.graph._bypass import bypass as bypass
@@ -19,8 +21,8 @@ from jaxcompress.graph._cost import SiteCost as SiteCost
 from jaxcompress.graph._cost import cost as cost
 from jaxcompress.graph._cost_figures import Figure as Figure
 from jaxcompress.graph._cost_figures import Memory as Memory
-from jaxcompress.graph._dims import Dims as Dims
 from jaxcompress.graph._dims import dims as dims
+from jaxcompress.graph._dims_found import Dims as Dims
 from jaxcompress.graph._dims_step import DimsRule as DimsRule
 from jaxcompress.graph._dims_step import Step as Step
 from jaxcompress.graph._dims_step import register_dims as register_dims
@@ -32,15 +34,16 @@ from jaxcompress.graph._intercept import Interception as Interception
 from jaxcompress.graph._intercept import intercept as intercept
 from jaxcompress.graph._kept import Kept as Kept
 from jaxcompress.graph._kept import take as take
+from jaxcompress.graph._kept import take_by_layer as take_by_layer
 from jaxcompress.graph._leaks import Leak as Leak
 from jaxcompress.graph._leaks import leaks as leaks
 from jaxcompress.graph._observe import observe as observe
 from jaxcompress.graph._observe import perturb as perturb
 from jaxcompress.graph._observe import tap as tap
 from jaxcompress.graph._remask import remask as remask
+from jaxcompress.graph._removed import KeepIndices as KeepIndices
 from jaxcompress.graph._replay import Equation as Equation
 from jaxcompress.graph._replay import replay as replay
-from jaxcompress.graph._resize import KeepIndices as KeepIndices
 from jaxcompress.graph._resize import resize as resize
 from jaxcompress.graph._sites import Axes as Axes
 from jaxcompress.graph._sites import Layout as Layout

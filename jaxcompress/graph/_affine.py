@@ -12,14 +12,13 @@ import jax.numpy as jnp
 from jaxcompress import tree
 from jaxcompress.graph import _compat
 from jaxcompress.graph._chain import Chain, Holder, Step, preferred
-from jaxcompress.graph._constructs import construct
-from jaxcompress.graph._reads import INLINE, MOVES, Known, Reads, read_all
+from jaxcompress.graph._constructs import CLOSED, construct
+from jaxcompress.graph._reads import INLINE, Known, Reads, read_all
 from jaxcompress.graph._sites import Site
 from jaxcompress.graph._trace import Traced, capture
-from jaxcompress.graph._views import AxisFactors, Factor, split_factors
+from jaxcompress.graph._views import MOVES, AxisFactors, Factor, split_factors
 from jaxcompress.graph._walk import Position
 
-_CLOSED = ("custom_jvp", "custom_vjp", "shard_map")
 """Constructs with a rule of their own for what is inside, or with parts of leaves only."""
 _AFFINE = ("mul", "div", "add", "sub")
 _ADDS = {("add", 0), ("add", 1), ("sub", 0)}
@@ -84,7 +83,7 @@ class _Cursor(NamedTuple):
     factors: tuple[AxisFactors, ...]
 
 
-class _Stop(Exception):  # noqa: N818
+class _StopError(Exception):
     """The chain ends here, and why."""
 
 
@@ -139,7 +138,7 @@ class _Follower:
         try:
             while True:
                 cursor = self._next(cursor)
-        except _Stop as stop:
+        except _StopError as stop:
             return str(stop)
 
     def _next(self, cursor: _Cursor) -> _Cursor:
@@ -147,17 +146,17 @@ class _Follower:
         readers = self._reads.readers(cursor.prefix, cursor.var)
         results = [k for k, atom in enumerate(program.outvars) if atom is cursor.var]
         if len(readers) + len(results) > 1:
-            raise _Stop(self._several(program, cursor.var, readers, bool(results)))
+            raise _StopError(self._several(program, cursor.var, readers, bool(results)))
         if results:
             return self._leave(cursor, results[0])
         if not readers:
-            raise _Stop("nothing reads its result")
+            raise _StopError("nothing reads its result")
         (number,) = readers
         eqn, here = program.eqns[number], (*cursor.prefix, number)
         operands = [k for k, atom in enumerate(eqn.invars) if atom is cursor.var]
         name = eqn.primitive.name
         if len(operands) > 1:
-            raise _Stop(f"{_called(eqn)} is not affine in its result")
+            raise _StopError(f"{_called(eqn)} is not affine in its result")
         if name in INLINE:
             inner = self._reads.programs[*here, 0]
             return cursor._replace(prefix=(*here, 0), var=inner.invars[operands[0]])
@@ -167,20 +166,20 @@ class _Follower:
             self._steps.append(Step(here, "neg", 0, None, cursor.factors))
             return cursor._replace(var=eqn.outvars[0])
         if name not in _AFFINE or (name == "div" and operands[0] == 1):
-            raise _Stop(f"{_called(eqn)} is not affine in its result")
+            raise _StopError(f"{_called(eqn)} is not affine in its result")
         self._combine(cursor, eqn, here, operands[0])
         return cursor._replace(var=eqn.outvars[0])
 
     def _leave(self, cursor: _Cursor, k: int) -> _Cursor:
         """Go on in the body around, if the construct gives the result out as it is."""
         if not cursor.prefix:
-            raise _Stop("its result is what fn returns")
+            raise _StopError("its result is what fn returns")
         outer = cursor.prefix[:-1]
         eqn = self._reads.equation(outer)
         if eqn.primitive.name not in INLINE:
             rule = construct(eqn.primitive.name)
             label = rule.bodies(eqn)[cursor.prefix[-1]].label if rule else eqn.primitive.name
-            raise _Stop(f"its result is what {label} gives out")
+            raise _StopError(f"its result is what {label} gives out")
         return cursor._replace(prefix=outer[:-1], var=eqn.outvars[k])
 
     def _move(self, cursor: _Cursor, eqn: Any) -> _Cursor:
@@ -189,7 +188,7 @@ class _Follower:
         if name == "convert_element_type" and not jnp.issubdtype(
             eqn.params["new_dtype"], jnp.inexact
         ):
-            raise _Stop(f"{name} is not affine in its result")
+            raise _StopError(f"{name} is not affine in its result")
         if name == "transpose":
             factors = tuple(factors[k] for k in eqn.params["permutation"])
         elif name == "squeeze":
@@ -205,7 +204,7 @@ class _Follower:
             split = split_factors([f for axis in factors for f in axis], shape)
             factors = None if split is None else tuple(split)
         if factors is None or any(self._kind(axis) is None for axis in factors):
-            raise _Stop(f"{name} mixes its channels with its positions")
+            raise _StopError(f"{name} mixes its channels with its positions")
         return cursor._replace(var=eqn.outvars[0], factors=factors)
 
     def _kind(self, axis: AxisFactors) -> bool | None:
@@ -220,16 +219,18 @@ class _Follower:
         name, atom = eqn.primitive.name, eqn.invars[1 - operand]
         side = self._reads.at(cursor.prefix, atom)
         if side is None:
-            raise _Stop(f"the other operand of {name} depends on fn's inputs")
+            raise _StopError(f"the other operand of {name} depends on fn's inputs")
         if not side.levels <= self._kernel.levels:
-            raise _Stop(f"the other operand of {name} differs between uses of its kernel in a scan")
+            raise _StopError(
+                f"the other operand of {name} differs between uses of its kernel in a scan"
+            )
         shape, out = atom.aval.shape, eqn.outvars[0].aval.shape
         if cursor.var.aval.shape != out:
-            raise _Stop(f"{name} repeats its result")
+            raise _StopError(f"{name} repeats its result")
         for axis, factors in enumerate(cursor.factors if shape else ()):
             even = shape[axis] == 1 or axis in side.constant
             if not even and not self._kind(factors):
-                raise _Stop(f"the other operand of {name} differs between positions")
+                raise _StopError(f"the other operand of {name} differs between positions")
         self._steps.append(Step(here, name, operand, side, cursor.factors))
 
     def _several(self, program: Any, var: Any, readers: Sequence[int], returned: bool) -> str:
@@ -270,7 +271,7 @@ class _Follower:
                 yield Holder(side.same, number, -1 if step.kind == "sub" else 1)
 
     def _closed(self) -> str | None:
-        label = next((label for label in self._site.scope if label in _CLOSED), None)
+        label = next((label for label in self._site.scope if label in CLOSED), None)
         return None if label is None else f"it lies inside a {label}"
 
     def _why_no_shift(self, stopped: str, holders: Sequence[Holder]) -> str | None:

@@ -4,11 +4,12 @@ JAX 0.10 has `ClosedJaxpr` and `Jaxpr`, JAX 0.12 one `Jaxpr` that may carry its 
 parameters of `scan` changed their names in between. Everything else here reads a `Program`.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import jax
+from jax._src import config as _config
 from jax._src import linear_util as lu
 from jax._src import source_info_util
 from jax._src.interpreters import partial_eval
@@ -71,6 +72,11 @@ def capture(
     live, _ = partial_eval.dce_jaxpr(inner, [True] * len(inner.outvars), instantiate=True)
     live = program(live)
     return captured._replace(eqns=live.eqns, outvars=live.outvars), shapes
+
+
+def trace_context() -> Hashable:
+    """Give what a trace depends on beside its arguments: meshes, precision, x64, named axes."""
+    return _config.trace_context()
 
 
 def is_jaxpr(value: Any) -> bool:
@@ -136,7 +142,7 @@ def bind_custom_jvp(
             over operands and tangents that are not zero; `None` runs the rule as it is.
     """
     params = eqn.primitive.get_bind_params(eqn.params)
-    _, rule = params["subfuns"]
+    (_, rule), count = params["subfuns"], len(operands)
 
     def jvp(*primals_and_tangents: Any) -> list[Any]:
         if derivative is None:
@@ -144,7 +150,7 @@ def bind_custom_jvp(
         else:
             results = _derived(eqn, primals_and_tangents, derivative)
         tangents = results[len(results) // 2 :]
-        return [*primal(*primals_and_tangents[: len(operands)]), *tangents]
+        return [*primal(*primals_and_tangents[:count]), *tangents]
 
     wrap = _wrap(eqn)
     with context(eqn):

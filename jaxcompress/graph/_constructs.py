@@ -23,6 +23,8 @@ from jaxcompress.graph._compat import Program
 Cells: TypeAlias = dict[str, Any]
 Role: TypeAlias = Literal["same", "carry", "slice"]
 """How a body's variable relates to the construct's: the same, carried, or cut along axis 0."""
+CLOSED = frozenset({"custom_jvp", "custom_vjp", "shard_map"})
+"""Constructs (as `Site.scope` names them) that nothing but their arrays goes into."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,6 +90,10 @@ class Enter(Protocol):
         """Run the forward program of a `custom_vjp`, and return its results."""
         ...
 
+    def once(self, make: Callable[[], Any]) -> Any:
+        """Make what does not depend on operands; a plan that is kept does so only once."""
+        ...
+
     def derivative(self) -> Callable[..., list] | None:
         """Give what runs the program of a `custom_jvp` rule; `None` to run it as it is."""
         ...
@@ -151,8 +157,9 @@ class _Jit:
         def body(cells: Cells, *operands: Any) -> tuple[list, Cells]:
             return enter(0, operands, cells)
 
+        jitted = enter.once(lambda: _compat.jit_like(eqn, body))
         with _compat.context(eqn):
-            return _compat.jit_like(eqn, body)(cells, *operands)
+            return jitted(cells, *operands)
 
 
 @register_construct("remat2")

@@ -6,7 +6,6 @@ not know is frozen, with a reason.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 import jax
@@ -16,7 +15,15 @@ from jaxcompress import tree
 from jaxcompress.graph import _compat
 from jaxcompress.graph._compat import Program
 from jaxcompress.graph._constructs import Body, construct
-from jaxcompress.graph._dims_known import folded, is_small, value_of
+from jaxcompress.graph._dims_found import Dims, Level, Product
+from jaxcompress.graph._dims_known import (
+    Fact,
+    Facts,
+    compared,
+    fact_after,
+    fact_of,
+    fact_of_constant,
+)
 from jaxcompress.graph._dims_step import Axes, Step, concrete, dims_rule
 from jaxcompress.graph._labels import Axis, Labels
 from jaxcompress.graph._sites import contraction_flops
@@ -25,88 +32,8 @@ from jaxcompress.graph._walk import Position
 
 _PASSES = 3
 """How often a program is walked at most."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Level:
-    """A scan: the labels of its iterations.
-
-    Attributes:
-        axis: The labels.
-        length: How many there are.
-    """
-
-    axis: Axis
-    length: int
-
-
-@dataclass(frozen=True, kw_only=True)
-class Product:
-    """A contraction as the labels of its axes; FLOPs are 2 x the product of their sizes.
-
-    Attributes:
-        position: The equation.
-        axes: The axes of its result and those that it sums over.
-        batch: How many of these, at the front, both operands share.
-        summed: How many, at the end, it sums over.
-        repeats: How often it runs.
-        branch: The branch that it is in: `(position of the cond, number)` pairs.
-        flops: What it takes at full size.
-    """
-
-    position: Position
-    axes: Axes
-    batch: int
-    summed: int
-    repeats: int
-    branch: tuple[tuple[Position, int], ...]
-    flops: int
-
-
-@dataclass(frozen=True, kw_only=True)
-class Dims:
-    """The labels of every axis of every variable, with everything that is tied.
-
-    Attributes:
-        traced: The captured call.
-        labels: The store; `labels.rows(axis)` writes an axis as tuples of representatives.
-        leaves: `{path: labels of its axes}`.
-        programs: The program at each prefix of positions, and the labels of its variables.
-        scans: The numbers of the scans around each, outermost first.
-        reasons: For each label, why it may not be removed; empty if it may.
-        layers: For each label, 1 + the number of the scan each of whose layers may keep another
-            index; 0 if all layers keep the same.
-        levels: The scans.
-        products: All contractions.
-        summed: Labels of axes along which two results are added: residual streams.
-        carried: Labels of axes that a scan carries round.
-        cuts: Parts of axes that are sliced off: as many of each go in every layer of a scan.
-        dead: Positions of equations that nothing needs; they are left out.
-        state: Which outputs mirror leaves of params: `{number of the output: path}`.
-    """
-
-    traced: Traced
-    labels: Labels
-    leaves: Mapping[str, Axes]
-    programs: Mapping[Position, tuple[Program, Mapping[Any, Axes]]] = field(repr=False)
-    scans: Mapping[Position, tuple[int, ...]] = field(repr=False)
-    reasons: np.ndarray = field(repr=False)
-    layers: np.ndarray = field(repr=False)
-    levels: tuple[Level, ...]
-    products: tuple[Product, ...] = field(repr=False)
-    summed: np.ndarray = field(repr=False)
-    carried: np.ndarray = field(repr=False)
-    cuts: tuple[Axis, ...] = field(repr=False)
-    dead: frozenset[Position] = field(repr=False)
-    state: Mapping[int, str]
-
-    def layer_axis(self, axes: Axes, level: int) -> int | None:
-        """Find the axis of a variable that counts the layers of a scan."""
-        want = self.labels.find(self.levels[level].axis)
-        for k, axis in enumerate(axes):
-            if len(axis) > 1 and np.array_equal(self.labels.find(axis), want):
-                return k
-        return None
+_OPEN = frozenset({"cond", "jit", "remat2", "scan", "while"})
+"""Constructs that take cells in whole, whatever is differentiated."""
 
 
 def dims(fn: Callable[..., Any], params: tree.Params, *inputs: Any, **kwargs: Any) -> Dims:
@@ -149,15 +76,21 @@ def dims_of(traced: Traced) -> Dims:
         if not labels.conflicts:
             break
         # What was learned late may show how to split an axis that was met early.
-        labels.frozen, labels.conflicts = [], 0
+        labels.frozen, labels.frozen_else, labels.conflicts = [], [], 0
         result = Walker(traced, labels).whole(leaves)
     return result
 
 
 class Walker:
-    """One pass over a program."""
+    """One pass over a program.
 
-    def __init__(self, traced: Traced, labels: Labels):
+    Args:
+        traced: The captured call.
+        labels: Where labels are kept.
+        closed: Whether no cells come in, so that what is made is the same in all layers.
+    """
+
+    def __init__(self, traced: Traced, labels: Labels, *, closed: bool = False):
         self._traced, self._labels = traced, labels
         self.programs: dict[Position, tuple[Program, dict[Any, Axes]]] = {}
         self.scans: dict[Position, tuple[int, ...]] = {}
@@ -168,6 +101,7 @@ class Walker:
         self._carried: list[Axis] = []
         self._cuts: list[Axis] = []
         self._spread: set[int] = set()
+        self._closed = closed
         self.dead: set[Position] = set()
 
     def whole(self, leaves: Mapping[str, Axes]) -> Dims:
@@ -181,10 +115,10 @@ class Walker:
                 labels.freeze(axis, "it is quantized: shrink before that")
             for part in jax.tree.leaves(leaf):
                 args.append(self._outer(part.shape, f"{path} is quantized"))
-        for number, var in enumerate(program.invars[len(args) :]):
+        for path, var in zip(traced.inputs, program.invars[len(args) :], strict=True):
             axes = self._outer(var.aval.shape, None)
             for k, axis in enumerate(axes):
-                labels.freeze(axis, f"it is tied to axis {k} of input {number}")
+                labels.freeze(axis, f"it is tied to axis {k} of input {path}")
             args.append(axes)
         outs = self.walk(program, args, (), (), 1, ())
         # New state is made from the old: its indices are the leaf's by fn itself.
@@ -193,9 +127,11 @@ class Walker:
             for a, b in zip(axes, leaves[path], strict=True)
         )
         state = {k: path for k, path in _mirrors(traced).items() if alike(outs[k], path)}
-        for number, axes in enumerate(outs):
+        paths = jax.tree_util.tree_flatten_with_path(traced.outputs)[0]
+        for number, ((keypath, _), axes) in enumerate(zip(paths, outs, strict=True)):
+            name = tree.path_str(keypath) or "0"
             for k, axis in enumerate(axes if number not in state else ()):
-                labels.freeze(axis, f"it is axis {k} of output {number}")
+                labels.freeze(axis, f"it is axis {k} of output {name}")
         return self._result(leaves, state)
 
     def _outer(self, shape: Sequence[Any], reason: str | None) -> Axes:
@@ -207,7 +143,7 @@ class Walker:
     def _result(self, leaves: Mapping[str, Axes], state: Mapping[int, str]) -> Dims:
         labels = self._labels
         reasons = np.full(len(labels), "", object)
-        for axis, reason in reversed(labels.frozen):
+        for axis, reason in reversed([*labels.frozen, *labels.frozen_else]):
             rows = labels.rows(axis)
             reasons[rows[rows >= 0]] = reason
         levels, layers = tuple(self._levels), np.zeros(len(labels), np.int32)
@@ -274,16 +210,15 @@ class Walker:
         scans: tuple[int, ...],
         repeats: int,
         branch: tuple[tuple[Position, int], ...],
-        known: Mapping[Any, np.ndarray] | None = None,
+        facts: Facts | None = None,
     ) -> list[Axes]:
         env: dict[Any, Axes] = dict(zip(program.invars, args, strict=True))
-        values: dict[Any, np.ndarray] = dict(known or {})
+        facts = {} if facts is None else facts
         self.programs[prefix], self.scans[prefix] = (program, env), scans
         for var, value in zip(program.constvars, program.consts, strict=True):
             env[var] = self._outer(np.shape(value), None)
             self._uniform += env[var]
-            if is_small(value):
-                values[var] = np.asarray(value)
+            facts[var] = fact_of_constant(value, env[var])
         live = _live(program)
         for number, eqn in enumerate(program.eqns):
             here = (*prefix, number)
@@ -294,16 +229,18 @@ class Walker:
             operands = tuple(self._read(atom, env) for atom in eqn.invars)
             if eqn.primitive.name == "broadcast_in_dim":
                 self._spread.add(id(eqn.outvars[0]))
-            mine = tuple(value_of(atom, values) for atom in eqn.invars)
+            mine = tuple(fact_of(atom, facts) for atom in eqn.invars)
             rule = construct(eqn.primitive.name)
             if rule is not None:
                 bodies = rule.bodies(eqn)
-                results = self._construct(eqn, here, bodies, operands, scans, repeats, branch, mine)
+                results, after = self._construct(
+                    eqn, here, bodies, operands, scans, repeats, branch, mine
+                )
             else:
                 results = self._follow(eqn, here, operands, mine, repeats, branch)
-                if (value := folded(eqn, mine)) is not None:
-                    values[eqn.outvars[0]] = value
+                after = [fact_after(eqn, mine, results)] * len(results)
             env.update(zip(eqn.outvars, results, strict=True))
+            facts.update(zip(eqn.outvars, after, strict=True))
         return [self._read(atom, env) for atom in program.outvars]
 
     def _read(self, atom: Any, env: Mapping[Any, Axes]) -> Axes:
@@ -316,12 +253,13 @@ class Walker:
         eqn: Any,
         here: Position,
         operands: tuple[Axes, ...],
-        known: tuple[np.ndarray | None, ...],
+        known: tuple[Fact, ...],
         repeats: int,
         branch: tuple[tuple[Position, int], ...],
     ) -> list[Axes]:
-        step = Step(eqn=eqn, operands=operands, known=known, labels=self._labels,
-                    uniform=self._uniform.append, cut=self._cuts.append)  # fmt: skip
+        step = Step(eqn=eqn, operands=operands, known=tuple(fact.value for fact in known),
+                    labels=self._labels, uniform=self._uniform.append,
+                    cut=self._cuts.append, by_layer=not self._closed)  # fmt: skip
         rule = dims_rule(eqn.primitive.name)
         if rule is None:
             reason = f"{eqn.primitive.name} has no rule"
@@ -330,6 +268,8 @@ class Walker:
                     self._labels.freeze(axis, reason)
             return step.fresh(frozen=reason)
         results = rule.follow(step)
+        for axis in compared(eqn, known):
+            self._labels.freeze(axis, "its positions are compared with values")
         if flops := contraction_flops(eqn):
             self._contracts(eqn, here, operands, results[0], repeats, branch, flops)
         elif eqn.primitive.name in ("add", "sub") and all(len(axes) for axes in operands):
@@ -343,7 +283,16 @@ class Walker:
                 self._summed += results[0]
         return results
 
-    def _contracts(self, eqn, here, operands, result, repeats, branch, flops) -> None:
+    def _contracts(
+        self,
+        eqn: Any,
+        here: Position,
+        operands: tuple[Axes, ...],
+        result: Axes,
+        repeats: int,
+        branch: tuple[tuple[Position, int], ...],
+        flops: int,
+    ) -> None:
         name = eqn.primitive.name
         if name == "dot_general":
             (contract, _), (batch, _) = eqn.params["dimension_numbers"]
@@ -370,22 +319,24 @@ class Walker:
         scans: tuple[int, ...],
         repeats: int,
         branch: tuple[tuple[Position, int], ...],
-        known: tuple[np.ndarray | None, ...],
-    ) -> list[Axes]:
+        known: tuple[Fact, ...],
+    ) -> tuple[list[Axes], list[Fact]]:
         labels = self._labels
         results: list[Axes | None] = [None] * len(eqn.outvars)
-        name = eqn.primitive.name
+        after: list[Fact | None] = [None] * len(eqn.outvars)
+        name, closed = eqn.primitive.name, self._closed
         for number, body in enumerate(bodies):
+            condition = all(target is None for target, _ in body.results)
+            self._closed = closed or name not in _OPEN or condition
             inner, level = scans, None
             if name == "scan":
                 level = self._level(eqn, body, operands)
                 inner = (*scans, len(self._levels) - 1)
-            args, values = [], {}
+            args, facts = [], Facts()
             for (k, role), var in zip(body.inputs, body.program.invars, strict=True):
                 axes = operands[k][1:] if role == "slice" else operands[k]
                 args.append(self._fitted(axes, var.aval.shape, name))
-                if role == "same" and known[k] is not None:
-                    values[var] = known[k]
+                facts[var] = known[k].through(role)
                 if role == "carry":
                     self._carried += axes
             inside = branch
@@ -394,26 +345,34 @@ class Walker:
                 for axis in operands[0]:
                     labels.freeze(axis, "it chooses a branch")
             outs = self.walk(
-                body.program, args, (*here, number), inner, repeats * body.repeats, inside, values
+                body.program, args, (*here, number), inner, repeats * body.repeats, inside, facts
             )
             carried = [i for i, (_, role) in enumerate(body.inputs) if role == "carry"]
             returns = [i for i, (_, role) in enumerate(body.results) if role == "carry"]
             for i, j in zip(carried, returns, strict=False):
                 for a, b in zip(args[i], outs[j], strict=True):
                     labels.unify(a, b)
-            for (target, role), axes in zip(body.results, outs, strict=True):
+            for (target, role), axes, atom in zip(
+                body.results, outs, body.program.outvars, strict=True
+            ):
                 if target is None:
                     continue
+                fact = fact_of(atom, facts).through(role)._replace(value=None)
+                if body.branch:  # which of them it is depends on operand 0
+                    fact = fact.or_else(known[0]._replace(counts=()))
+                before = after[target]
+                after[target] = fact if before is None else before.or_else(fact)
                 if role == "slice" and level is not None:
                     axes = (level.axis, *axes)
                 axes = self._fitted(axes, eqn.outvars[target].aval.shape, name)
-                before = results[target]
-                if before is not None:
-                    for a, b in zip(before, axes, strict=True):
+                earlier = results[target]
+                if earlier is not None:
+                    for a, b in zip(earlier, axes, strict=True):
                         labels.unify(a, b)
                 results[target] = axes
+        self._closed = closed
         assert all(axes is not None for axes in results), f"{name} gives a result of no body"
-        return [axes for axes in results if axes is not None]
+        return [axes for axes in results if axes is not None], [fact or Fact() for fact in after]
 
     def _level(self, eqn: Any, body: Body, operands: Sequence[Axes]) -> Level:
         length = int(eqn.params["length"])

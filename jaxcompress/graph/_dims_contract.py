@@ -171,14 +171,18 @@ class _Scatter:
         labels.freeze(indices[-1], "its entries are coordinates")
         gone = {*numbers.inserted_window_dims, *numbers.operand_batching_dims}
         for k in numbers.inserted_window_dims:
-            labels.freeze(operand[k], "it is written at indices that are values")
+            start = self._start(step, k, 1)
+            axis = operand[k] if start is None else operand[k][start : start + 1]
+            alone = "an index of it is written alone"
+            labels.freeze(
+                axis, "it is written at indices that are values" if start is None else alone
+            )
         whole = [k for k in range(len(operand)) if k not in gone]
         for k, j in zip(whole, numbers.update_window_dims, strict=True):
             if len(operand[k]) == len(updates[j]):
                 labels.unify(operand[k], updates[j])
             else:
-                for axis in (operand[k], updates[j]):
-                    labels.freeze(axis, "windows of it are written")
+                self._window(step, k, updates[j])
         rest = [j for j in range(len(updates)) if j not in numbers.update_window_dims]
         for j, axis in zip(rest, indices[:-1], strict=True):
             labels.unify(updates[j], axis)
@@ -187,3 +191,40 @@ class _Scatter:
         ):
             labels.unify(operand[i], indices[j])
         return [operand]
+
+    def _window(self, step: Step, k: int, update: Axis) -> None:
+        """Follow an axis of which a part is written: where it starts must be known."""
+        axis, start = step.operands[0][k], self._start(step, k, len(update))
+        if start is None:
+            for one in (axis, update):
+                step.labels.freeze(one, "windows of it are written")
+        elif len(update) == 1:
+            step.labels.freeze(axis[start : start + 1], "an index of it is written alone")
+        else:
+            step.labels.unify(axis[start : start + len(update)], update)
+
+    def _start(self, step: Step, k: int, size: int) -> int | None:
+        """Give the known start of the one window that is written, along an axis of the operand."""
+        known, named = step.known[1], step.params["dimension_numbers"].scatter_dims_to_operand_dims
+        if known is None or known.ndim != 1:
+            return None
+        start = int(known[named.index(k)]) if k in named else 0
+        if not 0 <= start <= len(step.operands[0][k]) - size:
+            return None
+        step.uniform(step.operands[0][k])
+        return start
+
+    def resize(self, eqn: Any, operands: Sequence[Any], kept: Kept) -> list[Any]:
+        x, indices, updates = operands
+        numbers, (whole, _, part) = eqn.params["dimension_numbers"], eqn.invars
+        gone = {*numbers.inserted_window_dims, *numbers.operand_batching_dims}
+        windows = [k for k in range(whole.aval.ndim) if k not in gone]
+        sizes = dict(zip(windows, numbers.update_window_dims, strict=True))
+        for i, k in enumerate(numbers.scatter_dims_to_operand_dims):
+            mask = kept.operand(0)[k]
+            written = part.aval.shape[sizes[k]] if k in sizes else 1
+            if mask is not None and written != whole.aval.shape[k]:
+                before = np.concatenate([[0], np.cumsum(mask)])
+                start = jnp.asarray(before, indices.dtype)[indices[..., i]]
+                indices = indices.at[..., i].set(start)
+        return _compat.bind(eqn, [x, indices, updates])

@@ -160,32 +160,6 @@ class _Reshape:
         return _compat.bind(eqn, operands, {**eqn.params, "new_sizes": kept.shape()})
 
 
-class _Whole:
-    """Made at full size, then the kept indices are taken."""
-
-    def resize(self, eqn: Any, operands: Sequence[Any], kept: Kept) -> list[Any]:
-        results = _compat.bind(eqn, operands)
-        return [kept.take(x, k) for k, x in enumerate(results)]
-
-
-@register_dims("iota", "random_bits", "rng_bit_generator", "empty")
-class _Made(_Whole):
-    def follow(self, step: Step) -> list[Axes]:
-        return step.fresh()
-
-
-@register_dims(
-    "random_fold_in", "random_seed", "random_split", "random_unwrap", "random_wrap", "random_clone",
-    "threefry2x32",
-)  # fmt: skip
-class _Keys:
-    def follow(self, step: Step) -> list[Axes]:
-        for axes in step.operands:
-            for axis in axes:
-                step.labels.freeze(axis, "random keys depend on it")
-        return step.fresh(frozen="it is an axis of random keys")
-
-
 # --- Slices and joins -----------------------------------------------------------------------------
 
 

@@ -29,6 +29,7 @@ class Step:
         labels: The store.
         uniform: Says of labels that they stand for one index in all layers of a scan.
         cut: Says of labels that they are a part of an axis, which is counted by itself.
+        by_layer: Whether what is made here may be another in each layer of a scan.
     """
 
     eqn: Any
@@ -37,6 +38,7 @@ class Step:
     labels: Labels
     uniform: Callable[[Axis], None]
     cut: Callable[[Axis], None]
+    by_layer: bool
 
     @property
     def params(self) -> Mapping[str, Any]:
@@ -52,13 +54,22 @@ class Step:
         """The shape of a result, a symbolic dimension counted as 1."""
         return concrete(self.eqn.outvars[result].aval.shape)
 
-    def fresh(self, *, frozen: str | None = None) -> list[Axes]:
-        """Make new labels for all results; `frozen` says why they may not be removed."""
+    def fresh(self, *, frozen: str | None = None, uniform: bool = True) -> list[Axes]:
+        """Make new labels for all results.
+
+        Args:
+            frozen: Why they may not be removed.
+            uniform: Whether they stand for one index in all layers of a scan.
+
+        Returns:
+            The labels.
+        """
         results = []
         for var in self.eqn.outvars:
             axes = tuple(self.labels.fresh(n) for n in concrete(getattr(var.aval, "shape", ())))
             for axis in axes:
-                self.uniform(axis)
+                if uniform:
+                    self.uniform(axis)
                 if frozen:
                     self.labels.freeze(axis, frozen)
             results.append(axes)
@@ -70,7 +81,8 @@ class DimsRule(Protocol):
 
     An optional method `resize(eqn, operands, kept)` runs the equation on smaller operands, where
     the same parameters would not do; see `Kept`. A class attribute `neutral` gives the number that
-    changes nothing when a result is reduced over it; 0 without.
+    changes nothing when a result is reduced over it; 0 without. `by_layer` says that `resize` takes
+    what differs between layers by `Kept.take`, so that `follow` may leave it so.
     """
 
     def follow(self, step: Step) -> list[Axes]:

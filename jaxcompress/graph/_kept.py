@@ -1,7 +1,7 @@
 """What is kept of the axes at one equation: what a rule needs to run it on smaller operands."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, TypeAlias
 
 import jax
@@ -21,12 +21,24 @@ class Kept:
         eqn: The equation, at full size.
         operands: A mask for each axis of each operand.
         results: A mask for each axis of each result.
+        rows: For masks of results that differ between layers, `{(result, axis): (indices, layer
+            axis)}`: those of this layer, (K,), and `None`; or those of all layers, (L, K), and the
+            axis of the result that counts them.
     """
 
     def __init__(
-        self, eqn: Any, operands: Sequence[Sequence[Mask]], results: Sequence[Sequence[Mask]]
+        self,
+        eqn: Any,
+        operands: Sequence[Sequence[Mask]],
+        results: Sequence[Sequence[Mask]],
+        rows: Mapping[tuple[int, int], tuple[Any, int | None]] | None = None,
     ):
         self.eqn, self._operands, self._results = eqn, operands, results
+        self._rows = rows or {}
+
+    def within(self, rows: Mapping[tuple[int, int], tuple[Any, int | None]]) -> "Kept":
+        """Say what is kept in one layer, of what differs between them."""
+        return Kept(self.eqn, self._operands, self._results, rows)
 
     def operand(self, number: int) -> Sequence[Mask]:
         """Give the masks of an operand's axes."""
@@ -55,7 +67,11 @@ class Kept:
 
     def take(self, x: Any, number: int = 0) -> Any:
         """Take the kept indices of a result that was made at full size."""
-        return taken(x, self._results[number])
+        mine = {k: rows for (result, k), rows in self._rows.items() if result == number}
+        for k, (rows, layer) in mine.items():
+            x = jnp.take(x, rows, axis=k) if layer is None else take_by_layer(x, rows, k, layer)
+        masks = self._results[number]
+        return taken(x, [None if k in mine else mask for k, mask in enumerate(masks)])
 
     def index(self, number: int, axis: int, positions: np.ndarray) -> np.ndarray:
         """Renumber positions along an operand's axis, leaving out those that are gone."""
@@ -113,3 +129,25 @@ def take(x: Any, indices: np.ndarray, axis: int) -> Any:
         spec[axis] = None
     where = (*(slice(None) for _ in range(axis)), indices)
     return x.at[where].get(out_sharding=PartitionSpec(*spec))
+
+
+def take_by_layer(x: Any, indices: np.ndarray, axis: int, layer: int) -> Any:
+    """Take indices along an axis, others in each layer.
+
+    Args:
+        x: Any array.
+        indices: (L, K) integers.
+        axis: The axis that they are of, counted from 0.
+        layer: The axis of size L that counts layers.
+
+    Returns:
+        The array with K entries along the axis.
+
+    Example:
+        >>> take_by_layer(jnp.arange(6).reshape(2, 3), np.array([[0, 2], [1, 2]]), 1, 0).tolist()
+        [[0, 2], [4, 5]]
+    """
+    shape = [1] * x.ndim
+    shape[axis], shape[layer] = indices.shape[1], indices.shape[0]
+    rows = indices if layer < axis else indices.T
+    return jnp.take_along_axis(x, jnp.asarray(rows.reshape(shape)), axis=axis)

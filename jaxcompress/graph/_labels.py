@@ -31,11 +31,22 @@ class Labels:
         self._right = np.full(1024, -1, np.int32)
         self.frozen: list[tuple[Axis, str]] = []
         """What may not be removed, and why, in the order in which that was found."""
+        self.frozen_else: list[tuple[Axis, str]] = []
+        """Reasons that are only given where there is no other."""
         self.conflicts = 0
         """How many times two structures did not fit; more passes may mend it."""
 
     def __len__(self) -> int:
         return self._count
+
+    def copy(self) -> "Labels":
+        """Make a store with the same labels, which can grow by itself."""
+        other = Labels()
+        other._count, other.conflicts = self._count, self.conflicts
+        other._parent, other._left = self._parent.copy(), self._left.copy()
+        other._right = self._right.copy()
+        other.frozen, other.frozen_else = list(self.frozen), list(self.frozen_else)
+        return other
 
     def fresh(self, size: int) -> Axis:
         """Make labels that are known of nothing."""
@@ -55,10 +66,10 @@ class Labels:
         self._count = end
         return new
 
-    def freeze(self, axis: Axis, reason: str) -> None:
-        """Say that no index of an axis may be removed."""
+    def freeze(self, axis: Axis, reason: str, *, otherwise: bool = False) -> None:
+        """Say that no index of an axis may be removed; `otherwise`: if nothing else says it."""
         if len(axis) > 1 or axis.any():
-            self.frozen.append((axis, reason))
+            (self.frozen_else if otherwise else self.frozen).append((axis, reason))
 
     # --- classes --------------------------------------------------------------------------------
 

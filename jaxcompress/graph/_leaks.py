@@ -15,8 +15,8 @@ from jaxcompress.graph._constructs import Cells
 from jaxcompress.graph._dims import dims_of
 from jaxcompress.graph._kept import Kept
 from jaxcompress.graph._remask import Masker, filled, neutral_of, seen_at
+from jaxcompress.graph._removed import KeepIndices, Removed, removed_by
 from jaxcompress.graph._replay import Equation, execute
-from jaxcompress.graph._resize import KeepIndices, Removed, removed_by
 from jaxcompress.graph._trace import capture
 from jaxcompress.graph._walk import Position
 

@@ -12,24 +12,12 @@ from jaxcompress import tree
 from jaxcompress.graph import _compat
 from jaxcompress.graph._compat import Program
 from jaxcompress.graph._constructs import Body, construct
-from jaxcompress.graph._views import ELEMENTWISE
+from jaxcompress.graph._views import ELEMENTWISE, MOVES
 from jaxcompress.graph._walk import Position
 
 Slot: TypeAlias = tuple[Position, int]
 """Operand k of the equation at a position; or result k of the body at one (of even length)."""
 
-MOVES = frozenset(
-    {
-        "broadcast_in_dim",
-        "convert_element_type",
-        "copy",
-        "reshape",
-        "squeeze",
-        "stop_gradient",
-        "transpose",
-    }
-)
-"""Primitives that cast, rearrange or repeat the entries of one array."""
 INLINE = frozenset({"jit", "remat2"})
 """Constructs whose operands and results are those of their one body."""
 

@@ -10,7 +10,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from jaxcompress import tree
 from jaxcompress.graph import _compat
@@ -19,8 +18,8 @@ from jaxcompress.graph._constructs import Cells, construct
 from jaxcompress.graph._dims import dims_of
 from jaxcompress.graph._dims_step import Axes, dims_rule
 from jaxcompress.graph._kept import Kept, Mask
+from jaxcompress.graph._removed import KeepIndices, Removed, removed_by
 from jaxcompress.graph._replay import Equation, Plan, Visit, execute, run
-from jaxcompress.graph._resize import KeepIndices, Removed, removed_by
 from jaxcompress.graph._trace import capture
 from jaxcompress.graph._walk import Position
 
@@ -82,7 +81,7 @@ class Masker:
                         continue
                     level = self._removed.level_of(env[atom][k])
                     if level in scans:
-                        cell[f"{side} {number} {k}"] = self._spread(mask, scans, level)
+                        cell[f"{side} {number} {k}"] = self._removed.spread(mask, scans, level)
                     else:
                         at = dims.layer_axis(env[atom], level)
                         assert at is not None, "masks that differ stand beside their layers"
@@ -90,13 +89,6 @@ class Masker:
         if cell:
             keyed[here] = (str(here),)
             self.cells[str(here)] = cell
-
-    def _spread(self, mask: np.ndarray, scans: Sequence[int], level: int) -> np.ndarray:
-        """Give a mask an axis for each scan around; it differs along one of them."""
-        lengths = [self._removed.dims.levels[k].length for k in scans]
-        shape = [n if k == level else 1 for k, n in zip(scans, lengths, strict=True)]
-        wide = mask.reshape((*shape, mask.shape[1]))
-        return np.broadcast_to(wide, (*lengths, mask.shape[1]))
 
     def _inline(
         self, here: Position, equation: Equation, operands: Sequence[Any], cells: Cells
@@ -151,6 +143,7 @@ def remask(fn: Callable[..., Any], removed_from: KeepIndices) -> Callable[..., A
         A function of params at full size, and of the same inputs. It is not for differentiation.
 
     Example:
+        >>> import numpy as np
         >>> fn = lambda p, x: jnp.exp(x @ p["up"]) @ p["down"]
         >>> keep = {"up": {1: np.array([0])}, "down": {0: np.array([0])}}
         >>> params = {"up": jnp.zeros((3, 2)), "down": jnp.ones((2, 1))}

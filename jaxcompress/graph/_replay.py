@@ -101,6 +101,7 @@ class Plan:
         derivative: `(position, program, which tangents are zero) -> plan` of the program of a
             `custom_jvp` rule, which is only known under differentiation; `None` runs it as it is.
         keyed: Names of cells that visits at some positions read, beside those of their sites.
+        made: What constructs made for all runs (see `Entry.once`), if the plan is kept for others.
     """
 
     visits: Mapping[Position, Visit]
@@ -112,6 +113,7 @@ class Plan:
     consts: Mapping[Position, Sequence[Any]] = field(default_factory=dict)
     derivative: Callable[[Position, Program, Sequence[bool]], "Plan"] | None = None
     keyed: Mapping[Position, tuple[str, ...]] = field(default_factory=dict)
+    made: dict[Position, Any] | None = None
 
     @functools.cached_property
     def cells(self) -> Mapping[Position, frozenset[str]]:
@@ -144,6 +146,15 @@ class Entry:
         position = (*self._position, body)
         program, plan, keep = self._programs[body], self._plan, self._returns_nodes
         return run(program, operands, plan, cells, position, keep_nodes=keep)
+
+    def once(self, make: Callable[[], Any]) -> Any:
+        """Make something for the construct, or give what an earlier run of the plan made."""
+        made = self._plan.made
+        if made is None:
+            return make()
+        if self._position not in made:
+            made[self._position] = make()
+        return made[self._position]
 
     def forward(self, program: Program, operands: Sequence[Any]) -> list:
         """Run the forward program of a `custom_vjp` under the same handlers."""

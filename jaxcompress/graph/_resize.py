@@ -7,152 +7,28 @@ of a mean, stay.
 """
 
 import functools
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any, TypeAlias
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+from jax.core import Tracer
 
 from jaxcompress import tree
 from jaxcompress.errors import ArgumentError, StructureError
 from jaxcompress.graph import _compat
+from jaxcompress.graph._calls import Calls
 from jaxcompress.graph._compat import Program
 from jaxcompress.graph._constructs import Cells, construct
-from jaxcompress.graph._dims import Dims, Walker, dims_of
+from jaxcompress.graph._dims import Walker, dims_of
+from jaxcompress.graph._dims_found import Dims
 from jaxcompress.graph._dims_step import Axes, dims_rule
 from jaxcompress.graph._kept import Kept, Mask, taken
-from jaxcompress.graph._labels import Axis
+from jaxcompress.graph._removed import KeepIndices, Removed, removed_by
 from jaxcompress.graph._replay import Equation, Plan, Visit, execute
-from jaxcompress.graph._trace import capture
+from jaxcompress.graph._trace import Traced, capture
 from jaxcompress.graph._walk import Position
-
-KeepIndices: TypeAlias = Mapping[str, Mapping[int, np.ndarray]]
-"""`{path: {axis: indices to keep}}`, (K,), or (L, K) where L stacked layers differ."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Removed:
-    """Which labels are gone.
-
-    Attributes:
-        dims: The labels.
-        everywhere: (labels,) bool: gone from all layers.
-        by_layer: `{level: (L, labels) bool}`: gone from some layers of a scan.
-    """
-
-    dims: Dims
-    everywhere: np.ndarray
-    by_layer: Mapping[int, np.ndarray]
-    _masks: dict[int, tuple[Axis, Mask]] = field(default_factory=dict, repr=False)
-
-    def mask(self, axis: Axis) -> Mask:
-        """Say which indices of an axis are kept; `None` if all are."""
-        known = self._masks.get(id(axis))
-        if known is None:
-            known = self._masks[id(axis)] = axis, self._mask(axis)
-        return known[1]
-
-    def _mask(self, axis: Axis) -> Mask:
-        rows = self.dims.labels.rows(axis)
-        real = rows >= 0
-        gone = (self.everywhere[rows] & real).any(axis=1)
-        for flags in self.by_layer.values():
-            inside = (flags[:, rows] & real).any(axis=2)
-            if inside.any():
-                return np.logical_not(inside | gone)
-        return np.logical_not(gone) if gone.any() else None
-
-    def level_of(self, axis: Axis) -> int:
-        """Find the scan between whose layers an axis keeps different indices."""
-        rows = self.dims.labels.rows(axis)
-        rows = rows[rows >= 0]
-        (level,) = (k for k, flags in self.by_layer.items() if flags[:, rows].any())
-        return level
-
-    def masks(self, axes: Axes) -> tuple[Mask, ...]:
-        """Say it for all axes of a variable."""
-        return tuple(self.mask(axis) for axis in axes)
-
-
-def removed_by(dims: Dims, keep: KeepIndices) -> Removed:
-    """Find the labels that indices to keep leave out, and check that nothing else goes.
-
-    Raises:
-        ArgumentError: If an index that goes is tied to one that stays, or may not go.
-    """
-    everywhere, by_layer = np.zeros(len(dims.labels), bool), dict[int, np.ndarray]()
-    for path, axes in keep.items():
-        for k, indices in axes.items():
-            rows = dims.labels.rows(dims.leaves[path][k])
-            for layer, kept in enumerate(np.atleast_2d(indices)):
-                gone = _absent(rows, kept)
-                if np.ndim(indices) == 1:
-                    everywhere[gone] = True
-                else:
-                    _add_layer(dims, by_layer, gone, layer, len(indices), path)
-    removed = Removed(dims=dims, everywhere=everywhere, by_layer=by_layer)
-    _check(dims, removed, keep)
-    return removed
-
-
-def _absent(rows: np.ndarray, kept: np.ndarray) -> np.ndarray:
-    """List the labels of an axis that no kept index has."""
-    there = np.unique(rows[kept])
-    return np.setdiff1d(np.unique(rows[rows >= 0]), there)
-
-
-def _add_layer(
-    dims: Dims, by_layer: dict[int, np.ndarray], gone: Axis, layer: int, count: int, path: str
-) -> None:
-    for level in np.unique(dims.layers[gone]):
-        if level == 0 or dims.levels[level - 1].length != count:
-            raise ArgumentError(
-                "keep",
-                got=f"indices of its own for each of {count} layers of {path!r}",
-                expected="one set of indices, as the layers share this axis",
-                fix="Give indices of shape (K,).",
-            )
-        flags = by_layer.setdefault(int(level) - 1, np.zeros((count, len(dims.labels)), bool))
-        flags[layer, gone[dims.layers[gone] == level]] = True
-
-
-def _check(dims: Dims, removed: Removed, keep: KeepIndices) -> None:
-    any_layer = removed.everywhere.copy()
-    for flags in removed.by_layer.values():
-        any_layer |= flags.any(axis=0)
-    frozen = np.flatnonzero(any_layer & (dims.reasons != ""))
-    for path, axes in dims.leaves.items():
-        for k, axis in enumerate(axes):
-            rows = dims.labels.rows(axis)
-            if len(frozen) and np.isin(rows, frozen).any():
-                label = rows[np.isin(rows, frozen)][0]
-                raise ArgumentError(
-                    "keep",
-                    got=f"fewer than all indices along axis {k} of {path!r}",
-                    expected=f"all of them: {dims.reasons[label]}",
-                    fix="Keep the whole of a frozen axis; `structured.groups` says which are.",
-                )
-            mask, mine = removed.mask(axis), keep.get(path, {}).get(k)
-            want = np.ones(len(axis), bool) if mine is None else _mask_of(mine, len(axis))
-            have = np.ones(len(axis), bool) if mask is None else mask
-            if not np.array_equal(np.broadcast_to(have, want.shape) if have.ndim <= want.ndim
-                                  else have, want):  # fmt: skip
-                raise ArgumentError(
-                    "keep",
-                    got=f"{want.sum(-1)} of {len(axis)} indices along axis {k} of {path!r}",
-                    expected=f"{have.sum(-1)}, which go with what is kept of the other leaves",
-                    fix="Take `keep` from `structured.choose`, or from groups, of this function.",
-                )
-
-
-def _mask_of(indices: np.ndarray, size: int) -> np.ndarray:
-    mask = np.zeros((*indices.shape[:-1], size), bool)
-    np.put_along_axis(mask, indices, True, axis=-1)
-    return mask
-
-
-# --- Running --------------------------------------------------------------------------------------
 
 
 class _Resizer:
@@ -160,6 +36,9 @@ class _Resizer:
 
     def __init__(self, removed: Removed):
         self._removed, self._dims = removed, removed.dims
+        self.cells: dict[str, Any] = {}
+        """What is kept in each layer of what is made there, by equation."""
+        self._laters: dict[Hashable, tuple[Program, Plan]] = {}
 
     def plan(self) -> Plan:
         visits: dict[Position, Visit] = {}
@@ -178,6 +57,7 @@ class _Resizer:
             entered=frozenset(around),
             consts=consts,
             derivative=self._derivative,
+            keyed={here: (str(here),) for here in visits if str(here) in self.cells},
         )
 
     def _program(
@@ -192,7 +72,7 @@ class _Resizer:
         masks = [self._removed.masks(env[var]) for var in program.constvars]
         if any(mask is not None for one in masks for mask in one):
             pairs = zip(program.consts, masks, strict=True)
-            consts[prefix] = [taken(value, one) for value, one in pairs]
+            consts[prefix] = [_taken(value, one) for value, one in pairs]
             entered.add(prefix)
         for number, eqn in enumerate(program.eqns):
             kept = Kept(
@@ -211,14 +91,52 @@ class _Resizer:
                 continue
             rule: Any = dims_rule(eqn.primitive.name)
             resize = getattr(rule, "resize", None)
-            visits[here] = functools.partial(self._visit, resize, kept)
+            rows = self._rows(kept, env, self._dims.scans[prefix]) if _by_layer(rule) else {}
+            if cell := {str(key): x for key, (x, layer) in rows.items() if layer is None}:
+                self.cells[str(here)] = cell
+            visits[here] = functools.partial(self._visit, resize, kept, rows, here)
 
     def _of(self, atom: Any, env: Mapping[Any, Axes]) -> tuple[Mask, ...]:
         return () if isinstance(atom, _compat.Literal) else self._removed.masks(env[atom])
 
+    def _rows(
+        self, kept: Kept, env: Mapping[Any, Axes], scans: Sequence[int]
+    ) -> dict[tuple[int, int], tuple[np.ndarray, int | None]]:
+        """List what is kept of results that differ between layers, as `Kept` says.
+
+        Inside the loop it is for all iterations of all loops around, which slice it.
+        """
+        rows: dict[tuple[int, int], tuple[np.ndarray, int | None]] = {}
+        for number, var in enumerate(kept.eqn.outvars):
+            for k, mask in enumerate(kept.result(number)):
+                if mask is None or mask.ndim == 1:
+                    continue
+                level = self._removed.level_of(env[var][k])
+                indices = np.nonzero(mask)[1].reshape(len(mask), kept.count(mask))
+                if level in scans:
+                    rows[number, k] = self._removed.spread(indices, scans, level), None
+                else:
+                    layer = self._dims.layer_axis(env[var], level)
+                    assert layer is not None, "masks that differ stand beside their layers"
+                    rows[number, k] = indices, layer
+        return rows
+
     def _visit(
-        self, resize: Any, kept: Kept, equation: Equation, operands: Sequence[Any], cells: Cells
+        self,
+        resize: Any,
+        kept: Kept,
+        rows: Mapping[tuple[int, int], tuple[np.ndarray, int | None]],
+        here: Position,
+        equation: Equation,
+        operands: Sequence[Any],
+        cells: Cells,
     ) -> tuple[list, Cells]:
+        if rows:
+            of_layer = lambda key: cells[str(here)][str(key)]
+            kept = kept.within({
+                key: (of_layer(key) if layer is None else x, layer)
+                for key, (x, layer) in rows.items()
+            })  # fmt: skip
         if resize is None:
             return _compat.bind(equation._eqn, operands), {}
         with _compat.context(equation._eqn):
@@ -228,13 +146,14 @@ class _Resizer:
 
     def _forward(self, position: Position, program: Program) -> Plan:
         operands = self._operands(position)
-        return self._later(program, operands[len(operands) - len(program.invars) :])
+        operands = operands[len(operands) - len(program.invars) :]
+        return self._later((position, None), program, operands)
 
     def _derivative(self, position: Position, program: Program, zeros: Sequence[bool]) -> Plan:
         operands = self._operands(position)
         operands = operands[len(operands) - len(zeros) :]
         moved = [axes for axes, zero in zip(operands, zeros, strict=True) if not zero]
-        return self._later(program, [*operands, *moved])
+        return self._later((position, tuple(zeros)), program, [*operands, *moved])
 
     def _operands(self, position: Position) -> list[Axes]:
         program, env = self._dims.programs[position[:-1]]
@@ -246,9 +165,41 @@ class _Resizer:
             for atom in program.eqns[position[-1]].invars
         ]
 
-    def _later(self, program: Program, operands: Sequence[Axes]) -> Plan:
+    def _later(self, at: Hashable, program: Program, operands: Sequence[Axes]) -> Plan:
         """Label a program that comes to light under differentiation, and plan it likewise."""
-        return _Resizer(_extended(self._removed, program, operands)).plan()
+        known = self._laters.get(at)
+        if known is not None and _is_same(known[0], program):
+            return known[1]
+        resizer = _Resizer(_extended(self._removed, program, operands))
+        plan = resizer.plan()
+        if not resizer.closes_over(plan):
+            plan = replace(plan, made={})
+            self._laters[at] = program, plan
+        return plan
+
+    def closes_over(self, plan: Plan) -> bool:
+        """Tell whether constants belong to a trace around, so that the plan ends with it."""
+        programs = [program.consts for program, _ in self._dims.programs.values()]
+        consts = (x for values in (*programs, *plan.consts.values()) for x in values)
+        return any(isinstance(x, Tracer) for x in consts)
+
+
+def _taken(constant: Any, masks: Sequence[Mask]) -> Any:
+    """Take from a constant at once, whatever is traced around, unless it belongs to that."""
+    if isinstance(constant, Tracer):
+        return taken(constant, masks)
+    with jax.ensure_compile_time_eval():
+        return taken(constant, masks)
+
+
+def _is_same(known: Program, other: Program) -> bool:
+    """Tell whether JAX gave a program again, rather than traced another."""
+    pairs = zip(known.consts, other.consts, strict=False)
+    return known.invars == other.invars and all(a is b for a, b in pairs)
+
+
+def _by_layer(rule: Any) -> bool:
+    return getattr(rule, "by_layer", False)
 
 
 def _leave_out(
@@ -258,10 +209,10 @@ def _leave_out(
 
 
 def _extended(removed: Removed, program: Program, operands: Sequence[Axes]) -> Removed:
-    dims = removed.dims
-    labels = dims.labels
+    labels = removed.dims.labels.copy()
+    dims = Dims(**{**vars(removed.dims), "labels": labels})
     roots = np.flatnonzero(removed.everywhere)
-    walker = Walker(dims.traced, labels)
+    walker = Walker(dims.traced, labels, closed=True)
     walker.walk(program, operands, (), (), 1, ())
     grown = len(labels) - len(removed.everywhere)
     everywhere = np.concatenate([removed.everywhere, np.zeros(grown, bool)])
@@ -274,7 +225,9 @@ def _extended(removed: Removed, program: Program, operands: Sequence[Axes]) -> R
         gone = np.flatnonzero(flags.any(axis=0))
         wide[:, labels.find(gone)] |= flags[:, gone]
         by_layer[level] = wide
-    later = Dims(**{**vars(dims), "programs": walker.programs, "dead": frozenset(walker.dead)})
+    programs, dead = walker.programs, frozenset(walker.dead)
+    scans = dict.fromkeys(programs, ())  # no cells come here
+    later = Dims(**{**vars(dims), "programs": programs, "scans": scans, "dead": dead})
     return Removed(dims=later, everywhere=everywhere, by_layer=by_layer)
 
 
@@ -311,7 +264,8 @@ def resize(
 
     Returns:
         A function of the smaller params and the same inputs. It is fn replayed, so it works
-        wherever fn does: under jit, grad, vmap and export, and for other batch sizes.
+        wherever fn does: under jit, grad, vmap and export, and for other batch sizes. fn is traced
+        once for arguments of the same shapes and types, as under jit.
 
     Raises:
         ArgumentError: When called, if the indices do not fit fn, or params do not fit them.
@@ -325,17 +279,42 @@ def resize(
         >>> small({"up": jnp.ones((3, 2)), "down": jnp.ones((2, 2))}, jnp.ones((5, 3))).shape
         (5, 2)
     """
+    calls: Calls[_Planned] = Calls()
 
-    @functools.wraps(fn)
-    def resized(params: tree.Params, *inputs: Any, **kwargs: Any) -> Any:
+    def planned(params: tree.Params, inputs: Any, kwargs: Any) -> _Planned:
         dense = dense_like(params, shapes)
         _check_shapes(params, keep, shapes)
         traced = capture(fn, dense, inputs, kwargs)
         removed = removed_by(dims_of(traced), keep)
-        plan = _Resizer(removed).plan()
-        return execute(traced, plan, (params, inputs, kwargs), {})[0]
+        resizer = _Resizer(removed)
+        plan = resizer.plan()
+        if closes_over := resizer.closes_over(plan):
+            return _Planned(traced, plan, resizer.cells, closes_over)
+        return _Planned(traced, replace(plan, made={}), resizer.cells, closes_over)
+
+    @functools.wraps(fn)
+    def resized(params: tree.Params, *inputs: Any, **kwargs: Any) -> Any:
+        args = params, inputs, kwargs
+        call = calls.get(args, lambda: planned(*args), lambda call: not call.closes_over)
+        return execute(call.traced, call.plan, args, call.cells)[0]
 
     return resized
+
+
+class _Planned(NamedTuple):
+    """A captured call with the plan by which it runs smaller.
+
+    Attributes:
+        traced: The call.
+        plan: The plan.
+        cells: The cells that it reads.
+        closes_over: Whether constants belong to a trace around: it is for this call only.
+    """
+
+    traced: Traced
+    plan: Plan
+    cells: dict[str, Any]
+    closes_over: bool
 
 
 def _check_shapes(

@@ -24,6 +24,8 @@ class Traced(NamedTuple):
         record: What the walk found; sites have their final names.
         values: The values of the program's results.
         leaves: `{path: leaf}` of params.
+        inputs: The paths of the arrays of fn's other arguments: the argument's number or name, then
+            where it is in that.
         outputs: The tree of results as shapes.
         walker: The walker, to go on with rules that are only known under differentiation.
     """
@@ -32,6 +34,7 @@ class Traced(NamedTuple):
     record: Record
     values: list[Value]
     leaves: dict[str, Any]
+    inputs: tuple[str, ...]
     outputs: Any
     walker: Walker
 
@@ -65,7 +68,9 @@ def capture(
     args += [Value((), True, walker.fresh()) for _ in program.invars[len(args) :]]
     record, values = walker.walk(program, args, Place())
     record.sites = _named(record, walker)
-    return Traced(program, record, values, leaves, outputs, walker)
+    named = jax.tree_util.tree_flatten_with_path((inputs, kwargs))[0]
+    paths = tuple(tree.path_str(keypath[1:]) for keypath, _ in named)
+    return Traced(program, record, values, leaves, paths, outputs, walker)
 
 
 def _check_inputs(inputs: Any, kwargs: Any) -> None:

@@ -162,6 +162,18 @@ _ELEMENTWISE_NAMES = """
     round rsqrt sharding_constraint shift_left shift_right_arithmetic
     shift_right_logical sign sin sqrt square stop_gradient sub tan tanh xor
 """
+MOVES = frozenset(
+    {
+        "broadcast_in_dim",
+        "convert_element_type",
+        "copy",
+        "reshape",
+        "squeeze",
+        "stop_gradient",
+        "transpose",
+    }
+)
+"""Primitives that cast, rearrange or repeat the entries of one array."""
 ELEMENTWISE = frozenset(_ELEMENTWISE_NAMES.split())
 
 

@@ -16,23 +16,10 @@ from jaxcompress.graph._compat import Program
 from jaxcompress.graph._constructs import Body, construct
 from jaxcompress.graph._graph import Contraction, Use
 from jaxcompress.graph._sites import Axes, Layout, Site, contraction_flops, site_rule, struct
-from jaxcompress.graph._views import View, elements, fitted, view_rule
+from jaxcompress.graph._views import MOVES, View, elements, fitted, view_rule
 
 Position: TypeAlias = tuple[int, ...]
 """An equation's address: equation and body numbers in turn, from the outermost jaxpr in."""
-
-_REPEATABLE = frozenset(
-    {
-        "broadcast_in_dim",
-        "convert_element_type",
-        "copy",
-        "reshape",
-        "squeeze",
-        "stop_gradient",
-        "transpose",
-    }
-)
-"""Cheap functions of one array, written anew by each layer that reads it."""
 
 
 class Value(NamedTuple):
@@ -170,7 +157,7 @@ class Walker:
     def _results(self, eqn: Any, operands: list[Value]) -> list[Value]:
         name = eqn.primitive.name
         varies, after = any(value.varies for value in operands), _union(operands)
-        if name not in _REPEATABLE:
+        if name not in MOVES:  # cheap, and written anew by each layer that reads it
             return [Value((), varies, self.fresh(), after) for _ in eqn.outvars]
         key = (name, operands[0].ident, tuple(eqn.params.values()))
         return [Value((), varies, self._known.setdefault(key, self.fresh()), after)]

@@ -9,8 +9,8 @@ import jax
 
 from jaxcompress import tree
 from jaxcompress.errors import JaxCompressError, SelectionError, StructureError
-from jaxcompress.graph import UNREACHABLE, Equation
-from jaxcompress.graph._constructs import Cells
+from jaxcompress.graph import Equation
+from jaxcompress.graph._constructs import CLOSED, Cells
 from jaxcompress.graph._moved import follow, sliced
 from jaxcompress.graph._replay import SitesAt, Visit, make_plan
 from jaxcompress.graph._replay import execute as execute_plan
@@ -18,8 +18,6 @@ from jaxcompress.graph._trace import capture
 from jaxcompress.graph._walk import Position
 from jaxcompress.lowrank._contract import contract
 from jaxcompress.lowrank._factors import Carried, Factors, carried, is_factors
-
-_CLOSED = {*UNREACHABLE[1:], "shard_map"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -162,7 +160,7 @@ class _Run:
         return {
             position: self._visit
             for position, found in sites.items()
-            if any(s.path in factored and not {*s.scope} & _CLOSED for s in found)
+            if any(s.path in factored and not {*s.scope} & CLOSED for s in found)
         }
 
     def _visit(

@@ -12,7 +12,7 @@ import numpy as np
 from jaxcompress import numerics, tree
 from jaxcompress.errors import ArgumentError, JaxCompressError, SelectionError, StructureError
 from jaxcompress.graph import Equation
-from jaxcompress.graph._constructs import Cells
+from jaxcompress.graph._constructs import CLOSED, Cells
 from jaxcompress.graph._moved import sliced
 from jaxcompress.graph._replay import SitesAt, Visit, make_plan
 from jaxcompress.graph._replay import execute as execute_plan
@@ -24,7 +24,6 @@ from jaxcompress.quantize._carried import Carried, carried, follow
 from jaxcompress.quantize.kernels import Choice
 
 _BACKENDS = ("cpu", "gpu", "tpu")
-_CLOSED = ("custom_jvp", "custom_vjp", "shard_map")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -195,7 +194,7 @@ class _Run:
         return {
             position: self._visit
             for position, found in sites.items()
-            if any(s.path in quantized and not {*s.scope} & {*_CLOSED} for s in found)
+            if any(s.path in quantized and not {*s.scope} & CLOSED for s in found)
         }
 
     def _visit(

@@ -144,15 +144,39 @@ class _Finder:
                 in_leaf[rows[rows >= 0]] = True
         at_site = {found.position for found in dims.traced.record.sites}
         flags = {name: np.zeros(len(dims.labels), bool) for name in ("heads", "head size")}
+        outer = np.zeros(len(dims.labels), bool)
         for product in dims.products:
             if product.position in at_site:
                 continue
             rows = [dims.labels.rows(axis) for axis in product.axes]
             mine = [np.unique(row[(row > 0) & in_leaf[row]]) for row in rows]
-            if any(len(labels) for labels in mine[: product.batch]):
-                for k, labels in enumerate(mine):
-                    flags["heads" if k < product.batch else "head size"][labels] = True
+            if not any(len(labels) for labels in mine[: product.batch]):
+                continue
+            for labels in mine[: product.batch]:
+                flags["heads"][labels] = True
+            others, end = mine[product.batch :], len(mine) - product.batch - product.summed
+            if self._scores(others[end:], outer):  # each query with each key
+                for labels in others[:end]:
+                    outer[labels] |= ~flags["head size"][labels]
+            for labels in others:
+                flags["head size"][labels] = ~outer[labels]
+        flags["heads"] |= self._beside(flags["heads"], outer)
         return flags
+
+    def _scores(self, summed: Sequence[np.ndarray], outer: np.ndarray) -> bool:
+        """Tell whether a contraction sums over features of heads, rather than over positions."""
+        reasons = self._dims.reasons
+        return any(((reasons[labels] == "") & ~outer[labels]).any() for labels in summed)
+
+    def _beside(self, heads: np.ndarray, outer: np.ndarray) -> np.ndarray:
+        """Flag the queries that share a key head: numbered beside heads along some leaf's axis."""
+        flags = np.zeros(len(heads), bool)
+        for axes in self._dims.leaves.values():
+            for axis in axes:
+                rows = self._dims.labels.rows(axis)
+                rows = rows[(heads[rows] & (rows > 0)).any(axis=1)]
+                flags[rows[rows > 0]] = True
+        return flags & outer
 
     def groups(self) -> list[Group]:
         label, code, position = self._occurrences()

@@ -16,8 +16,8 @@ import numpy as np
 
 from jaxcompress import graph, tree
 from jaxcompress.graph._constructs import construct
+from jaxcompress.graph._removed import Removed, removed_by
 from jaxcompress.graph._replay import Equation, Plan, execute
-from jaxcompress.graph._resize import Removed, removed_by
 from jaxcompress.graph._trace import capture
 from jaxcompress.graph._walk import Position
 from jaxcompress.structured._literal_rules import (

@@ -60,12 +60,8 @@ def _sliced(path: str, leaf: Any, keep: Keep) -> Any:
     for axis, indices in axes.items():
         if indices.ndim == 1:
             leaf = graph.take(leaf, indices, axis)
-            continue
-        shape = [1] * leaf.ndim
-        layer = keep.layers[path]
-        shape[axis], shape[layer] = indices.shape[1], indices.shape[0]
-        rows = indices if layer < axis else indices.T
-        leaf = jnp.take_along_axis(leaf, jnp.asarray(rows.reshape(shape)), axis=axis)
+        else:
+            leaf = graph.take_by_layer(leaf, indices, axis, keep.layers[path])
     return leaf
 
 

@@ -383,6 +383,9 @@ class _Stepped:
     def forward(self, program: Program, operands: Sequence[Any]) -> list:
         return self._enter.forward(program, operands)
 
+    def once(self, make: Callable[[], Any]) -> Any:
+        return self._enter.once(make)
+
     def derivative(self) -> Callable[..., list] | None:
         return self._enter.derivative()
 

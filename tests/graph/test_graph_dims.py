@@ -42,6 +42,16 @@ def check(between, kept, *, hidden=8, width=None, out=None):
     return keep
 
 
+def along(of_matrix):
+    """Make a positive matrix (2, 2) of each entry, and a number of what `of_matrix` gives."""
+
+    def between(h):
+        matrices = jnp.eye(2) + 0.1 * jnp.cos(h)[..., None, None]
+        return of_matrix(matrices).reshape(*h.shape, -1).sum(-1)
+
+    return between
+
+
 PAIRS = [0, 2, 4, 6]  # of 8: both halves of each pair (i, i + 4)
 RULES = {
     "elementwise": (lambda h: jnp.where(h > 0, h, jnp.expm1(h)) * 2, [0, 3, 5]),
@@ -75,6 +85,36 @@ RULES = {
     "dynamic slice": (
         lambda h: lax.dynamic_slice(h, (h.astype(int)[0, 0] * 0, 0), (h.shape[0], 8)),
         [0, 1, 5],
+    ),
+    "a window is scaled": (lambda h: h.at[:, :4].multiply(2.0), [1, 3, 6]),
+    "a window is set": (lambda h: h.at[1:3, 2:6].set(jnp.sin(h[1:3, :4])), [0, 1, 2, 3, 4, 5]),
+    "a window that goes": (lambda h: h.at[:, 2:6].add(1.0), [0, 1, 6]),
+    "a column is set": (lambda h: h.at[:, 5].set(h[:, 2]), [1, 2, 5, 6]),
+    "a column of one": (lambda h: h.at[:, 5:6].max(h[:, 2:3]), [1, 2, 5, 6]),
+    "a window in each layer": (
+        lambda h: lax.scan(lambda h, s: (h.at[:, 2:6].multiply(s), None), h, jnp.arange(1.0, 3))[0],
+        [1, 3, 6],
+    ),
+    "gamma": (lambda h: h * jax.random.gamma(jax.random.key(0), jnp.exp(h)), [2, 3, 5]),
+    "cholesky": (lambda h: along(jnp.linalg.cholesky)(h), [0, 3, 5]),
+    "lu": (lambda h: along(lambda m: lax.linalg.lu(m)[0])(h), [0, 3, 5]),
+    "svd": (lambda h: along(lambda m: jnp.linalg.svd(m)[1])(h), [0, 3, 5]),
+    "eigh": (lambda h: along(lambda m: jnp.linalg.eigh(m)[0])(h), [0, 3, 5]),
+    "qr": (lambda h: along(lambda m: jnp.abs(jnp.linalg.qr(m)[1]))(h), [0, 3, 5]),
+    "solve for each": (lambda h: along(lambda m: lax.linalg.triangular_solve(m, m))(h), [0, 3, 5]),
+    "solve for columns": (
+        lambda h: lax.linalg.triangular_solve(
+            jnp.tril(jnp.ones((len(h), len(h)))), h, left_side=True, lower=True
+        ),
+        [0, 3, 5],
+    ),
+    "solve for rows": (
+        lambda h: (
+            lax.linalg.triangular_solve(
+                jnp.tril(jnp.ones((len(h), len(h)))), h.T, left_side=False, lower=True
+            ).T
+        ),
+        [0, 3, 5],
     ),
     "update": (lambda h: jnp.zeros((9, 8)).at[: h.shape[0]].set(h)[: h.shape[0]], [1, 5]),
 }
@@ -124,10 +164,27 @@ def hidden_reason(between, down=8):
         (lambda h: jnp.sort(h, axis=-1), "it is sorted"),
         (lambda h: lax.top_k(h, 8)[0], "top_k gives positions along it"),
         (lambda h: h + jnp.argmax(h, axis=-1, keepdims=True), "argmax gives positions along it"),
-        (lambda h: jnp.linalg.qr(h)[0] @ jnp.ones((4, 8)), "qr has no rule"),
+        (lambda h: jnp.linalg.qr(h)[0] @ jnp.ones((4, 8)), "qr needs the whole matrix"),
+        (
+            lambda h: lax.linalg.triangular_solve(jnp.eye(8), h, left_side=False),
+            "triangular_solve solves along it",
+        ),
         (
             lambda h: lax.reduce_window(h, 0.0, lax.add, (1, 3), (1, 1), "SAME"),
             "a window slides over it",
+        ),
+        (
+            lambda h: h.at[:, jnp.int32(h[0, 0])].set(1.0),
+            "it is written at indices that are values",
+        ),
+        (
+            lambda h: lax.scatter(
+                h,
+                jnp.int32(h[:1, 0]),
+                jnp.ones((4, 3)),
+                lax.ScatterDimensionNumbers((0, 1), (), (1,)),
+            ),
+            "windows of it are written",
         ),
         (
             lambda h: h[:, jnp.int32(h[0, 0])][:, None] * jnp.ones(8),
@@ -139,9 +196,46 @@ def test_what_ends_a_unit_is_named(between, because):
     assert because in hidden_reason(between)
 
 
+COMPARED = {
+    "one hot": lambda labels: jax.nn.one_hot(labels, 8),
+    "another order": lambda labels: (jnp.arange(8)[:, None] == labels).T.astype(float),
+    "an offset": lambda labels: jnp.where(jnp.arange(1, 9) - labels[:, None] > 0, 1.0, 0.0),
+    "groups of two": lambda labels: (jnp.arange(8) // 2 < labels[:, None]).astype(float),
+    "numpy": lambda labels: (labels[:, None] != np.arange(8)).astype(float),
+    "vmap": jax.vmap(lambda label: (jnp.arange(8) <= label).astype(float)),
+    "a loop": lambda labels: lax.fori_loop(
+        0, 3, lambda k, mask: mask * (jnp.arange(8) != k), jnp.ones((4, 8))
+    ),
+}
+
+
+@pytest.mark.parametrize("name", COMPARED)
+def test_positions_that_are_compared_with_values_stay(name):
+    fn = lambda p, x, labels: jnp.sum((x @ p["up"]) * COMPARED[name](labels), -1)
+    found = reason(fn, {"up": (3, 8)}, "up", 1, jnp.ones((4, 3)), jnp.arange(4))
+    assert found == {"its positions are compared with values"}
+
+
+MADE = {
+    "every other": lambda h: h * (jnp.arange(8) % 2 == 0),
+    "numbers of neighbours": lambda h: h @ (jnp.arange(8)[:, None] >= jnp.arange(8)).astype(float),
+    "triangle": lambda h: h @ jnp.tril(jnp.ones((8, 8))),
+    "numpy": lambda h: h * (np.arange(8) < jnp.arange(8)[::-1]),
+    "a constant in a loop": lambda h: lax.fori_loop(0, 3, lambda k, h: h * (jnp.arange(8) < 5), h),
+    "thresholds": lambda h: h * (h > np.linspace(-1, 1, 8, dtype=np.float32)),
+}
+
+
+@pytest.mark.parametrize("name", MADE)
+def test_positions_may_be_compared_with_constants(name):
+    assert hidden_reason(MADE[name]) == {""}
+
+
 def test_an_index_picked_alone_stays_and_others_may_go():
     found = hidden_reason(lambda h: h * h[:, 2:3])
     assert found == {"", "an index of it is picked alone"}
+    found = hidden_reason(lambda h: h.at[:, 2].set(0.0))
+    assert found == {"", "an index of it is written alone"}
 
 
 def test_inputs_and_outputs_are_named():
@@ -152,6 +246,21 @@ def test_inputs_and_outputs_are_named():
     assert reason(lambda p, x: x @ p["up"], {"up": (3, 8)}, "up", 1, jnp.ones((4, 3))) == {
         "it is axis 1 of output 0"
     }
+
+
+def test_inputs_and_outputs_are_named_by_their_paths():
+    def fn(p, x, state, *, bias):
+        h = x @ p["up"] + state["cache"]["h"]
+        return {"y": h, "rest": (state["other"], h @ p["down"] + bias)}
+
+    state = {"cache": {"h": jnp.ones((4, 8))}, "other": jnp.ones(2)}
+    found = graph.dims(fn, params_of(W), jnp.ones((4, 3)), state, bias=jnp.ones(2))
+    because = lambda path, axis: set(found.reasons[found.labels.find(found.leaves[path][axis])])
+    assert because("up", 0) == {"it is tied to axis 1 of input 0"}
+    assert because("up", 1) == {"it is tied to axis 1 of input 1/cache/h"}
+    assert because("down", 1) == {"it is tied to axis 0 of input bias"}
+    only = lambda p, x: {"y": x @ p["up"]}
+    assert reason(only, W, "up", 1, jnp.ones((4, 3))) == {"it is axis 1 of output y"}
 
 
 def test_conv_groups_go_with_their_channels():

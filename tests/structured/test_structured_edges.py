@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from jax import lax
 
 from jaxcompress import structured
@@ -131,3 +132,136 @@ def test_printing_and_transforms_of_other_axes(capfd):
     assert groups["u"].size == 15  # one is printed
     keep = structured.keep(groups, {"u": np.arange(3, 9)})
     assert structured.shrink(fn, {"u": u, "d": d}, keep, x)[2].holds
+
+
+def decode(weights, cache, token, index):
+    """One step of attention: 4 heads of 2 features, over a cache (batch, 5, heads, 2)."""
+    q, k, v = (jnp.einsum("bd,dhf->bhf", token, weights[name]) for name in "qkv")
+    place = (0, index, 0, 0)
+    cache = {
+        name: lax.dynamic_update_slice(cache[name], new[:, None], place)
+        for name, new in (("k", k), ("v", v))
+    }
+    scores = jnp.einsum("bhf,bthf->bht", q, cache["k"])
+    past = jnp.arange(5) <= index
+    weight = jax.nn.softmax(jnp.where(past, scores, -1e9), axis=-1)
+    attended = jnp.einsum("bht,bthf->bhf", weight, cache["v"])
+    return jnp.einsum("bhf,hfd->bd", attended, weights["o"]), {"cache": cache}
+
+
+def test_a_cache_shrinks_with_the_heads_if_it_is_state():
+    q, k, v, o, token = drawn((3, 4, 2), (3, 4, 2), (3, 4, 2), (4, 2, 3), (2, 3))
+    weights, index = {"q": q, "k": k, "v": v, "o": o}, jnp.int32(1)
+    cache = dict(zip("kv", drawn((2, 5, 4, 2), (2, 5, 4, 2)), strict=True))
+    # As an input, it comes at the size that callers know.
+    found = structured.groups(decode, weights, cache, token, index)
+    assert "it is tied to axis 2 of input 0/k" in {g.frozen for g in found.frozen.values()}
+    assert not any(g.role == "heads" for g in found.values())
+
+    step = lambda params, token, index: decode(params["w"], params["cache"], token, index)
+    params = {"w": weights, "cache": cache}
+    groups = structured.groups(step, params, token, index)
+    (heads,) = (g for g in groups.values() if g.role == "heads")
+    assert {m.path for m in heads.members} == {*(f"w/{n}" for n in "qkvo"), "cache/k", "cache/v"}
+    kept = np.array([0, 3])
+    small, fewer, certificate = structured.shrink(step, params, {heads.name: kept}, token, index)
+    assert certificate.holds and fewer["cache"]["k"].shape == (2, 5, 2, 2)
+    _, state = small(fewer, token, index)
+    result, state = small({**fewer, **state}, token, index + 1)
+    by_hand = {name: weights[name][:, kept] for name in "qkv"} | {"o": o[kept]}
+    cut = {name: x[:, :, kept] for name, x in cache.items()}
+    cut = decode(by_hand, cut, token, index)[1]["cache"]
+    expected = decode(by_hand, cut, token, index + 1)
+    np.testing.assert_allclose(result, expected[0], rtol=1e-5)
+    np.testing.assert_allclose(state["cache"]["v"], expected[1]["cache"]["v"], rtol=1e-5)
+
+
+def attend(p, x):
+    """4 query heads of 5 features over 2 key heads; what is asked are the latents, if any."""
+    asked = jnp.broadcast_to(p["latents"], (2, 3, 3)) if "latents" in p else x
+    q, k, v = (
+        jnp.einsum("btd,dhf->bthf", of, p[n]) for n, of in (("q", asked), ("k", x), ("v", x))
+    )
+    return jnp.einsum("bthf,hfd->bd", jax.nn.dot_product_attention(q, k, v), p["o"])
+
+
+def test_queries_that_share_a_key_head_are_heads():
+    q, k, v, o, x = drawn((3, 4, 5), (3, 2, 5), (3, 2, 5), (4, 5, 3), (2, 3, 3))
+    params = {"q": q, "k": k, "v": v, "o": o}
+    groups = structured.groups(attend, params, x)
+    queries = groups.frozen["q"]
+    assert [m.indices.tolist() for m in queries.members] == [[[0, 2], [1, 3]]] * 2
+    assert queries.frozen == "the number of query heads for each key head is kept"
+    assert queries.role == "heads" and groups["k"].role == "heads"
+    assert groups.frozen["v"].role == "head size"
+    free = structured.groups(attend, params, x, whole_heads=False)
+    assert free["q"].role == "heads" and holds(attend, params, x)
+
+
+def test_latents_are_no_features_of_heads():
+    q, k, v, o, x = drawn((3, 4, 5), (3, 2, 5), (3, 2, 5), (4, 5, 3), (2, 4, 3))
+    (latents,) = drawn((3, 3))
+    params = {"q": q, "k": k, "v": v, "o": o, "latents": latents}
+    groups = structured.groups(attend, params, x)
+    found = [g for g in groups.values() if g.members[0].path == "latents"]
+    assert [(g.members[0].axis, g.role) for g in found] == [(0, "hidden"), (1, "hidden")]
+    assert holds(attend, params, x)
+
+
+def dropped(key, h):
+    return h * jax.random.bernoulli(key, 0.5, h.shape)
+
+
+def until_small(key, h):
+    large = lambda h: jnp.max(jnp.abs(h) * jnp.arange(1.0, 9.0)) > 0.1
+    return lax.while_loop(large, lambda h: h / 2, h)
+
+
+@pytest.mark.parametrize(
+    ("inside", "layers"),
+    [
+        (dropped, (2,)),
+        (jax.checkpoint(dropped), (2,)),
+        (lambda key, h: lax.scan(lambda h, _: (dropped(key, h), None), h, length=2)[0], (2,)),
+        (lambda key, h: lax.cond(jnp.sum(h) > 0, dropped, lambda key, h: h, key, h), (2,)),
+        (lambda key, h: h * jnp.arange(8.0), (2,)),
+        (jax.custom_jvp(dropped), ()),
+        (until_small, ()),
+    ],
+    ids=["dropout", "remat", "scan", "cond", "iota", "custom_jvp", "while condition"],
+)
+def test_layers_keep_their_own_units_of_what_is_made(inside, layers):
+    if isinstance(inside, jax.custom_jvp):
+        inside.defjvp(
+            lambda p, t: (inside(*p), jax.jvp(lambda h: dropped(p[0], h), p[1:], t[1:])[1])
+        )
+
+    def fn(p, x, key):
+        def block(c, layer):
+            weights, key, mask = layer
+            return c + (inside(key, c @ weights["up"]) * mask) @ weights["down"], None
+
+        mask = jax.random.uniform(key, (2, 8))
+        layer = p["layers"], jax.random.split(key, 2), mask
+        return lax.scan(block, x @ p["in"], layer)[0]
+
+    start, up, down, x = drawn((3, 4), (2, 4, 8), (2, 8, 4), (5, 3))
+    params, key = {"in": start, "layers": {"up": up, "down": down}}, jax.random.key(0)
+    groups = structured.groups(fn, params, x, key)
+    assert groups["layers/up"].layers == layers
+    (of_layers,) = (g for g in groups.frozen.values() if (g.members[0].axis, g.size) == (0, 2))
+    assert of_layers.frozen == "a scan runs over it: drop_layers removes layers"
+    kept = [[0, 3, 7], [1, 2, 6]] if layers else [0, 3, 7]
+    keep = structured.keep(groups, {"layers/up": kept})
+    small, fewer, certificate = structured.shrink(fn, params, keep, x, key)
+    assert certificate.holds
+    if inside is until_small:
+        return
+    loss = lambda fn: jax.jit(jax.grad(lambda p: jnp.sum(fn(p, x, key) ** 2)))
+    expected = loss(fn)(structured.mask_params(params, keep))
+    for a, b in zip(
+        jax.tree.leaves(loss(small)(fewer)),
+        jax.tree.leaves(structured.slice_params(expected, keep)),
+        strict=True,
+    ):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)

@@ -1,12 +1,13 @@
 """What the smaller function can do, what keeps are refused, and what certificates say."""
 
 import functools
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax import export
+from jax import export, tree_util
 from zoo import ZOO
 
 from jaxcompress import graph, structured, tree
@@ -124,6 +125,128 @@ def test_sharded_params(kind):
     kept = jnp.array([0, 1, 4, 6])
     expected = jnp.tanh(X @ p["up"][:, kept]) @ p["down"][kept]
     np.testing.assert_allclose(result, expected, rtol=1e-5)
+
+
+# --- Calls ----------------------------------------------------------------------------------------
+
+
+def counted(scale):
+    """The function, smaller, with a list that grows whenever it is traced at full size."""
+    traces = []
+
+    def fn(p, x):
+        traces.append(x.shape)
+        return jax.nn.relu(x @ p["up"] + p["bias"]) @ p["down"] * scale()
+
+    keep = structured.keep(structured.groups(fn, mlp_params(), X), KEEP)
+    traces.clear()
+    return structured.rebuild(fn, keep), traces
+
+
+def relu_by_hand(p, x):
+    return jax.nn.relu(x @ p["up"] + p["bias"]) @ p["down"]
+
+
+def test_it_is_traced_once_for_arguments_of_one_kind():
+    small, traces = counted(lambda: 1.0)
+    _, params, _ = shrunk()
+    for k in range(3):
+        np.testing.assert_allclose(small(params, X + k), relu_by_hand(params, X + k), rtol=1e-5)
+        found = jax.grad(lambda x: small(params, x).sum())(X + k)
+        expected = jax.grad(lambda x: relu_by_hand(params, x).sum())(X + k)
+        np.testing.assert_allclose(found, expected, rtol=1e-5)
+        jax.jit(small)(params, X)
+    assert traces == [(4, 3)]
+    for _ in range(2):
+        small(params, X[:2])
+        jax.vmap(small, (None, 0))(params, X[:, None])
+        with jax.default_matmul_precision("float32"):
+            text = str(jax.make_jaxpr(small)(params, X))
+        assert "Precision.HIGHEST" in text or "precision=F32" in text
+    assert traces == [(4, 3), (2, 3), (1, 3), (4, 3)]
+    for n in range(5, 21):  # the first ones are forgotten
+        jax.eval_shape(small, params, jax.ShapeDtypeStruct((n, 3), jnp.float32))
+    small(params, X)
+    assert len(traces) == 4 + 16 + 1
+
+
+def test_no_tracer_outlives_its_trace():
+    box = [jnp.float32(1.0)]
+    small, traces = counted(lambda: box[0])
+    _, params, _ = shrunk()
+
+    def scaled(s):
+        box[0] = s
+        return small(params, X).sum()
+
+    whole = relu_by_hand(params, X).sum()
+    np.testing.assert_allclose(jax.jit(scaled)(3.0), 3 * whole, rtol=1e-5)
+    np.testing.assert_allclose(jax.grad(scaled)(3.0), whole, rtol=1e-5)
+    np.testing.assert_allclose(jax.vmap(scaled)(jnp.arange(3.0)), whole * np.arange(3), rtol=1e-5)
+    np.testing.assert_allclose(jax.jit(jax.grad(scaled))(3.0), whole, rtol=1e-5)
+    assert len(traces) == 4
+    np.testing.assert_allclose(scaled(jnp.float32(2.0)), 2 * whole, rtol=1e-5)
+
+
+def test_a_tracer_that_fn_closes_over_is_cut():
+    keep = structured.keep(structured.groups(mlp, mlp_params(), X), KEEP)
+    _, params, _ = shrunk()
+
+    def scaled(s):
+        fn = lambda p, x: jnp.tanh(x @ p["up"] + p["bias"] * s) @ p["down"]
+        return structured.rebuild(fn, keep)(params, X).sum()
+
+    ones = jnp.ones(8)
+    whole = by_hand(X).sum()
+    np.testing.assert_allclose(jax.jit(scaled)(ones), whole, rtol=1e-5)
+    np.testing.assert_allclose(jax.vmap(scaled)(ones[None]), [whole], rtol=1e-5)
+    found = jax.grad(scaled)(ones)
+    assert np.flatnonzero(found).tolist() == KEEP["up"]
+
+
+def test_nothing_of_a_trace_is_kept_after_it():
+    """Not the constants that were cut in it, nor what rules of differentiation close over."""
+
+    def fn(p, x):
+        return jax.nn.relu(x @ p["up"] * np.linspace(1, 2, 8, dtype=np.float32)) @ p["down"]
+
+    keep = structured.keep(structured.groups(fn, mlp_params(), X), KEEP)
+    params = structured.slice_params(mlp_params(), keep)
+    kept = np.array(KEEP["up"])
+    scales = np.linspace(1, 2, 8, dtype=np.float32)[kept]
+    expected = jax.nn.relu(X @ params["up"] * scales) @ params["down"]
+    small = structured.rebuild(fn, keep)
+    with jax.checking_leaks():
+        for _ in range(2):
+            np.testing.assert_allclose(jax.jit(small)(params, X), expected, rtol=1e-5)
+            jax.jit(jax.grad(lambda p: small(p, X).sum()))(params)
+            np.testing.assert_allclose(small(params, X), expected, rtol=1e-5)
+
+
+class Tagged(NamedTuple):
+    x: jax.Array
+    tags: list[str]
+
+
+tree_util.register_pytree_node(
+    Tagged, lambda t: ((t.x,), t.tags), lambda tags, xs: Tagged(*xs, tags)
+)
+
+
+def test_what_cannot_be_hashed_is_traced_each_time():
+    traces = []
+
+    def fn(p, x):
+        traces.append(x.tags)
+        return jnp.tanh(x.x @ p["up"] + p["bias"]) @ p["down"]
+
+    tagged = Tagged(X, ["a list"])
+    keep = structured.keep(structured.groups(fn, mlp_params(), tagged), KEEP)
+    traces.clear()
+    small, (_, params, _) = structured.rebuild(fn, keep), shrunk()
+    for _ in range(2):
+        np.testing.assert_allclose(small(params, tagged), by_hand(X), rtol=1e-6)
+    assert len(traces) == 2
 
 
 # --- Distances ------------------------------------------------------------------------------------

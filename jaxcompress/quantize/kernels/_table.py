@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeAlias
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -36,10 +36,6 @@ class Choice:
 
     kernel: str
     why: str = ""
-
-
-Kernel: TypeAlias = Callable[[Any, int, Carried, Sequence[Any], str], Array]
-"""`(params, which operand, node, operands, backend) -> result`."""
 
 
 def choose(name: str, params: Any, operand: int, node: Carried, x: Any, backend: str) -> Choice:
