@@ -19,7 +19,6 @@ from jaxcompress.graph._trace import Traced, capture
 from jaxcompress.graph._views import MOVES, AxisFactors, Factor, split_factors
 from jaxcompress.graph._walk import Position
 
-"""Constructs with a rule of their own for what is inside, or with parts of leaves only."""
 _AFFINE = ("mul", "div", "add", "sub")
 _ADDS = {("add", 0), ("add", 1), ("sub", 0)}
 """The kinds of step, and the operand that the result is, that add something or its negative."""
