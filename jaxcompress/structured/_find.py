@@ -146,7 +146,7 @@ class _Finder:
         flags = {name: np.zeros(len(dims.labels), bool) for name in ("heads", "head size")}
         outer = np.zeros(len(dims.labels), bool)
         for product in dims.products:
-            if product.position in at_site:
+            if product.position in at_site or not product.summed:  # or it only scales
                 continue
             rows = [dims.labels.rows(axis) for axis in product.axes]
             mine = [np.unique(row[(row > 0) & in_leaf[row]]) for row in rows]

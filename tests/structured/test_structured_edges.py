@@ -198,6 +198,20 @@ def test_queries_that_share_a_key_head_are_heads():
     assert free["q"].role == "heads" and holds(attend, params, x)
 
 
+def test_weighing_experts_makes_no_heads_of_them():
+    """`einsum` weighs the hidden units by a product that sums over nothing."""
+
+    def fn(params, x):
+        chosen = jax.nn.softmax(x @ params["router"])
+        hidden = jax.nn.silu(jnp.einsum("td,edf->tef", x, params["up"]))
+        return jnp.einsum("tef,efd,te->td", hidden, params["down"], chosen)
+
+    shapes = (3, 2), (2, 3, 4), (2, 4, 3), (5, 3)
+    router, up, down, x = drawn(*shapes)
+    groups = structured.groups(fn, {"router": router, "up": up, "down": down}, x)
+    assert (groups["up"].role, groups["up"].size) == ("hidden", 4)
+
+
 def test_latents_are_no_features_of_heads():
     q, k, v, o, x = drawn((3, 4, 5), (3, 2, 5), (3, 2, 5), (4, 5, 3), (2, 4, 3))
     (latents,) = drawn((3, 3))
