@@ -125,14 +125,14 @@ def main(config: Config) -> None:
     seen = augmented(pixels[: 250 if config.quick else 1000], seed=config.seed)
     images = seen[0][:64]
     flops = int(graph.trace(network.forward, network.params, images).flops / config.ratio)
-    student, certificates = network, []
+    student, sections = network, []
     if config.drop:
         student, certificate = drop_blocks(network, seen, config)
-        certificates.append(certificate)
+        sections.append(certified(certificate, "Certificate of dropping blocks"))
         table.add("without blocks", student.params, fn=student.forward)
     keep = choose(student, images, flops, config)
     small, params, certificate = structured.shrink(student.forward, student.params, keep, images)
-    certificates.append(certificate)
+    sections.append(certified(certificate, "Certificate of shrinking"))
     keep.save(config.out / KEEP)
     print(certificate)
     table.add("shrunk", params, fn=small)
@@ -159,10 +159,7 @@ def main(config: Config) -> None:
     rows.to_json(config.out / "results.json")
     page = report.page(
         config.out / "report.html",
-        [
-            report.Section(title="Result", parts=(replace(rows, title=""),)),
-            *map(certified, certificates),
-        ],
+        [report.Section(title="Result", parts=(replace(rows, title=""),)), *sections],
         title=f"A pretrained {config.network}, with {config.ratio} times fewer multiply-adds",
         summary="Intervals are 95 % paired bootstrap intervals of the difference in cross-entropy "
         "to the dense network on the same images.",

@@ -106,11 +106,12 @@ class SideBySide:
         return report.table(self.rows, columns=columns, title=title)
 
 
-def certified(certificate: structured.Certificate) -> report.Section:
+def certified(certificate: structured.Certificate, title: str = "Certificate") -> report.Section:
     """Make a report's section of a certificate.
 
     Args:
-        certificate: From `structured.shrink`.
+        certificate: From `structured.shrink` or `drop_layers`.
+        title: A heading.
 
     Returns:
         Its distances, what explains them, and sizes.
@@ -128,7 +129,7 @@ def certified(certificate: structured.Certificate) -> report.Section:
     ]
     sizes = [
         {"": name, "params": size.params, "bytes": size.bytes, "FLOPs": size.flops}
-        for name, size in (("dense", certificate.before), ("shrunk", certificate.after))
+        for name, size in (("before", certificate.before), ("after", certificate.after))
     ]
     verdict = "holds" if certificate.holds else "does not hold"
     leaks = [
@@ -141,7 +142,7 @@ def certified(certificate: structured.Certificate) -> report.Section:
         f"surgery's, and may be {certificate.tolerance:.0e}."
     )
     return report.Section(
-        title="Certificate", parts=(text, report.table(distances), *leaks, report.table(sizes))
+        title=title, parts=(text, report.table(distances), *leaks, report.table(sizes))
     )
 
 
