@@ -1,5 +1,7 @@
 """`ptq` over a mesh: the codes that one device chooses, and leaves that stay where they are."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -42,6 +44,11 @@ def network(out_sharding=None):
     return fn
 
 
+@functools.cache
+def on_one_device(policy):
+    return quantize.ptq(network(), PARAMS, [X], policy)
+
+
 @pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit], ids=str)
 @pytest.mark.parametrize(
     "policy", [INT8, STATIC, GROUPS, SOLVED], ids=["int8", "static", "groups", "gptq"]
@@ -54,8 +61,7 @@ def test_shards_get_the_codes_of_one_device(kind, policy):
     fn = network((lambda *spec: NamedSharding(mesh, PartitionSpec(*spec))) if explicit else None)
     with jax.set_mesh(mesh):
         got = quantize.ptq(fn, params, [put(X, "data")], policy)
-    one = quantize.ptq(network(), PARAMS, [X], policy)
-
+    one = on_one_device(policy)
     for path, want in tree.items(one.params):
         mine = got.params[path]
         assert isinstance(want, QArray) and isinstance(mine, QArray)
