@@ -94,6 +94,7 @@ class Walker:
         self._traced, self._labels = traced, labels
         self.programs: dict[Position, tuple[Program, dict[Any, Axes]]] = {}
         self.scans: dict[Position, tuple[int, ...]] = {}
+        self.facts: dict[Position, Facts] = {}
         self._levels: list[Level] = []
         self._uniform: list[Axis] = []
         self._products: list[Product] = []
@@ -156,6 +157,7 @@ class Walker:
             labels=labels,
             leaves=leaves,
             programs=self.programs,
+            facts=self.facts,
             scans={prefix: tuple(canonical[k] for k in at) for prefix, at in self.scans.items()},
             reasons=reasons,
             layers=layers,
@@ -213,7 +215,7 @@ class Walker:
         facts: Facts | None = None,
     ) -> list[Axes]:
         env: dict[Any, Axes] = dict(zip(program.invars, args, strict=True))
-        facts = {} if facts is None else facts
+        facts = self.facts[prefix] = {} if facts is None else facts
         self.programs[prefix], self.scans[prefix] = (program, env), scans
         for var, value in zip(program.constvars, program.consts, strict=True):
             env[var] = self._outer(np.shape(value), None)

@@ -153,7 +153,7 @@ class _Gather:
                 (batch,) = (j for j in range(len(eqn.outvars[0].aval.shape))
                             if j not in numbers.offset_dims)  # fmt: skip
                 left = kept.result(0)[batch]
-                indices = indices if left is None else indices[np.flatnonzero(left)]
+                indices = indices if left is None else jnp.asarray(indices)[np.flatnonzero(left)]
                 indices = jnp.asarray(renumbered, indices.dtype)[indices]
             elif k not in numbers.operand_batching_dims:
                 sizes[k] = kept.count(mask)
@@ -216,6 +216,7 @@ class _Scatter:
 
     def resize(self, eqn: Any, operands: Sequence[Any], kept: Kept) -> list[Any]:
         x, indices, updates = operands
+        indices = jnp.asarray(indices)
         numbers, (whole, _, part) = eqn.params["dimension_numbers"], eqn.invars
         gone = {*numbers.inserted_window_dims, *numbers.operand_batching_dims}
         windows = [k for k in range(whole.aval.ndim) if k not in gone]

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from jaxcompress.graph._compat import Program
+from jaxcompress.graph._dims_known import Facts
 from jaxcompress.graph._dims_step import Axes
 from jaxcompress.graph._labels import Axis, Labels
 from jaxcompress.graph._trace import Traced
@@ -58,6 +59,7 @@ class Dims:
         labels: The store; `labels.rows(axis)` writes an axis as tuples of representatives.
         leaves: `{path: labels of its axes}`.
         programs: The program at each prefix of positions, and the labels of its variables.
+        facts: What is known of their variables before fn runs.
         scans: The numbers of the scans around each, outermost first.
         reasons: For each label, why it may not be removed; empty if it may.
         layers: For each label, 1 + the number of the scan each of whose layers may keep another
@@ -75,6 +77,7 @@ class Dims:
     labels: Labels
     leaves: Mapping[str, Axes]
     programs: Mapping[Position, tuple[Program, Mapping[Any, Axes]]] = field(repr=False)
+    facts: Mapping[Position, Facts] = field(repr=False)
     scans: Mapping[Position, tuple[int, ...]] = field(repr=False)
     reasons: np.ndarray = field(repr=False)
     layers: np.ndarray = field(repr=False)

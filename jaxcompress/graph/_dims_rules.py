@@ -246,10 +246,22 @@ class _Concatenate:
             for k, axis in enumerate(axes):
                 if k != at:
                     step.labels.unify(result[k], axis)
-        # An axis of size 1 has no label of its own: a new one, which nothing removes.
+        # An axis of size 1 has no label of its own: a new one, by which `resize` leaves it out.
         parts = [a[at] if len(a[at]) != 1 else step.labels.fresh(2)[:1] for a in step.operands]
+        for part in parts:
+            step.cut(part)
         result[at] = np.concatenate(parts) if len(parts) > 1 else parts[0]
         return [tuple(result)]
+
+    def resize(self, eqn: Any, operands: Sequence[Any], kept: Kept) -> list[Any]:
+        at = eqn.params["dimension"]
+        mask, start, left = kept.result(0)[at], 0, []
+        for x, atom in zip(operands, eqn.invars, strict=True):
+            size = atom.aval.shape[at]
+            if mask is None or size != 1 or mask[..., start].all():
+                left.append(x)
+            start += size
+        return _compat.bind(eqn, left)
 
 
 @register_dims("stack")

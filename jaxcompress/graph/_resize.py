@@ -23,6 +23,7 @@ from jaxcompress.graph._compat import Program
 from jaxcompress.graph._constructs import Cells, construct
 from jaxcompress.graph._dims import Walker, dims_of
 from jaxcompress.graph._dims_found import Dims
+from jaxcompress.graph._dims_known import Fact, fact_of
 from jaxcompress.graph._dims_step import Axes, dims_rule
 from jaxcompress.graph._kept import Kept, Mask, taken
 from jaxcompress.graph._removed import KeepIndices, Removed, removed_by
@@ -152,20 +153,26 @@ class _Resizer:
     def _derivative(self, position: Position, program: Program, zeros: Sequence[bool]) -> Plan:
         operands = self._operands(position)
         operands = operands[len(operands) - len(zeros) :]
-        moved = [axes for axes, zero in zip(operands, zeros, strict=True) if not zero]
+        moved = [
+            (axes, Fact()) for (axes, _), zero in zip(operands, zeros, strict=True) if not zero
+        ]
         return self._later((position, tuple(zeros)), program, [*operands, *moved])
 
-    def _operands(self, position: Position) -> list[Axes]:
+    def _operands(self, position: Position) -> list[tuple[Axes, Fact]]:
+        """Give the labels of an equation's operands, and what is known of them."""
         program, env = self._dims.programs[position[:-1]]
-        labels = self._dims.labels
+        labels, facts = self._dims.labels, self._dims.facts[position[:-1]]
         return [
-            tuple(labels.fresh(n) for n in np.shape(atom.val))
-            if isinstance(atom, _compat.Literal)
-            else env[atom]
+            (
+                tuple(labels.fresh(n) for n in np.shape(atom.val))
+                if isinstance(atom, _compat.Literal)
+                else env[atom],
+                fact_of(atom, facts),
+            )
             for atom in program.eqns[position[-1]].invars
         ]
 
-    def _later(self, at: Hashable, program: Program, operands: Sequence[Axes]) -> Plan:
+    def _later(self, at: Hashable, program: Program, operands: Sequence[tuple[Axes, Fact]]) -> Plan:
         """Label a program that comes to light under differentiation, and plan it likewise."""
         known = self._laters.get(at)
         if known is not None and _is_same(known[0], program):
@@ -208,12 +215,13 @@ def _leave_out(
     return [None] * len(equation._eqn.outvars), {}
 
 
-def _extended(removed: Removed, program: Program, operands: Sequence[Axes]) -> Removed:
+def _extended(removed: Removed, program: Program, operands: Sequence[tuple[Axes, Fact]]) -> Removed:
     labels = removed.dims.labels.copy()
     dims = Dims(**{**vars(removed.dims), "labels": labels})
     roots = np.flatnonzero(removed.everywhere)
     walker = Walker(dims.traced, labels, closed=True)
-    walker.walk(program, operands, (), (), 1, ())
+    facts = {v: fact for v, (_, fact) in zip(program.invars, operands, strict=True)}
+    walker.walk(program, [axes for axes, _ in operands], (), (), 1, (), facts)
     grown = len(labels) - len(removed.everywhere)
     everywhere = np.concatenate([removed.everywhere, np.zeros(grown, bool)])
     # Labels made here join those that are known: what stands for them now is gone as they are.
@@ -227,7 +235,8 @@ def _extended(removed: Removed, program: Program, operands: Sequence[Axes]) -> R
         by_layer[level] = wide
     programs, dead = walker.programs, frozenset(walker.dead)
     scans = dict.fromkeys(programs, ())  # no cells come here
-    later = Dims(**{**vars(dims), "programs": programs, "scans": scans, "dead": dead})
+    found = {"programs": programs, "facts": walker.facts, "scans": scans, "dead": dead}
+    later = Dims(**{**vars(dims), **found})
     return Removed(dims=later, everywhere=everywhere, by_layer=by_layer)
 
 

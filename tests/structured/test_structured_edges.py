@@ -279,3 +279,42 @@ def test_layers_keep_their_own_units_of_what_is_made(inside, layers):
         strict=True,
     ):
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
+
+
+def test_layers_share_units_of_what_is_joined_inside():
+    """`linspace` joins its last number to the others: as many of each in every layer."""
+
+    def fn(params, x):
+        def layer(h, p):
+            return h + (jnp.tanh(h @ p["up"]) * jnp.linspace(0.5, 1, 6)) @ p["down"], None
+
+        return jax.lax.scan(layer, x, params)[0]
+
+    up, down, x = drawn((3, 4, 6), (3, 6, 4), (2, 4))
+    params = {"up": up, "down": down}
+    (group,) = structured.groups(fn, params, x).values()
+    assert group.layers == ()
+    for units in ([0, 2, 3], [1, 5]):  # without the last, and with it
+        assert structured.shrink(fn, params, {group.name: units}, x)[2].holds
+
+
+def test_writes_at_a_constant_of_the_program():
+    numbers = lax.ScatterDimensionNumbers((0, 1), (), (1,))
+
+    @jax.custom_vjp
+    def write(h):
+        return lax.scatter(h, jnp.array([2]), jnp.ones((h.shape[0], 3)), numbers)
+
+    write.defvjp(lambda h: (write(h), None), lambda _, g: (g,))
+    fn = lambda p, x: jnp.tanh(write(x @ p["up"])) @ p["down"]
+    up, down, x = drawn((3, 8), (8, 2), (4, 3))
+    params = {"up": up, "down": down}
+    keep = structured.keep(structured.groups(fn, params, x), {"up": [0, 1, 3, 5, 7]})
+    small, fewer, certificate = structured.shrink(fn, params, keep, x)
+    assert certificate.holds
+    loss = lambda fn: lambda p: jnp.sum(fn(p, x) ** 2)
+    want = structured.slice_params(jax.grad(loss(fn))(structured.mask_params(params, keep)), keep)
+    for got, expected in zip(
+        *map(jax.tree.leaves, (jax.grad(loss(small))(fewer), want)), strict=True
+    ):
+        np.testing.assert_allclose(got, expected, rtol=1e-5, atol=1e-5)
