@@ -341,6 +341,8 @@ class Walker:
                 facts[var] = known[k].through(role)
                 if role == "carry":
                     self._carried += axes
+                if condition:  # it sees no layers
+                    self._uniform += axes
             inside = branch
             if body.branch:
                 inside = (*branch, (here, number))

@@ -101,7 +101,9 @@ def rebuild(fn: Callable[..., Any], keep: Keep) -> Callable[..., Any]:
 
     Returns:
         The function of smaller params. It is fn replayed: it takes other batch sizes and works
-        under jit, grad, vmap and `jax.export`.
+        under jit, grad, vmap and `jax.export`. fn is traced once for arguments of the same shapes
+        and types, as under jit. Arrays that a `custom_vjp`'s backward rule makes by itself (random
+        bits, iotas) are made at the smaller size.
 
     Raises:
         ArgumentError: When called, if `keep` is of another model, or params have other shapes.

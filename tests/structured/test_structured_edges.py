@@ -318,3 +318,21 @@ def test_writes_at_a_constant_of_the_program():
         *map(jax.tree.leaves, (jax.grad(loss(small))(fewer), want)), strict=True
     ):
         np.testing.assert_allclose(got, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_layers_share_units_that_a_condition_reads():
+    def fn(params, x, key):
+        def layer(h, p):
+            noise = jax.random.normal(key, (h.shape[0], 6))
+            grown = lax.while_loop(
+                lambda c: jnp.sum(c**2) < 1, lambda c: 2 * c + noise, jnp.tanh(h @ p["up"])
+            )
+            return h + grown @ p["down"], None
+
+        return jax.lax.scan(layer, x, params)[0]
+
+    up, down, x = drawn((3, 4, 6), (3, 6, 4), (2, 4))
+    params, key = {"up": up, "down": down}, jax.random.key(0)
+    (group,) = structured.groups(fn, params, x, key).values()
+    assert group.layers == ()
+    assert structured.shrink(fn, params, {group.name: [0, 2, 3]}, x, key)[2].holds
