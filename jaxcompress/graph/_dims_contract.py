@@ -172,11 +172,10 @@ class _Scatter:
         gone = {*numbers.inserted_window_dims, *numbers.operand_batching_dims}
         for k in numbers.inserted_window_dims:
             start = self._start(step, k, 1)
-            axis = operand[k] if start is None else operand[k][start : start + 1]
-            alone = "an index of it is written alone"
-            labels.freeze(
-                axis, "it is written at indices that are values" if start is None else alone
-            )
+            if start is None:
+                labels.freeze(operand[k], "it is written at indices that are values")
+            else:
+                labels.freeze(operand[k][start : start + 1], "an index of it is written alone")
         whole = [k for k in range(len(operand)) if k not in gone]
         for k, j in zip(whole, numbers.update_window_dims, strict=True):
             if len(operand[k]) == len(updates[j]):
@@ -204,7 +203,10 @@ class _Scatter:
             step.labels.unify(axis[start : start + len(update)], update)
 
     def _start(self, step: Step, k: int, size: int) -> int | None:
-        """Give the known start of the one window that is written, along an axis of the operand."""
+        """Give the known start of the one window that is written, along an axis of the operand.
+
+        Layers of a scan then keep the same indices of it, as they write at the same place.
+        """
         known, named = step.known[1], step.params["dimension_numbers"].scatter_dims_to_operand_dims
         if known is None or known.ndim != 1:
             return None

@@ -101,7 +101,7 @@ def fact_after(eqn: Any, known: Sequence[Fact], results: Sequence[Axes]) -> Fact
 
 
 def _offsets(eqn: Any) -> bool:
-    """Tell whether positions are still told apart after values were added to them."""
+    """Tell whether integers that count positions still do so, moved or with values added."""
     dtype = eqn.outvars[0].aval.dtype
     integer = isinstance(dtype, np.dtype) and dtype.kind in "iu"
     moves = len(eqn.invars) == 1 or eqn.primitive.name in ("add", "sub")

@@ -8,7 +8,6 @@ of a mean, stay.
 
 import functools
 from collections.abc import Callable, Hashable, Mapping, Sequence
-from dataclasses import replace
 from typing import Any, NamedTuple
 
 import jax
@@ -51,6 +50,9 @@ class _Resizer:
 
     def _plan(self, visits: Any, entered: set[Position], consts: Any) -> Plan:
         around = {p[:k] for p in entered for k in range(1, len(p) + 1)}
+        programs = [program.consts for program, _ in self._dims.programs.values()]
+        # Constants of a trace around end with it, and so does a plan that has them.
+        ends = any(isinstance(x, Tracer) for xs in (*programs, *consts.values()) for x in xs)
         return Plan(
             visits,
             {},
@@ -59,6 +61,7 @@ class _Resizer:
             consts=consts,
             derivative=self._derivative,
             keyed={here: (str(here),) for here in visits if str(here) in self.cells},
+            made=None if ends else {},
         )
 
     def _program(
@@ -92,7 +95,8 @@ class _Resizer:
                 continue
             rule: Any = dims_rule(eqn.primitive.name)
             resize = getattr(rule, "resize", None)
-            rows = self._rows(kept, env, self._dims.scans[prefix]) if _by_layer(rule) else {}
+            by_layer = getattr(rule, "by_layer", False)
+            rows = self._rows(kept, env, self._dims.scans[prefix]) if by_layer else {}
             if cell := {str(key): x for key, (x, layer) in rows.items() if layer is None}:
                 self.cells[str(here)] = cell
             visits[here] = functools.partial(self._visit, resize, kept, rows, here)
@@ -177,18 +181,10 @@ class _Resizer:
         known = self._laters.get(at)
         if known is not None and _is_same(known[0], program):
             return known[1]
-        resizer = _Resizer(_extended(self._removed, program, operands))
-        plan = resizer.plan()
-        if not resizer.closes_over(plan):
-            plan = replace(plan, made={})
+        plan = _Resizer(_extended(self._removed, program, operands)).plan()
+        if plan.made is not None:
             self._laters[at] = program, plan
         return plan
-
-    def closes_over(self, plan: Plan) -> bool:
-        """Tell whether constants belong to a trace around, so that the plan ends with it."""
-        programs = [program.consts for program, _ in self._dims.programs.values()]
-        consts = (x for values in (*programs, *plan.consts.values()) for x in values)
-        return any(isinstance(x, Tracer) for x in consts)
 
 
 def _taken(constant: Any, masks: Sequence[Mask]) -> Any:
@@ -201,12 +197,9 @@ def _taken(constant: Any, masks: Sequence[Mask]) -> Any:
 
 def _is_same(known: Program, other: Program) -> bool:
     """Tell whether JAX gave a program again, rather than traced another."""
-    pairs = zip(known.consts, other.consts, strict=False)
-    return known.invars == other.invars and all(a is b for a, b in pairs)
-
-
-def _by_layer(rule: Any) -> bool:
-    return getattr(rule, "by_layer", False)
+    if known.invars != other.invars or len(known.consts) != len(other.consts):
+        return False
+    return all(a is b for a, b in zip(known.consts, other.consts, strict=True))
 
 
 def _leave_out(
@@ -294,17 +287,13 @@ def resize(
         dense = dense_like(params, shapes)
         _check_shapes(params, keep, shapes)
         traced = capture(fn, dense, inputs, kwargs)
-        removed = removed_by(dims_of(traced), keep)
-        resizer = _Resizer(removed)
-        plan = resizer.plan()
-        if closes_over := resizer.closes_over(plan):
-            return _Planned(traced, plan, resizer.cells, closes_over)
-        return _Planned(traced, replace(plan, made={}), resizer.cells, closes_over)
+        resizer = _Resizer(removed_by(dims_of(traced), keep))
+        return _Planned(traced, resizer.plan(), resizer.cells)
 
     @functools.wraps(fn)
     def resized(params: tree.Params, *inputs: Any, **kwargs: Any) -> Any:
         args = params, inputs, kwargs
-        call = calls.get(args, lambda: planned(*args), lambda call: not call.closes_over)
+        call = calls.get(args, lambda: planned(*args), lambda call: call.plan.made is not None)
         return execute(call.traced, call.plan, args, call.cells)[0]
 
     return resized
@@ -317,13 +306,11 @@ class _Planned(NamedTuple):
         traced: The call.
         plan: The plan.
         cells: The cells that it reads.
-        closes_over: Whether constants belong to a trace around: it is for this call only.
     """
 
     traced: Traced
     plan: Plan
     cells: dict[str, Any]
-    closes_over: bool
 
 
 def _check_shapes(

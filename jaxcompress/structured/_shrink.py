@@ -102,8 +102,9 @@ def rebuild(fn: Callable[..., Any], keep: Keep) -> Callable[..., Any]:
     Returns:
         The function of smaller params. It is fn replayed: it takes other batch sizes and works
         under jit, grad, vmap and `jax.export`. fn is traced once for arguments of the same shapes
-        and types, as under jit. Arrays that a `custom_vjp`'s backward rule makes by itself (random
-        bits, iotas) are made at the smaller size.
+        and types, as under jit. The backward rule of a `custom_vjp` runs at the smaller size: what
+        it makes itself along an axis that shrank (random bits, iotas) is not what fn's makes, and
+        gradients are then wrong, which no certificate sees.
 
     Raises:
         ArgumentError: When called, if `keep` is of another model, or params have other shapes.
