@@ -10,12 +10,12 @@ import jax
 from jaxcompress import tree
 from jaxcompress.errors import JaxCompressError, SelectionError, StructureError
 from jaxcompress.graph import Equation
-from jaxcompress.graph._constructs import CLOSED, Cells
 from jaxcompress.graph._moved import follow, sliced
-from jaxcompress.graph._replay import SitesAt, Visit, make_plan
-from jaxcompress.graph._replay import execute as execute_plan
-from jaxcompress.graph._trace import capture
-from jaxcompress.graph._walk import Position
+from jaxcompress.graph.program._constructs import CLOSED, Cells
+from jaxcompress.graph.sites._replay import SitesAt, Visit, make_plan
+from jaxcompress.graph.sites._replay import execute as execute_plan
+from jaxcompress.graph.sites._trace import capture
+from jaxcompress.graph.sites._walk import Position
 from jaxcompress.lowrank._contract import contract
 from jaxcompress.lowrank._factors import Carried, Factors, carried, is_factors
 

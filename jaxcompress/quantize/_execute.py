@@ -12,12 +12,12 @@ import numpy as np
 from jaxcompress import numerics, tree
 from jaxcompress.errors import ArgumentError, JaxCompressError, SelectionError, StructureError
 from jaxcompress.graph import Equation
-from jaxcompress.graph._constructs import CLOSED, Cells
 from jaxcompress.graph._moved import sliced
-from jaxcompress.graph._replay import SitesAt, Visit, make_plan
-from jaxcompress.graph._replay import execute as execute_plan
-from jaxcompress.graph._trace import capture
-from jaxcompress.graph._walk import Position
+from jaxcompress.graph.program._constructs import CLOSED, Cells
+from jaxcompress.graph.sites._replay import SitesAt, Visit, make_plan
+from jaxcompress.graph.sites._replay import execute as execute_plan
+from jaxcompress.graph.sites._trace import capture
+from jaxcompress.graph.sites._walk import Position
 from jaxcompress.numerics import QArray
 from jaxcompress.quantize import kernels as kernels_of
 from jaxcompress.quantize._carried import Carried, carried, follow

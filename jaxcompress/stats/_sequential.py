@@ -13,11 +13,11 @@ from jax import Array, lax
 from jaxcompress import tree
 from jaxcompress.errors import ArgumentError, NonFiniteError, StructureError
 from jaxcompress.graph import Site
-from jaxcompress.graph._stages import Flight, Stages
-from jaxcompress.graph._stages import Stop as Cut
 from jaxcompress.stats import _collect, _step
 from jaxcompress.stats._plan import Plan, make_plan
 from jaxcompress.stats._statistic import Statistic
+from jaxcompress.stats.stages._stages import Flight, Stages
+from jaxcompress.stats.stages._stages import Stop as Cut
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -7,7 +7,7 @@ from typing import Any
 import jax
 
 from jaxcompress import tree
-from jaxcompress.graph._trace import Traced, capture
+from jaxcompress.graph.sites._trace import Traced, capture
 from jaxcompress.structured._residuals import (
     Residual,
     Residuals,

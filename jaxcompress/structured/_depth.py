@@ -10,8 +10,8 @@ from jax.sharding import AxisType
 
 from jaxcompress import tree
 from jaxcompress.errors import ArgumentError
-from jaxcompress.graph._replay import run
-from jaxcompress.graph._walk import Position
+from jaxcompress.graph.sites._replay import run
+from jaxcompress.graph.sites._walk import Position
 from jaxcompress.structured._blocks import Analysis, abstract, analyse
 from jaxcompress.structured._certificate import (
     Certificate,

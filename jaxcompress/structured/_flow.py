@@ -13,12 +13,12 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jaxcompress.graph import _compat
-from jaxcompress.graph._compat import Program
-from jaxcompress.graph._constructs import Body, construct
-from jaxcompress.graph._reads import INLINE
-from jaxcompress.graph._trace import Traced
-from jaxcompress.graph._walk import Position
+from jaxcompress.graph.affine._reads import INLINE
+from jaxcompress.graph.program import _compat
+from jaxcompress.graph.program._compat import Program
+from jaxcompress.graph.program._constructs import Body, construct
+from jaxcompress.graph.sites._trace import Traced
+from jaxcompress.graph.sites._walk import Position
 
 _SAME = frozenset(
     {

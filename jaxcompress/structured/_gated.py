@@ -7,8 +7,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxcompress.graph._constructs import Cells
-from jaxcompress.graph._replay import Equation, execute
+from jaxcompress.graph.program._constructs import Cells
+from jaxcompress.graph.sites._replay import Equation, execute
 from jaxcompress.structured._blocks import Analysis
 from jaxcompress.structured._surgery import new_plan, stepped
 

@@ -9,8 +9,8 @@ from typing import Any, Literal, TypeAlias
 import jax.numpy as jnp
 import numpy as np
 
-from jaxcompress.graph import _compat
-from jaxcompress.graph._walk import Position
+from jaxcompress.graph.program import _compat
+from jaxcompress.graph.sites._walk import Position
 
 Kind: TypeAlias = Literal[
     "number", "leaf", "sum", "mean", "deviation", "root", "norm", "output", "dot"

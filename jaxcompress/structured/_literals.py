@@ -15,11 +15,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxcompress import graph, tree
-from jaxcompress.graph._constructs import construct
-from jaxcompress.graph._removed import Removed, removed_by
-from jaxcompress.graph._replay import Equation, Plan, execute
-from jaxcompress.graph._trace import capture
-from jaxcompress.graph._walk import Position
+from jaxcompress.graph.dims._removed import Removed, removed_by
+from jaxcompress.graph.program._constructs import construct
+from jaxcompress.graph.sites._replay import Equation, Plan, execute
+from jaxcompress.graph.sites._trace import capture
+from jaxcompress.graph.sites._walk import Position
 from jaxcompress.structured._literal_rules import (
     ARITHMETIC,
     RULES,

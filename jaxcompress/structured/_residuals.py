@@ -8,9 +8,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from jaxcompress import tree
-from jaxcompress.graph import _compat
-from jaxcompress.graph._trace import Traced
-from jaxcompress.graph._walk import Position
+from jaxcompress.graph.program import _compat
+from jaxcompress.graph.sites._trace import Traced
+from jaxcompress.graph.sites._walk import Position
 from jaxcompress.structured._flow import NO_VALUE, Flow, Node, bits, flow_of
 
 

@@ -12,12 +12,12 @@ from jax import lax
 
 from jaxcompress import tree
 from jaxcompress.errors import ArgumentError
-from jaxcompress.graph import _compat
-from jaxcompress.graph._compat import Program
-from jaxcompress.graph._constructs import Cells, construct
-from jaxcompress.graph._replay import Entry, Equation, Plan, Visit
-from jaxcompress.graph._trace import Traced
-from jaxcompress.graph._walk import Position
+from jaxcompress.graph.program import _compat
+from jaxcompress.graph.program._compat import Program
+from jaxcompress.graph.program._constructs import Cells, construct
+from jaxcompress.graph.sites._replay import Entry, Equation, Plan, Visit
+from jaxcompress.graph.sites._trace import Traced
+from jaxcompress.graph.sites._walk import Position
 from jaxcompress.structured._flow import NO_VALUE, Flow, Live, Node, live, tainted
 from jaxcompress.structured._residuals import Residual
 

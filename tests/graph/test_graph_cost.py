@@ -13,10 +13,10 @@ from jax.sharding import PartitionSpec as P
 
 from jaxcompress import errors, quantize
 from jaxcompress.graph import Target, cost
-from jaxcompress.graph import _aot_loops as loops
-from jaxcompress.graph._aot import _required
-from jaxcompress.graph._aot_text import expanded_bytes
-from jaxcompress.graph._cost_table import SHOWN
+from jaxcompress.graph.cost import _aot_loops as loops
+from jaxcompress.graph.cost._aot import _required
+from jaxcompress.graph.cost._aot_text import expanded_bytes
+from jaxcompress.graph.cost._table import SHOWN
 from jaxcompress.numerics import Format, PerChannel, PerGroup, int4, int8
 
 ORIGINS = {

@@ -7,7 +7,8 @@ import re
 
 import pytest
 
-from jaxcompress.graph import _constructs, _sites, _views
+from jaxcompress.graph.program import _constructs
+from jaxcompress.graph.sites import _sites, _views
 
 PAGE = (pathlib.Path(__file__).parents[2] / "docs" / "graph.md").read_text()
 BLOCKS = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)

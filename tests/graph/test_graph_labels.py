@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jaxcompress.graph._labels import Labels
+from jaxcompress.graph.dims._labels import Labels
 
 
 def same(labels, a, b):

@@ -9,9 +9,9 @@ import pytest
 from jax import lax
 
 from jaxcompress import errors, graph
-from jaxcompress.graph import _compat
-from jaxcompress.graph._canonical import Keys, Shared
-from jaxcompress.graph._stages import Stages
+from jaxcompress.graph.program import _compat
+from jaxcompress.stats.stages._canonical import Keys, Shared
+from jaxcompress.stats.stages._stages import Stages
 
 
 def layered(layers, *, scan):

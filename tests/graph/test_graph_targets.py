@@ -8,7 +8,8 @@ import pytest
 
 from jaxcompress import errors, graph
 from jaxcompress.graph import Target
-from jaxcompress.graph._targets import TARGETS, resolve
+from jaxcompress.graph.cost import _aot_devices
+from jaxcompress.graph.cost._targets import TARGETS, resolve
 
 needs_tpu = [
     pytest.mark.aot,
@@ -90,7 +91,7 @@ def test_a_mesh_of_the_cpu_devices():
 @pytest.mark.parametrize(("name", "extra"), [("tpu-v5e:2x2", "tpu"), ("h200", "cuda12")])
 def test_a_missing_plugin_names_its_extra(monkeypatch, name, extra):
     monkeypatch.setattr(importlib.util, "find_spec", lambda module: None)
-    monkeypatch.setattr(graph._aot_devices, "_devices", {})
+    monkeypatch.setattr(_aot_devices, "_devices", {})
     monkeypatch.delenv("TPU_LIBRARY_PATH", raising=False)
     with pytest.raises(errors.MissingExtraError, match=rf"jaxcompress\[{extra}\]"):
         graph.cost(lambda w, x: x @ w, jnp.ones((2, 2)), jnp.ones((2, 2)), target=name)

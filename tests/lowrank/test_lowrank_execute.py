@@ -10,7 +10,7 @@ from zoo import ZOO
 
 from jaxcompress import graph, quantize, tree
 from jaxcompress.errors import SelectionError, StructureError
-from jaxcompress.graph._forms import form_at
+from jaxcompress.graph.sites._forms import form_at
 from jaxcompress.lowrank import Factors, densify, execute, places
 
 LESS = "multiplying its factors out costs less here"

@@ -3,7 +3,7 @@
 import doctest
 import pathlib
 
-from jaxcompress.graph import _dims_step
+from jaxcompress.graph.dims import _rule as _dims_step
 
 PAGE = pathlib.Path(__file__).parents[2] / "docs" / "structured.md"
 

@@ -1,0 +1,1 @@
+"""Affine chains: what affine functions, with coefficients from params, make of a site's result."""

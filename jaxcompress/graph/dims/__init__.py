@@ -1,0 +1,1 @@
+"""Dims: which indices of which axes are the same index, and the function on fewer of them."""

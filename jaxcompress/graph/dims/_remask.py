@@ -1,0 +1,177 @@
+"""`remask`: fn at full size with what was removed set to zero.
+
+A program is run with zeros (or what changes nothing, before a maximum or a product) wherever a
+removed index occurs. Widths that are written in fn as numbers, such as the divisor of a mean, stay.
+"""
+
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jaxcompress import tree
+from jaxcompress.graph.dims._kept import Kept, Mask
+from jaxcompress.graph.dims._removed import KeepIndices, Removed, removed_by
+from jaxcompress.graph.dims._rule import Axes, dims_rule
+from jaxcompress.graph.dims._walk import dims_of
+from jaxcompress.graph.program import _compat
+from jaxcompress.graph.program._compat import Program
+from jaxcompress.graph.program._constructs import Cells, construct
+from jaxcompress.graph.sites._replay import Equation, Plan, Visit, execute, run
+from jaxcompress.graph.sites._trace import capture
+from jaxcompress.graph.sites._walk import Position
+
+
+class Masker:
+    """Makes the plan by which a program runs at full size, with zeros where indices are gone."""
+
+    def __init__(self, removed: Removed, *, fills: bool = False):
+        self._removed, self.cells = removed, dict[str, Any]()
+        self.places: dict[Position, tuple[str, str]] = {}
+        """Where each visited equation is, in JAX's names of modules, and its primitive."""
+        self._layer_axes: dict[tuple[Position, str, int, int], int] = {}
+        visits: dict[Position, Visit] = {}
+        keyed: dict[Position, tuple[str, ...]] = {}
+        around: dict[Position, str] = {}
+        for prefix, (program, env) in removed.dims.programs.items():
+            for number, eqn in enumerate(program.eqns):
+                here = (*prefix, number)
+                if here in removed.dims.dead:
+                    continue
+                names = (around.get(prefix[:-1], ""), str(eqn.source_info.name_stack))
+                around[here] = "/".join(name for name in names if name)
+                if eqn.primitive.name in ("custom_jvp_call", "custom_vjp_call"):
+                    # Nothing here is differentiated, so that the body can stand in the open.
+                    visits[here] = functools.partial(self._inline, here)
+                    continue
+                of = functools.partial(self._of, env)
+                kept = Kept(eqn, [*map(of, eqn.invars)], [*map(of, eqn.outvars)])
+                if construct(eqn.primitive.name) is None and self._takes(here, kept):
+                    visits[here] = functools.partial(self._visit, here, kept)
+                    self.places[here] = around[here], eqn.primitive.name
+                    self._add_cell(here, kept, env, keyed)
+        if fills:
+            keyed |= {here: (*keyed.get(here, ()), seen_at(here)) for here in visits}
+        self.plan = Plan(visits, {}, _never, fills=fills, keyed=keyed)
+
+    def _takes(self, here: Position, kept: Kept) -> bool:
+        """Tell whether an equation is visited."""
+        return kept.changes
+
+    def _of(self, env: Mapping[Any, Axes], atom: Any) -> tuple[Mask, ...]:
+        return () if isinstance(atom, _compat.Literal) else self._removed.masks(env[atom])
+
+    def _add_cell(
+        self,
+        here: Position,
+        kept: Kept,
+        env: Mapping[Any, Axes],
+        keyed: dict[Position, tuple[str, ...]],
+    ) -> None:
+        """Have masks that differ between layers sliced by the scans around, layer by layer."""
+        dims, scans = self._removed.dims, self._removed.dims.scans[here[:-1]]
+        cell: dict[str, Any] = {}
+        for side, masks, atoms in (("operand", kept.operand, kept.eqn.invars),
+                                   ("result", kept.result, kept.eqn.outvars)):  # fmt: skip
+            for number, atom in enumerate(atoms):
+                for k, mask in enumerate(masks(number)):
+                    if mask is None or mask.ndim == 1:
+                        continue
+                    level = self._removed.level_of(env[atom][k])
+                    if level in scans:
+                        cell[f"{side} {number} {k}"] = self._removed.spread(mask, scans, level)
+                    else:
+                        at = dims.layer_axis(env[atom], level)
+                        assert at is not None, "masks that differ stand beside their layers"
+                        self._layer_axes[here, side, number, k] = at
+        if cell:
+            keyed[here] = (str(here),)
+            self.cells[str(here)] = cell
+
+    def _inline(
+        self, here: Position, equation: Equation, operands: Sequence[Any], cells: Cells
+    ) -> tuple[list, Cells]:
+        rule: Any = construct(equation.primitive.name)
+        (body,) = rule.bodies(equation._eqn)
+        return run(body.program, operands, self.plan, cells, (*here, 0))
+
+    def _visit(
+        self, here: Position, kept: Kept, equation: Equation, operands: Sequence[Any], cells: Cells
+    ) -> tuple[list, Cells]:
+        neutral = neutral_of(equation._eqn)
+        fill = functools.partial(self._fill, here, kept, cells)
+        operands = [fill(x, "operand", k, neutral) for k, x in enumerate(operands)]
+        results = _compat.bind(equation._eqn, operands)
+        return [fill(y, "result", k, 0) for k, y in enumerate(results)], {}
+
+    def _fill(
+        self, here: Position, kept: Kept, cells: Cells, x: Any, side: str, number: int, value: Any
+    ) -> Any:
+        """Set the removed indices of an operand or result to a value."""
+        cell = cells.get(str(here), {})
+        for k, mask in enumerate(getattr(kept, side)(number)):
+            mask = cell.get(f"{side} {number} {k}", mask)
+            if mask is not None:
+                x = filled(x, mask, k, self._layer_axes.get((here, side, number, k)), value)
+        return x
+
+
+def neutral_of(eqn: Any) -> Any:
+    """Give what changes nothing when an equation reduces over it."""
+    neutral = getattr(dims_rule(eqn.primitive.name), "neutral", 0)
+    return neutral(eqn.invars[0].aval.dtype) if callable(neutral) else neutral
+
+
+def seen_at(here: Position) -> str:
+    """Name the cell of what is seen at an equation."""
+    return f"seen at {here}"
+
+
+def remask(fn: Callable[..., Any], removed_from: KeepIndices) -> Callable[..., Any]:
+    """Make fn run at full size with everything that `removed_from` leaves out set to zero.
+
+    Every variable that carries a removed index is zeroed there as soon as it is made, and before a
+    maximum, minimum or product it is set to what changes nothing. This is what `resize` must equal.
+
+    Args:
+        fn: `fn(params, *inputs, **kwargs) -> outputs`, pure.
+        removed_from: `{path: {axis: indices to keep}}`, as for `resize`.
+
+    Returns:
+        A function of params at full size, and of the same inputs. It is not for differentiation.
+
+    Example:
+        >>> import numpy as np
+        >>> fn = lambda p, x: jnp.exp(x @ p["up"]) @ p["down"]
+        >>> keep = {"up": {1: np.array([0])}, "down": {0: np.array([0])}}
+        >>> params = {"up": jnp.zeros((3, 2)), "down": jnp.ones((2, 1))}
+        >>> x = jnp.ones((1, 3))
+        >>> remask(fn, keep)(params, x).tolist(), fn(params, x).tolist()
+        ([[1.0]], [[2.0]])
+    """
+
+    @functools.wraps(fn)
+    def remasked(params: tree.Params, *inputs: Any, **kwargs: Any) -> Any:
+        traced = capture(fn, params, inputs, kwargs)
+        masker = Masker(removed_by(dims_of(traced), removed_from))
+        return execute(traced, masker.plan, (params, inputs, kwargs), masker.cells)[0]
+
+    return remasked
+
+
+def filled(x: Any, mask: Any, axis: int, layer_axis: int | None, value: Any) -> Any:
+    """Set removed indices of an axis to a value; of each layer its own, along another axis."""
+    if jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
+        return x
+    mask, shape = jnp.asarray(mask), [1] * x.ndim
+    shape[axis] = mask.shape[-1]
+    if layer_axis is not None:
+        shape[layer_axis] = mask.shape[0]
+        mask = mask if layer_axis < axis else mask.T
+    return jnp.where(mask.reshape(shape), x, jnp.asarray(value, x.dtype))
+
+
+def _never(position: Position, program: Program) -> Plan:
+    raise AssertionError("the reference is not differentiated")

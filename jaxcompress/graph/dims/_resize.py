@@ -1,0 +1,337 @@
+"""`resize`: fn on params with axes that are smaller.
+
+fn is traced on its full shapes, and that program is run on smaller arrays, with the parameters that
+carry shapes derived again. What fn makes itself (iotas, constants, random bits) is made at full
+size, then the kept indices are taken. Widths that are written in fn as numbers, such as the divisor
+of a mean, stay.
+"""
+
+import functools
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from jax.core import Tracer
+
+from jaxcompress import tree
+from jaxcompress.errors import ArgumentError, StructureError
+from jaxcompress.graph.dims._found import Dims
+from jaxcompress.graph.dims._kept import Kept, Mask, taken
+from jaxcompress.graph.dims._known import Fact, fact_of
+from jaxcompress.graph.dims._removed import KeepIndices, Removed, removed_by
+from jaxcompress.graph.dims._rule import Axes, dims_rule
+from jaxcompress.graph.dims._walk import Walker, dims_of
+from jaxcompress.graph.program import _compat
+from jaxcompress.graph.program._calls import Calls
+from jaxcompress.graph.program._compat import Program
+from jaxcompress.graph.program._constructs import Cells, construct
+from jaxcompress.graph.sites._replay import Equation, Plan, Visit, execute
+from jaxcompress.graph.sites._trace import Traced, capture
+from jaxcompress.graph.sites._walk import Position
+
+
+class _Resizer:
+    """Makes the plan by which a program runs on smaller arrays."""
+
+    def __init__(self, removed: Removed):
+        self._removed, self._dims = removed, removed.dims
+        self.cells: dict[str, Any] = {}
+        """What is kept in each layer of what is made there, by equation."""
+        self._laters: dict[Hashable, tuple[Program, Plan]] = {}
+
+    def plan(self) -> Plan:
+        visits: dict[Position, Visit] = {}
+        entered: set[Position] = set()
+        consts: dict[Position, Sequence[Any]] = {}
+        for prefix, (program, env) in self._dims.programs.items():
+            self._program(prefix, program, env, visits, entered, consts)
+        return self._plan(visits, entered, consts)
+
+    def _plan(self, visits: Any, entered: set[Position], consts: Any) -> Plan:
+        around = {p[:k] for p in entered for k in range(1, len(p) + 1)}
+        programs = [program.consts for program, _ in self._dims.programs.values()]
+        # Constants of a trace around end with it, and so does a plan that has them.
+        ends = any(isinstance(x, Tracer) for xs in (*programs, *consts.values()) for x in xs)
+        return Plan(
+            visits,
+            {},
+            self._forward,
+            entered=frozenset(around),
+            consts=consts,
+            derivative=self._derivative,
+            keyed={here: (str(here),) for here in visits if str(here) in self.cells},
+            made=None if ends else {},
+        )
+
+    def _program(
+        self,
+        prefix: Position,
+        program: Program,
+        env: Mapping[Any, Axes],
+        visits: dict[Position, Visit],
+        entered: set[Position],
+        consts: dict[Position, Sequence[Any]],
+    ) -> None:
+        masks = [self._removed.masks(env[var]) for var in program.constvars]
+        if any(mask is not None for one in masks for mask in one):
+            pairs = zip(program.consts, masks, strict=True)
+            consts[prefix] = [_taken(value, one) for value, one in pairs]
+            entered.add(prefix)
+        for number, eqn in enumerate(program.eqns):
+            kept = Kept(
+                eqn,
+                [self._of(atom, env) for atom in eqn.invars],
+                [self._of(atom, env) for atom in eqn.outvars],
+            )
+            here = (*prefix, number)
+            if here in self._dims.dead:
+                visits[here] = _leave_out
+                continue
+            if not kept.changes:
+                continue
+            if construct(eqn.primitive.name) is not None:
+                entered.add(here)
+                continue
+            rule: Any = dims_rule(eqn.primitive.name)
+            resize = getattr(rule, "resize", None)
+            by_layer = getattr(rule, "by_layer", False)
+            rows = self._rows(kept, env, self._dims.scans[prefix]) if by_layer else {}
+            if cell := {str(key): x for key, (x, layer) in rows.items() if layer is None}:
+                self.cells[str(here)] = cell
+            visits[here] = functools.partial(self._visit, resize, kept, rows, here)
+
+    def _of(self, atom: Any, env: Mapping[Any, Axes]) -> tuple[Mask, ...]:
+        return () if isinstance(atom, _compat.Literal) else self._removed.masks(env[atom])
+
+    def _rows(
+        self, kept: Kept, env: Mapping[Any, Axes], scans: Sequence[int]
+    ) -> dict[tuple[int, int], tuple[np.ndarray, int | None]]:
+        """List what is kept of results that differ between layers, as `Kept` says.
+
+        Inside the loop it is for all iterations of all loops around, which slice it.
+        """
+        rows: dict[tuple[int, int], tuple[np.ndarray, int | None]] = {}
+        for number, var in enumerate(kept.eqn.outvars):
+            for k, mask in enumerate(kept.result(number)):
+                if mask is None or mask.ndim == 1:
+                    continue
+                level = self._removed.level_of(env[var][k])
+                indices = np.nonzero(mask)[1].reshape(len(mask), kept.count(mask))
+                if level in scans:
+                    rows[number, k] = self._removed.spread(indices, scans, level), None
+                else:
+                    layer = self._dims.layer_axis(env[var], level)
+                    assert layer is not None, "masks that differ stand beside their layers"
+                    rows[number, k] = indices, layer
+        return rows
+
+    def _visit(
+        self,
+        resize: Any,
+        kept: Kept,
+        rows: Mapping[tuple[int, int], tuple[np.ndarray, int | None]],
+        here: Position,
+        equation: Equation,
+        operands: Sequence[Any],
+        cells: Cells,
+    ) -> tuple[list, Cells]:
+        if rows:
+            of_layer = lambda key: cells[str(here)][str(key)]
+            kept = kept.within({
+                key: (of_layer(key) if layer is None else x, layer)
+                for key, (x, layer) in rows.items()
+            })  # fmt: skip
+        if resize is None:
+            return _compat.bind(equation._eqn, operands), {}
+        with _compat.context(equation._eqn):
+            return resize(equation._eqn, operands, kept), {}
+
+    # --- rules of differentiation ---------------------------------------------------------------
+
+    def _forward(self, position: Position, program: Program) -> Plan:
+        operands = self._operands(position)
+        operands = operands[len(operands) - len(program.invars) :]
+        return self._later((position, None), program, operands)
+
+    def _derivative(self, position: Position, program: Program, zeros: Sequence[bool]) -> Plan:
+        operands = self._operands(position)
+        operands = operands[len(operands) - len(zeros) :]
+        moved = [
+            (axes, Fact()) for (axes, _), zero in zip(operands, zeros, strict=True) if not zero
+        ]
+        return self._later((position, tuple(zeros)), program, [*operands, *moved])
+
+    def _operands(self, position: Position) -> list[tuple[Axes, Fact]]:
+        """Give the labels of an equation's operands, and what is known of them."""
+        program, env = self._dims.programs[position[:-1]]
+        labels, facts = self._dims.labels, self._dims.facts[position[:-1]]
+        return [
+            (
+                tuple(labels.fresh(n) for n in np.shape(atom.val))
+                if isinstance(atom, _compat.Literal)
+                else env[atom],
+                fact_of(atom, facts),
+            )
+            for atom in program.eqns[position[-1]].invars
+        ]
+
+    def _later(self, at: Hashable, program: Program, operands: Sequence[tuple[Axes, Fact]]) -> Plan:
+        """Label a program that comes to light under differentiation, and plan it likewise."""
+        known = self._laters.get(at)
+        if known is not None and _is_same(known[0], program):
+            return known[1]
+        plan = _Resizer(_extended(self._removed, program, operands)).plan()
+        if plan.made is not None:
+            self._laters[at] = program, plan
+        return plan
+
+
+def _taken(constant: Any, masks: Sequence[Mask]) -> Any:
+    """Take from a constant at once, whatever is traced around, unless it belongs to that."""
+    if isinstance(constant, Tracer):
+        return taken(constant, masks)
+    with jax.ensure_compile_time_eval():
+        return taken(constant, masks)
+
+
+def _is_same(known: Program, other: Program) -> bool:
+    """Tell whether JAX gave a program again, rather than traced another."""
+    if known.invars != other.invars or len(known.consts) != len(other.consts):
+        return False
+    return all(a is b for a, b in zip(known.consts, other.consts, strict=True))
+
+
+def _leave_out(
+    equation: Equation, operands: Sequence[Any], cells: Cells
+) -> tuple[list[None], Cells]:
+    return [None] * len(equation._eqn.outvars), {}
+
+
+def _extended(removed: Removed, program: Program, operands: Sequence[tuple[Axes, Fact]]) -> Removed:
+    labels = removed.dims.labels.copy()
+    dims = Dims(**{**vars(removed.dims), "labels": labels})
+    roots = np.flatnonzero(removed.everywhere)
+    walker = Walker(dims.traced, labels, closed=True)
+    facts = {v: fact for v, (_, fact) in zip(program.invars, operands, strict=True)}
+    walker.walk(program, [axes for axes, _ in operands], (), (), 1, (), facts)
+    grown = len(labels) - len(removed.everywhere)
+    everywhere = np.concatenate([removed.everywhere, np.zeros(grown, bool)])
+    # Labels made here join those that are known: what stands for them now is gone as they are.
+    rows = labels.rows(roots) if len(roots) else np.zeros((0, 1), np.int32)
+    everywhere[rows[rows >= 0]] = True
+    by_layer = {}
+    for level, flags in removed.by_layer.items():
+        wide = np.concatenate([flags, np.zeros((len(flags), grown), bool)], axis=1)
+        gone = np.flatnonzero(flags.any(axis=0))
+        wide[:, labels.find(gone)] |= flags[:, gone]
+        by_layer[level] = wide
+    programs, dead = walker.programs, frozenset(walker.dead)
+    scans = dict.fromkeys(programs, ())  # no cells come here
+    found = {"programs": programs, "facts": walker.facts, "scans": scans, "dead": dead}
+    later = Dims(**{**vars(dims), **found})
+    return Removed(dims=later, everywhere=everywhere, by_layer=by_layer)
+
+
+def dense_like(params: tree.Params, shapes: Mapping[str, tuple[int, ...]]) -> tree.Params:
+    """Write params as shapes at full size, with the dtypes (and explicit shardings) they have."""
+
+    def like(path: str, leaf: Any) -> Any:
+        shape = shapes.get(path)
+        if shape is None:
+            raise StructureError(
+                "params",
+                got=f"a leaf {path!r} that the kept indices do not know",
+                expected="the params that `shrink` gave, or trained from them",
+                fix="Give the params of the model that the indices were chosen for.",
+            )
+        aval = jax.typeof(leaf) if isinstance(leaf, jax.Array) else leaf
+        spec = getattr(aval, "sharding", None)
+        explicit = spec is not None and getattr(spec, "mesh", None) is not None \
+            and any(name is not None for name in getattr(spec, "spec", ()))  # fmt: skip
+        return jax.ShapeDtypeStruct(shape, aval.dtype, sharding=spec if explicit else None)
+
+    return tree.map_with_path(like, params)
+
+
+def resize(
+    fn: Callable[..., Any], keep: KeepIndices, shapes: Mapping[str, tuple[int, ...]]
+) -> Callable[..., Any]:
+    """Make fn run on params with axes that are smaller: only `keep` of their indices.
+
+    Args:
+        fn: `fn(params, *inputs, **kwargs) -> outputs`, pure.
+        keep: `{path: {axis: indices}}` of all leaves that are smaller.
+        shapes: `{path: shape at full size}` of all leaves.
+
+    Returns:
+        A function of the smaller params and the same inputs. It is fn replayed, so it works
+        wherever fn does: under jit, grad, vmap and export, and for other batch sizes. fn is traced
+        once for arguments of the same shapes and types, as under jit.
+
+    Raises:
+        ArgumentError: When called, if the indices do not fit fn, or params do not fit them.
+        StructureError: When called, if params has other leaves.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> fn = lambda p, x: jnp.tanh(x @ p["up"]).reshape(-1, 4) @ p["down"]
+        >>> keep = {"up": {1: np.array([0, 2])}, "down": {0: np.array([0, 2])}}
+        >>> small = resize(fn, keep, {"up": (3, 4), "down": (4, 2)})
+        >>> small({"up": jnp.ones((3, 2)), "down": jnp.ones((2, 2))}, jnp.ones((5, 3))).shape
+        (5, 2)
+    """
+    calls: Calls[_Planned] = Calls()
+
+    def planned(params: tree.Params, inputs: Any, kwargs: Any) -> _Planned:
+        dense = dense_like(params, shapes)
+        _check_shapes(params, keep, shapes)
+        traced = capture(fn, dense, inputs, kwargs)
+        resizer = _Resizer(removed_by(dims_of(traced), keep))
+        return _Planned(traced, resizer.plan(), resizer.cells)
+
+    @functools.wraps(fn)
+    def resized(params: tree.Params, *inputs: Any, **kwargs: Any) -> Any:
+        args = params, inputs, kwargs
+        call = calls.get(args, lambda: planned(*args), lambda call: call.plan.made is not None)
+        return execute(call.traced, call.plan, args, call.cells)[0]
+
+    return resized
+
+
+class _Planned(NamedTuple):
+    """A captured call with the plan by which it runs smaller.
+
+    Attributes:
+        traced: The call.
+        plan: The plan.
+        cells: The cells that it reads.
+    """
+
+    traced: Traced
+    plan: Plan
+    cells: dict[str, Any]
+
+
+def _check_shapes(
+    params: tree.Params, keep: KeepIndices, shapes: Mapping[str, tuple[int, ...]]
+) -> None:
+    found = {path: tuple(leaf.shape) for path, leaf in tree.items(params)}
+    if missing := sorted(set(shapes) - set(found)):
+        raise StructureError(
+            "params",
+            got=f"no leaf at {tree.shorten(missing)}",
+            expected="all leaves of the shrunk model",
+            fix="Give the params that `shrink` gave, or trained from them.",
+        )
+    for path, shape in shapes.items():
+        want = list(shape)
+        for k, indices in keep.get(path, {}).items():
+            want[k] = indices.shape[-1]
+        if found[path] != tuple(want):
+            raise ArgumentError(
+                "params",
+                got=f"{path!r} of shape {found[path]}",
+                expected=f"{tuple(want)}: {shape} with the kept indices only",
+                fix="Give the params that `shrink` gave, not those at full size.",
+            )
