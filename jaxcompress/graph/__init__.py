@@ -15,10 +15,6 @@ from jaxcompress.graph.cost._figures import Figure as Figure
 from jaxcompress.graph.cost._figures import Memory as Memory
 from jaxcompress.graph.cost._targets import Target as Target
 from jaxcompress.graph.cost._targets import cuda_options as cuda_options
-from jaxcompress.graph.dims import _contract as _dims_contract
-from jaxcompress.graph.dims import _linalg as _dims_linalg
-from jaxcompress.graph.dims import _made as _dims_made
-from jaxcompress.graph.dims import _rules as _dims_rules
 from jaxcompress.graph.dims._found import Dims as Dims
 from jaxcompress.graph.dims._kept import Kept as Kept
 from jaxcompress.graph.dims._kept import take as take
@@ -36,6 +32,7 @@ from jaxcompress.graph.program._constructs import Body as Body
 from jaxcompress.graph.program._constructs import Construct as Construct
 from jaxcompress.graph.program._constructs import Enter as Enter
 from jaxcompress.graph.program._constructs import register_construct as register_construct
+from jaxcompress.graph.program._run import Equation as Equation
 from jaxcompress.graph.sites._graph import Contraction as Contraction
 from jaxcompress.graph.sites._graph import Graph as Graph
 from jaxcompress.graph.sites._graph import Use as Use
@@ -43,9 +40,7 @@ from jaxcompress.graph.sites._intercept import UNREACHABLE as UNREACHABLE
 from jaxcompress.graph.sites._intercept import Interception as Interception
 from jaxcompress.graph.sites._intercept import intercept as intercept
 from jaxcompress.graph.sites._observe import observe as observe
-from jaxcompress.graph.sites._observe import perturb as perturb
-from jaxcompress.graph.sites._observe import tap as tap
-from jaxcompress.graph.sites._replay import Equation as Equation
+from jaxcompress.graph.sites._perturb import perturb as perturb
 from jaxcompress.graph.sites._replay import replay as replay
 from jaxcompress.graph.sites._sites import Axes as Axes
 from jaxcompress.graph.sites._sites import Layout as Layout
@@ -54,6 +49,9 @@ from jaxcompress.graph.sites._sites import register_site as register_site
 from jaxcompress.graph.sites._summary import Row as Row
 from jaxcompress.graph.sites._summary import Summary as Summary
 from jaxcompress.graph.sites._summary import summary as summary
+from jaxcompress.graph.sites._tap import tap as tap
+from jaxcompress.graph.sites._trace import Traced as Traced
+from jaxcompress.graph.sites._trace import capture as capture
 from jaxcompress.graph.sites._trace import contraction_axes as contraction_axes
 from jaxcompress.graph.sites._trace import trace as trace
 from jaxcompress.graph.sites._views import Factor as Factor

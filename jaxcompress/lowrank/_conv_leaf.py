@@ -12,7 +12,7 @@ import numpy as np
 from jax import Array
 
 from jaxcompress.graph import Site
-from jaxcompress.graph.sites._forms import Form
+from jaxcompress.graph.sites import Form
 from jaxcompress.lowrank._candidate import Rung, aligned, mapped, template
 from jaxcompress.lowrank._factors import Factors
 from jaxcompress.lowrank._methods import Method, Tucker2

@@ -11,11 +11,9 @@ from jaxcompress import tree
 from jaxcompress.errors import JaxCompressError, SelectionError, StructureError
 from jaxcompress.graph import Equation
 from jaxcompress.graph._moved import follow, sliced
-from jaxcompress.graph.program._constructs import CLOSED, Cells
-from jaxcompress.graph.sites._replay import SitesAt, Visit, make_plan
-from jaxcompress.graph.sites._replay import execute as execute_plan
-from jaxcompress.graph.sites._trace import capture
-from jaxcompress.graph.sites._walk import Position
+from jaxcompress.graph.program import CLOSED, Cells, Position, Visit
+from jaxcompress.graph.sites import SitesAt, capture_call, make_plan
+from jaxcompress.graph.sites import execute as execute_plan
 from jaxcompress.lowrank._contract import contract
 from jaxcompress.lowrank._factors import Carried, Factors, carried, is_factors
 
@@ -137,13 +135,11 @@ class _Run:
             lambda x: _stand_in(x) if is_factors(x) else x, params, is_leaf=is_factors
         )
         try:
-            traced = capture(fn, dense, inputs, kwargs, prune=True)
+            traced = capture_call(fn, dense, inputs, kwargs, prune=True)
         except (TypeError, ValueError) as error:
             raise _not_traced(error, params) from error
         plan = make_plan(
-            traced.program,
-            traced.record,
-            traced.walker,
+            traced,
             lambda program, sites: self._visits(sites, factored),
             carrier=self,
         )

@@ -8,7 +8,7 @@ import jax
 from jaxcompress import tree
 from jaxcompress.errors import ArgumentTypeError
 from jaxcompress.graph import Graph, Site
-from jaxcompress.graph.sites._forms import Form, form_at, form_of
+from jaxcompress.graph.sites import Form, form_at, form_of
 from jaxcompress.lowrank._candidate import Candidate, saving
 from jaxcompress.lowrank._conv_leaf import TuckerCandidate
 from jaxcompress.lowrank._execute import places

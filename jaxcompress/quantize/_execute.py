@@ -13,11 +13,9 @@ from jaxcompress import numerics, tree
 from jaxcompress.errors import ArgumentError, JaxCompressError, SelectionError, StructureError
 from jaxcompress.graph import Equation
 from jaxcompress.graph._moved import sliced
-from jaxcompress.graph.program._constructs import CLOSED, Cells
-from jaxcompress.graph.sites._replay import SitesAt, Visit, make_plan
-from jaxcompress.graph.sites._replay import execute as execute_plan
-from jaxcompress.graph.sites._trace import capture
-from jaxcompress.graph.sites._walk import Position
+from jaxcompress.graph.program import CLOSED, Cells, Position, Visit
+from jaxcompress.graph.sites import SitesAt, capture_call, make_plan
+from jaxcompress.graph.sites import execute as execute_plan
 from jaxcompress.numerics import QArray
 from jaxcompress.quantize import kernels as kernels_of
 from jaxcompress.quantize._carried import Carried, carried, follow
@@ -164,13 +162,11 @@ class _Run:
             lambda _, x: _stand_in(x) if isinstance(x, QArray) else x, params
         )
         try:
-            traced = capture(fn, dense, inputs, kwargs, prune=True)
+            traced = capture_call(fn, dense, inputs, kwargs, prune=True)
         except (TypeError, ValueError) as error:
             raise _not_traced(error, params, quantized) from error
         plan = make_plan(
-            traced.program,
-            traced.record,
-            traced.walker,
+            traced,
             lambda program, sites: self._visits(sites, quantized),
             fills=self.fills,
             carrier=self,

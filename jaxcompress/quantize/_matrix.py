@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from jaxcompress.graph.sites._forms import Form
+from jaxcompress.graph.sites import Form
 from jaxcompress.numerics import Format, PerChannel, PerGroup, PerTensor, QArray, Scaled
 
 

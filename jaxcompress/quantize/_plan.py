@@ -7,7 +7,7 @@ from typing import Any
 from jaxcompress import tree
 from jaxcompress.errors import SelectionError
 from jaxcompress.graph import Graph, Site
-from jaxcompress.graph.sites._forms import Form, form_at, form_of
+from jaxcompress.graph.sites import Form, form_at, form_of
 from jaxcompress.numerics import Format
 from jaxcompress.quantize import _ranges
 from jaxcompress.quantize._matrix import Target, target_of

@@ -8,7 +8,7 @@ import numpy as np
 
 from jaxcompress import numerics, stats
 from jaxcompress.errors import ArgumentError
-from jaxcompress.graph.sites._forms import Form
+from jaxcompress.graph.sites import Form
 from jaxcompress.numerics import MSE, AbsMax, Activation, Entropy, Format, Int, Percentile
 
 _BINS = 2048

@@ -11,7 +11,7 @@ from jax import Array
 from jaxcompress import tree
 from jaxcompress.errors import SelectionError
 from jaxcompress.graph import UNREACHABLE, Site
-from jaxcompress.graph.sites._forms import form_at
+from jaxcompress.graph.sites import form_at
 from jaxcompress.numerics import Format, PerToken
 from jaxcompress.quantize._matrix import Target, target_of
 from jaxcompress.quantize._policy import Coverage, Rule

@@ -12,7 +12,7 @@ import numpy as np
 
 from jaxcompress import numerics
 from jaxcompress.graph import Site
-from jaxcompress.graph.sites._forms import Form
+from jaxcompress.graph.sites import Form
 from jaxcompress.numerics import Activation, QArray
 from jaxcompress.quantize import _ranges
 from jaxcompress.quantize._bias import bias_shift

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from jaxcompress.errors import ArgumentTypeError
 from jaxcompress.graph import Site
-from jaxcompress.graph.sites._forms import Form
+from jaxcompress.graph.sites import Form
 from jaxcompress.stats._moments import ChannelNorm, MeanCovariance, SecondMoment
 from jaxcompress.stats._ranges import MinMax
 

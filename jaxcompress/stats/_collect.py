@@ -13,6 +13,8 @@ import rich.progress
 
 from jaxcompress import tree
 from jaxcompress.errors import ArgumentError, ArgumentTypeError, NonFiniteError, StructureError
+from jaxcompress.graph import Traced
+from jaxcompress.graph.sites import call_of
 from jaxcompress.stats._plan import Plan, make_plan
 from jaxcompress.stats._statistic import Statistic
 from jaxcompress.stats._step import finalize, init_states, make_step
@@ -58,7 +60,7 @@ class Collected(Mapping[str, Any]):
 
 
 def collect(
-    fn: Callable[..., Any],
+    fn: Callable[..., Any] | Traced,
     params: tree.Params,
     batches: Iterable[Any],
     statistics: Statistic | Mapping[str, Statistic],
@@ -86,7 +88,7 @@ def collect(
     outputs of fn: to use a loss, collect from `lambda params, x, y: loss(fn(params, x), y)`.
 
     Args:
-        fn: `fn(params, *inputs) -> outputs`, pure.
+        fn: `fn(params, *inputs) -> outputs`, pure; or a `Traced` of its call with the first batch.
         params: Any pytree of arrays.
         batches: An iterable of input tuples; a lone array (or other pytree that is no tuple)
             counts as a one-tuple. Read once. A smaller last batch compiles once more.
@@ -124,10 +126,10 @@ def collect(
     """
     several = checked_statistics(statistics)
     first, stream = opened(batches)
-    plan = make_plan(fn, params, first, several, where)
+    plan = make_plan(call_of(fn, params, first, {}), params, several, where)
     sharding = replicated((params, first))
     # donated: the states are updated in place
-    step = jax.jit(make_step(fn, plan), donate_argnums=0, out_shardings=sharding)
+    step = jax.jit(make_step(plan), donate_argnums=0, out_shardings=sharding)
     states = jax.jit(lambda: init_states(plan), out_shardings=sharding)()
     flags = _Flags(allow=allow_non_finite)
     pending: collections.deque[dict[str, jax.Array]] = collections.deque()

@@ -1,6 +1,6 @@
 """Which statistic is computed where: what fits a site, and what sites can share."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,7 +10,8 @@ from jax import Array
 
 from jaxcompress import graph, tree
 from jaxcompress.errors import ArgumentError, SelectionError
-from jaxcompress.graph import Graph, Site
+from jaxcompress.graph import Graph, Site, Traced
+from jaxcompress.graph.sites import check_observers, observing, run_layers
 from jaxcompress.stats._statistic import Statistic
 
 Keyed = dict[str, dict[str, Any]]
@@ -31,14 +32,14 @@ class Plan:
     """Which statistics are computed at which sites.
 
     Attributes:
-        graph: The trace.
+        traced: The call of fn with the first batch.
         seen: `{site name: shapes}` of the sites with any statistic.
         owners: `{site name: {key: name of the site whose state it shares}}`.
         statistics: `{key: statistic}`.
         skipped: `{site name: {key: why it does not apply}}`.
     """
 
-    graph: Graph
+    traced: Traced
     seen: Mapping[str, Seen]
     owners: Keyed
     statistics: Mapping[str, Statistic]
@@ -90,22 +91,20 @@ def sizes(plan: Plan, name: str, statistic: Statistic) -> list[int]:
     """Give what `Statistic.init` is called with at a site."""
     site = plan.seen[name].site
     if statistic.reads == ("indices",):
-        return [plan.graph.leaves[site.path].shape[axis] for axis in site.axes.lookup]
+        return [plan.traced.leaves[site.path].shape[axis] for axis in site.axes.lookup]
     return [shape[-1] for shape in row_shapes(plan.seen[name], statistic)]
 
 
 def make_plan(
-    fn: Callable[..., Any],
+    traced: Traced,
     params: tree.Params,
-    batch: Sequence[Any],
     statistics: Mapping[str, Statistic],
     where: tree.Where,
 ) -> Plan:
-    """Trace fn, select sites, and settle what is computed at each."""
-    traced = graph.trace(fn, params, *batch)
+    """Select the sites of a captured call, and settle what is computed at each."""
     sites = [s for s in traced.sites if tree.matches(where, s.path, traced.leaves[s.path])]
     if not sites:
-        raise _nothing_selected(traced, params, where)
+        raise _nothing_selected(graph.trace(traced), params, where)
     skipped = {s.name: {k: _misfit(s, one) for k, one in statistics.items()} for s in sites}
     skipped = {n: {k: why for k, why in keys.items() if why} for n, keys in skipped.items()}
     wanted = {
@@ -119,13 +118,13 @@ def make_plan(
             expected="statistics that read what the sites have",
             fix=f"At {sites[0].name!r}: {next(iter(skipped[sites[0].name].values()))}.",
         )
-    seen = _observe_shapes(fn, params, batch, list(wanted))
+    seen = _observe_shapes(traced, list(wanted))
     for name, keys in wanted.items():
         for key, statistic in keys.items():
             _check_site(seen[name], key, statistic)
     owners = _share(seen, wanted)
     skipped = {name: keys for name, keys in skipped.items() if keys}
-    plan = Plan(graph=traced, seen=seen, owners=owners, statistics=statistics, skipped=skipped)
+    plan = Plan(traced=traced, seen=seen, owners=owners, statistics=statistics, skipped=skipped)
     for key, statistic in statistics.items():
         name = next((name for name, keys in wanted.items() if key in keys), None)
         if name is not None:
@@ -192,10 +191,8 @@ def _check_site(seen: Seen, key: str, statistic: Statistic) -> None:
         )
 
 
-def _observe_shapes(
-    fn: Callable[..., Any], params: tree.Params, batch: Sequence[Any], names: Sequence[str]
-) -> dict[str, Seen]:
-    """Trace once more, abstractly, to see what observers get."""
+def _observe_shapes(traced: Traced, names: Sequence[str]) -> dict[str, Seen]:
+    """Run the captured call abstractly, to see what observers get."""
     seen: dict[str, Seen] = {}
 
     def look(site: Site, state: tuple[()], activation: Any, output: Any) -> tuple[()]:
@@ -204,8 +201,11 @@ def _observe_shapes(
         seen[site.name] = Seen(site=site, activation=activation, output=output)
         return state
 
-    observed = graph.observe(fn, dict.fromkeys(names, look))
-    jax.eval_shape(observed, params, dict.fromkeys(names, ()), *batch)
+    layers = {name: [observing(look)] for name in names}
+    cells = dict.fromkeys(names, ())
+    check_observers(traced, layers, cells)
+    args = [var.aval for var in traced.program.invars]
+    jax.eval_shape(lambda *args: run_layers(traced, args, layers, cells, fills=True)[1], *args)
     return {name: seen[name] for name in names}
 
 

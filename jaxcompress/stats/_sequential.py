@@ -12,7 +12,7 @@ from jax import Array, lax
 
 from jaxcompress import tree
 from jaxcompress.errors import ArgumentError, NonFiniteError, StructureError
-from jaxcompress.graph import Site
+from jaxcompress.graph import Site, Traced
 from jaxcompress.stats import _collect, _step
 from jaxcompress.stats._plan import Plan, make_plan
 from jaxcompress.stats._statistic import Statistic
@@ -52,7 +52,7 @@ Visit: TypeAlias = Callable[[Stop], Mapping[str, Any] | None]
 
 
 def sequential(
-    fn: Callable[..., Any],
+    fn: Callable[..., Any] | Traced,
     params: tree.Params,
     batches: Iterable[Any],
     statistics: Statistic | Mapping[str, Statistic],
@@ -86,7 +86,7 @@ def sequential(
     them.
 
     Args:
-        fn: `fn(params, *inputs) -> outputs`, pure.
+        fn: `fn(params, *inputs) -> outputs`, pure; or a `Traced` of its call with the first batch.
         params: Any pytree of arrays.
         batches: An iterable of input tuples; a lone array (or other pytree that is no tuple)
             counts as a one-tuple. Read once, and kept. A smaller last batch compiles once more.
@@ -129,7 +129,7 @@ def sequential(
     first, stream = _collect.opened(batches)
     stages = Stages(fn, where, host=host, sharding=_collect.replicated((params, first)))
     flights = [stages.course(params, first).start(first)]
-    plan = make_plan(fn, params, first, several, where)
+    plan = make_plan(flights[0].course.traced, params, several, where)
     for batch in _collect.matching(stream, first):
         flights.append(stages.course(params, batch).start(batch))
     stops = _common_stops(flights)

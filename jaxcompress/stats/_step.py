@@ -8,9 +8,19 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from jaxcompress import graph, tree
+from jaxcompress import tree
 from jaxcompress.errors import ArgumentError
-from jaxcompress.graph import Site
+from jaxcompress.graph import Site, Traced
+from jaxcompress.graph.sites import (
+    Layer,
+    Side,
+    call_of,
+    check_observers,
+    observing,
+    perturbing,
+    run_layers,
+    tapping,
+)
 from jaxcompress.stats._plan import Keyed, Plan, batch_shape, lead, read, sizes
 from jaxcompress.stats._statistic import Statistic
 
@@ -47,7 +57,7 @@ def finalize(plan: Plan, states: dict[str, Keyed]) -> Keyed:
     return results
 
 
-def make_step(fn: Callable[..., Any], plan: Plan) -> Step:
+def make_step(plan: Plan) -> Step:
     """Make the function that collects from one batch."""
     forward, backward = plan.owned(gradients=False), plan.owned(gradients=True)
     observers = {
@@ -62,14 +72,18 @@ def make_step(fn: Callable[..., Any], plan: Plan) -> Step:
         return cells
 
     def step(states: Any, params: tree.Params, batch: Sequence[Any]) -> tuple[Any, dict]:
-        observed = graph.observe(fn, observers)
+        traced = call_of(plan.traced, params, tuple(batch), {})
+        check_observers(traced, observers, cells := blank(states))
+        layers = {name: [observing(observers[name])] for name in observers}
+        args = params, batch, {}
         if not backward:
-            _, cells = observed(params, blank(states), *batch)
+            cells = run_layers(traced, args, layers, cells, fills=True)[1]
             gradient, worse = {}, {}
         else:
-            cells, arrays = _differentiate(observed, plan, backward, params, blank(states), batch)
+            cells, arrays = _differentiate(traced, args, layers, cells, plan, backward)
+            runs = {name: cell[1] for name, cell in cells.items()}
             gradient, worse = _update_from_gradients(
-                plan, backward, states["gradient"], arrays, {n: c[1] for n, c in cells.items()}
+                plan, backward, states["gradient"], arrays, runs
             )
         bad = {name: cell[0] + worse.get(name, jnp.uint32(0)) for name, cell in cells.items()}
         kept = {name: cells[name][2] for name in forward}
@@ -140,51 +154,47 @@ def _non_finite(x: Array) -> Array:
 
 
 def _differentiate(
-    observed: Callable[..., Any],
+    traced: Traced,
+    args: Any,
+    layers: Mapping[str, Sequence[Layer]],
+    cells: dict[str, Any],
     plan: Plan,
     backward: Mapping[str, Mapping[str, Statistic]],
-    params: tree.Params,
-    cells: dict[str, Any],
-    batch: Sequence[Any],
 ) -> tuple[dict[str, Any], dict[str, dict[str, Array]]]:
-    """Run fn and its gradient; returns the cells, and arrays of each site with stacked axes."""
-    paths = {plan.seen[name].site.path for name in backward}
+    """Run fn and its gradient; returns the cells, and arrays of each site with stacked axes.
+
+    What is added to an array, zeros, has the array's gradient.
+    """
+    kinds: dict[str, Side] = {"input": "input", "output": "output"}
     reads = {name: {r for s in keys.values() for r in s.reads} for name, keys in backward.items()}
-
-    def where(path: str, leaf: Any) -> bool:
-        return path in paths
-
-    tapped = _bare(graph.tap(_bare(observed), where, at="input"))
-    tapped = _bare(graph.tap(tapped, where, at="output"))
-    moved = _bare(graph.perturb(tapped, where, at="output"))
-    moved = _bare(graph.perturb(moved, where, at="input"))
-    # The shapes of this batch; those of the plan are of the first.
-    (_, activations), results = jax.eval_shape(tapped, params, cells, *batch)
-    offsets = tuple(
-        {n: jnp.zeros(like[n].shape, like[n].dtype) for n in backward if kind in reads[n]}
-        for kind, like in (("input_grad", activations), ("output_grad", results))
-    )
-
-    def total(offsets: Any, params: tree.Params, cells: Any, batch: Sequence[Any]) -> Any:
-        # perturb at the input is outermost: its offsets come first.
-        result = moved(params, *offsets, cells, *batch)
-        ((outputs, cells), activations), results = result
-        return _summed(outputs), (cells, activations, results)
-
-    gradients, aux = jax.grad(total, has_aux=True)(offsets, params, cells, batch)
-    cells, activations, results = aux
-    arrays: dict[str, dict[str, Array]] = {}
+    sites = {site.name: site for site in traced.sites}
+    offsets: dict[str, Array] = {}
+    around = {name: list(mine) for name, mine in layers.items()}
     for name in backward:
-        arrays[name] = {"activation": activations[name], "output": results[name]}
-        for kind, found in zip(("input_grad", "output_grad"), gradients, strict=True):
-            if name in found:
-                arrays[name][kind] = found[name]
-    return cells, arrays
+        for at, kind in kinds.items():
+            around[name].append(tapping(kind, f"{at} of {name}"))
+        for at, kind in kinds.items():
+            if f"{at}_grad" in reads[name]:
+                like = sites[name].activation if at == "input" else sites[name].output
+                shape = (*sites[name].stack, *like.shape)
+                offsets[f"{at}_grad of {name}"] = jnp.zeros(shape, like.dtype)
+                around[name].append(perturbing(kind, f"{at}_grad of {name}"))
 
+    def total(offsets: Any, args: Any, cells: dict[str, Any]) -> Any:
+        given = {**cells, **offsets}
+        outputs, filled = run_layers(traced, args, around, given, fills=True)
+        return _summed(outputs), filled
 
-def _bare(f: Callable[..., Any]) -> Callable[..., Any]:
-    """Hide that f wraps a function of other arguments."""
-    return lambda *args: f(*args)
+    gradients, filled = jax.grad(total, has_aux=True)(offsets, args, cells)
+    found = {**filled, **gradients}
+    names = {"activation": "input", "output": "output"}
+    names |= {kind: kind for kind in ("input_grad", "output_grad")}
+    arrays = {
+        name: {key: found[f"{at} of {name}"] for key, at in names.items()
+               if f"{at} of {name}" in found}
+        for name in backward
+    }  # fmt: skip
+    return {name: filled[name] for name in layers}, arrays
 
 
 def _summed(outputs: Any) -> Array:

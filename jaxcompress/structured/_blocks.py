@@ -7,7 +7,8 @@ from typing import Any
 import jax
 
 from jaxcompress import tree
-from jaxcompress.graph.sites._trace import Traced, capture
+from jaxcompress.graph import Traced
+from jaxcompress.graph.sites import call_of
 from jaxcompress.structured._residuals import (
     Residual,
     Residuals,
@@ -106,9 +107,11 @@ class Analysis:
         return next(name for name, layer in self.layers.items() if block in layer.blocks)
 
 
-def analyse(fn: Callable[..., Any], params: tree.Params, inputs: Any, kwargs: Any) -> Analysis:
+def analyse(
+    fn: Callable[..., Any] | Traced, params: tree.Params, inputs: Any, kwargs: Any
+) -> Analysis:
     """Capture a call and name its blocks and layers."""
-    traced = capture(fn, params, inputs, kwargs)
+    traced = call_of(fn, params, inputs, kwargs)
     residuals = residuals_of(traced)
     groups = [list(one.paths) for one in (*residuals.found, *residuals.rejected)]
     names = names_of(groups)
@@ -205,14 +208,14 @@ def blocks(fn: Callable[..., Any], params: tree.Params, *inputs: Any, **kwargs: 
         Men et al., ShortGPT, arXiv:2403.03853 (layers of a transformer as units).
     """
     analysis = analyse(fn, params, inputs, kwargs)
-    traced, sites = analysis.traced, analysis.traced.record.sites
+    traced, sites = analysis.traced, analysis.traced.sites
     found = {}
     for name, one in analysis.blocks.items():
         surgery = operate(traced, analysis.residuals.flow, [one], {})
         found[name] = Block(
             name=name,
             layer=analysis.layer_of(name),
-            sites=tuple(sites[k].site.name for k in one.sites),
+            sites=tuple(sites[k].name for k in one.sites),
             leaves=surgery.removed,
             shape=one.flow.shapes[one.node.results[0]],
             stack=one.stack,

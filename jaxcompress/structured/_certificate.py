@@ -1,15 +1,17 @@
 """Certificates: how far a smaller function is from three references, and what it costs."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh, NamedSharding
 
 from jaxcompress import graph, tree
 from jaxcompress.graph import Leak as Leak
+from jaxcompress.graph.sites import call_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -162,7 +164,7 @@ def random_like(inputs: Any, *, seed: int = 0) -> Any:
         seed: Seeds the draw.
 
     Returns:
-        A tree of arrays like it. Random keys, and what is no array, stay as they are.
+        A tree of arrays like it, sharded alike. Random keys, and what is no array, stay as they are.
     """
     rng = np.random.default_rng(seed)
 
@@ -171,12 +173,17 @@ def random_like(inputs: Any, *, seed: int = 0) -> Any:
         if dtype is None or jnp.issubdtype(dtype, jax.dtypes.prng_key):
             return x
         if jnp.issubdtype(dtype, jnp.inexact):
-            return jnp.asarray(rng.standard_normal(x.shape), dtype)
+            return place(jnp.asarray(rng.standard_normal(x.shape), dtype), x)
         if isinstance(x, jax.ShapeDtypeStruct) or not np.size(x):
             low, high = 0, 1
         else:
             low, high = int(np.min(x)), int(np.max(x))
-        return jnp.asarray(rng.integers(low, high + 1, x.shape), dtype)
+        return place(jnp.asarray(rng.integers(low, high + 1, x.shape), dtype), x)
+
+    def place(drawn: jax.Array, x: Any) -> jax.Array:
+        where = getattr(x, "sharding", None)
+        concrete = isinstance(where, NamedSharding) and isinstance(where.mesh, Mesh)
+        return jax.device_put(drawn, where) if concrete else drawn
 
     return jax.tree.map(draw, inputs)
 
@@ -209,24 +216,21 @@ def is_abstract(*trees: Any) -> bool:
     return any(isinstance(x, jax.ShapeDtypeStruct) for x in jax.tree.leaves(trees))
 
 
-def size_of(
-    fn: Callable[..., Any],
-    params: Any,
-    inputs: Sequence[Any],
-    kwargs: Mapping[str, Any],
-    *,
-    compiled: bool,
-) -> Size:
-    """Count what a function takes; `compiled` asks the CPU's compiler, too."""
-    if compiled:
-        cost = graph.cost(fn, params, *inputs, target="cpu", **kwargs)
-        found = cost.compiled.flops if cost.compiled is not None else None
-        flops, by_compiler = cost.flops, None if found is None else float(found.value)
-    else:
-        flops, by_compiler = graph.trace(fn, params, *inputs, **kwargs).flops, None
+def size_of(traced: graph.Traced, params: Any, *, compiled: bool = False) -> Size:
+    """Count what a captured call takes; `compiled` asks the CPU's compiler, too."""
+    found = graph.cost(traced, target="cpu").compiled if compiled else None
+    flops = found.flops if found is not None else None
     return Size(
         params=tree.count(params),
         bytes=tree.nbytes(params),
-        flops=flops,
-        compiled_flops=by_compiler,
+        flops=graph.trace(traced).flops,
+        compiled_flops=None if flops is None else float(flops.value),
     )
+
+
+def capture_exactly(
+    fn: Callable[..., Any] | graph.Traced, params: Any, inputs: Any, kwargs: Any
+) -> graph.Traced:
+    """Trace a call in full precision: accelerators multiply float32 in fewer bits otherwise."""
+    with jax.default_matmul_precision("highest"):
+        return call_of(fn, params, inputs, kwargs)

@@ -10,12 +10,14 @@ from jax.sharding import AxisType
 
 from jaxcompress import tree
 from jaxcompress.errors import ArgumentError
-from jaxcompress.graph.sites._replay import run
-from jaxcompress.graph.sites._walk import Position
+from jaxcompress.graph import capture
+from jaxcompress.graph.program import Calls, Position, run
+from jaxcompress.graph.sites import call as run_call
 from jaxcompress.structured._blocks import Analysis, abstract, analyse
 from jaxcompress.structured._certificate import (
     Certificate,
     Distances,
+    capture_exactly,
     distance,
     is_abstract,
     random_like,
@@ -83,13 +85,12 @@ def drop_layers(
         Men et al., ShortGPT: Layers in large language models are more redundant than you expect,
         arXiv:2403.03853.
     """
-    analysis = analyse(fn, params, inputs, kwargs)
+    analysis = analyse(capture_exactly(fn, params, inputs, kwargs), params, inputs, kwargs)
     dropped, surgery = decide(analysis, blocks)
     fewer = dropped.apply(params)
-    smaller = rebuild_layers(fn, dropped, params)
-    call = (inputs, kwargs)
-    certificate = _certify(fn, params, smaller, fewer, call, analysis, surgery)
-    return smaller, fewer, certificate
+    smaller = _Smaller(analysis, surgery)
+    certificate = _certify(params, fewer, (inputs, kwargs), smaller, dropped)
+    return rebuild_layers(fn, dropped, params), fewer, certificate
 
 
 def rebuild_layers(
@@ -127,8 +128,9 @@ def rebuild_layers(
     structure = jax.tree.structure(dense, is_leaf=_is_leaf)
     shapes = dict(tree.items(dense))
 
-    def call(params: tree.Params, *inputs: Any, **kwargs: Any) -> Any:
-        dropped.check_smaller(params)
+    calls: Calls[_Smaller] = Calls()
+
+    def plan(params: tree.Params, inputs: Any, kwargs: Any) -> _Smaller:
         given = dict(tree.items(params))
         seen = [given.get(path, like) for path, like in shapes.items()]
         seen = [
@@ -136,19 +138,52 @@ def rebuild_layers(
             for x, (path, like) in zip(seen, shapes.items(), strict=True)
         ]
         analysis = analyse(fn, jax.tree.unflatten(structure, seen), inputs, kwargs)
-        surgery = _again(analysis, dropped)
-        plan = plan_of(analysis.residuals.flow, surgery)
-        flat = []
-        for path, like in shapes.items():
-            parts = jax.tree.leaves(like)
-            flat += jax.tree.leaves(given[path]) if path in given else [None] * len(parts)
-        flat += jax.tree.leaves((inputs, kwargs))
-        results = run(analysis.traced.program, flat, plan, {})[0]
-        return _outputs(analysis, surgery, results)
+        return _Smaller(analysis, _decide_again(analysis, dropped))
+
+    def call(params: tree.Params, *inputs: Any, **kwargs: Any) -> Any:
+        dropped.check_smaller(params)
+        args = params, inputs, kwargs
+        smaller = calls.get(args, lambda: plan(*args), lambda smaller: smaller.traced.lasts)
+        return smaller(*args)
 
     smaller: Any = functools.wraps(fn)(call)
     smaller.dropped = dropped
     return smaller
+
+
+class _Smaller:
+    """A captured call without what was dropped, to be run on smaller params."""
+
+    def __init__(self, analysis: Analysis, surgery: Surgery):
+        self.analysis, self.surgery, self.traced = analysis, surgery, analysis.traced
+        self._plan = plan_of(analysis.residuals.flow, surgery)
+
+    def __call__(self, params: tree.Params, inputs: Any, kwargs: Any) -> Any:
+        given, flat = dict(tree.items(params)), list[Any]()
+        for path, like in self.traced.leaves.items():
+            absent = [None] * len(jax.tree.leaves(like))
+            flat += jax.tree.leaves(given[path]) if path in given else absent
+        flat += jax.tree.leaves((inputs, kwargs))
+        return self.cut(run(self.traced.program, flat, self._plan, {})[0])
+
+    def cut(self, results: Sequence[Any]) -> Any:
+        """Make outputs of results, without those that mirror leaves of what is gone."""
+        arrays = [
+            GONE
+            if k in self.surgery.dropped_outputs
+            else x
+            if isinstance(x, jax.Array)
+            else jnp.asarray(x)
+            for k, x in enumerate(results)
+        ]
+        return without(jax.tree.unflatten(jax.tree.structure(self.traced.outputs), arrays))
+
+    def shorten(self, outputs: Any) -> Any:
+        """Take out of fn's outputs at full size what is not returned any more."""
+        results = jax.tree.leaves(outputs)
+        for k, (axis, scan) in self.surgery.short_outputs.items():
+            results[k] = take(results[k], axis, self.surgery.kept[scan])
+        return self.cut(results)
 
 
 def decide(analysis: Analysis, blocks: Chosen) -> tuple[Dropped, Surgery]:
@@ -188,7 +223,7 @@ def _kept(analysis: Analysis, iterations: Mapping[str, Sequence[int]]) -> Kept:
     return kept
 
 
-def _again(analysis: Analysis, dropped: Dropped) -> Surgery:
+def _decide_again(analysis: Analysis, dropped: Dropped) -> Surgery:
     """Do in another call what was decided in one."""
     unknown = [name for name in dropped.blocks if name not in analysis.blocks]
     unknown += [name for name in dropped.iterations if name not in analysis.stacks]
@@ -243,55 +278,35 @@ def _innermost(position: Position, nodes: set[Position]) -> Position:
     return next(position[:n] for n in range(len(position), 0, -2) if position[:n] in nodes)
 
 
-def _outputs(analysis: Analysis, surgery: Surgery, results: Sequence[Any]) -> Any:
-    arrays = [
-        GONE if k in surgery.dropped_outputs else x if isinstance(x, jax.Array) else jnp.asarray(x)
-        for k, x in enumerate(results)
-    ]
-    return without(jax.tree.unflatten(jax.tree.structure(analysis.traced.outputs), arrays))
-
-
 # --- the certificate ------------------------------------------------------------------------------
 
 
 def _certify(
-    fn: Callable[..., Any],
-    params: tree.Params,
-    smaller: Any,
-    fewer: tree.Params,
-    call: tuple[Any, Any],
-    analysis: Analysis,
-    surgery: Surgery,
+    params: tree.Params, fewer: tree.Params, given: Any, smaller: _Smaller, dropped: Dropped
 ) -> Certificate:
-    dropped: Dropped = smaller.dropped
-
-    @jax.jit
-    def dense(params: Any, inputs: Any, kwargs: Any) -> Any:
-        return _cut(analysis, surgery, fn(params, *inputs, **kwargs))
-
-    @jax.jit
-    def switched_off(params: Any, inputs: Any, kwargs: Any) -> Any:
-        return _cut(analysis, surgery, _switched_off(analysis, dropped, (params, inputs, kwargs)))
-
-    @jax.jit
-    def shrunk(params: Any, inputs: Any, kwargs: Any) -> Any:
-        return smaller(params, *inputs, **kwargs)
+    """Compare a captured call with itself without what was dropped; `given` are its inputs."""
+    analysis, traced = smaller.analysis, smaller.traced
+    switched = jax.jit(lambda *args: smaller.shorten(_switch_off(analysis, dropped, args)))
+    dense = jax.jit(lambda *args: smaller.shorten(run_call(traced, *args)))
+    shrunk = jax.jit(smaller)
 
     def measured(call: Any) -> Distances:
         outputs = shrunk(fewer, *call)
         return Distances(
-            structural=distance(outputs, switched_off(params, *call)),
+            structural=distance(outputs, switched(params, *call)),
             weights=distance(outputs, dense(zeroed(params, dropped), *call)),
             dense=distance(outputs, dense(params, *call)),
         )
 
+    inputs, kwargs = given
+    small = lambda params, *inputs, **kwargs: smaller(params, inputs, kwargs)
     return Certificate(
-        given=None if is_abstract(params, call) else measured(call),
-        random=None if is_abstract(params) else measured(random_like(call)),
-        tolerance=tolerance_of(params, call, analysis.traced.outputs),
+        given=None if is_abstract(params, given) else measured(given),
+        random=None if is_abstract(params) else measured(random_like(given)),
+        tolerance=tolerance_of(params, given, traced.outputs),
         leaks=(),
-        before=size_of(fn, params, *call, compiled=False),
-        after=size_of(smaller, fewer, *call, compiled=False),
+        before=size_of(traced, params),
+        after=size_of(capture(small, fewer, *inputs, **kwargs), fewer),
         notes=_notes(analysis, dropped),
     )
 
@@ -310,15 +325,7 @@ def _notes(analysis: Analysis, dropped: Dropped) -> tuple[str, ...]:
     return tuple(notes)
 
 
-def _cut(analysis: Analysis, surgery: Surgery, outputs: Any) -> Any:
-    """Take out of fn's outputs what fn' does not return."""
-    results = jax.tree.leaves(outputs)
-    for k, (axis, scan) in surgery.short_outputs.items():
-        results[k] = take(results[k], axis, surgery.kept[scan])
-    return _outputs(analysis, surgery, results)
-
-
-def _switched_off(analysis: Analysis, dropped: Dropped, args: Any) -> Any:
+def _switch_off(analysis: Analysis, dropped: Dropped, args: Any) -> Any:
     """Run fn at full size with the branches set to zero, and stacked layers passed by."""
     gates = {name: jnp.zeros(analysis.blocks[name].stack, jnp.bool_) for name in dropped.blocks}
     layers = {

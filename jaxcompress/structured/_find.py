@@ -9,6 +9,7 @@ import numpy as np
 
 from jaxcompress import graph, tree
 from jaxcompress.errors import ArgumentError
+from jaxcompress.structured._certificate import capture_exactly
 from jaxcompress.structured._groups import Group, Groups, Member, Role
 
 _WORDS: dict[Role, str] = {
@@ -60,7 +61,9 @@ def groups(
         >>> found.frozen["down"].frozen
         'it is axis 1 of output 0'
     """
-    dims = graph.dims(fn, params, *inputs, **kwargs)
+    traced = capture_exactly(fn, params, inputs, kwargs)
+    shapes = {path: jax.tree.map(_struct, leaf) for path, leaf in traced.leaves.items()}
+    dims = graph.dims(replace(traced, leaves=shapes))  # it holds no weights
     found = _Finder(dims, whole_heads).groups()
     named = _named(found)
     rounded = [replace(group, round_to=_multiple(group, round_to)) for group in named]
@@ -69,7 +72,7 @@ def groups(
         frozen={group.name: group for group in rounded if group.frozen is not None},
         leaves={
             path: jax.ShapeDtypeStruct(tuple(leaf.shape), leaf.dtype)
-            for path, leaf in dims.traced.leaves.items()
+            for path, leaf in shapes.items()
         },
         dims=dims,
         fn=fn,

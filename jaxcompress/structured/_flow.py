@@ -13,27 +13,24 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jaxcompress.graph.affine._reads import INLINE
-from jaxcompress.graph.program import _compat
-from jaxcompress.graph.program._compat import Program
-from jaxcompress.graph.program._constructs import Body, construct
-from jaxcompress.graph.sites._trace import Traced
-from jaxcompress.graph.sites._walk import Position
-
-_SAME = frozenset(
-    {
-        "convert_element_type",
-        "copy",
-        "layout_constraint",
-        "name",
-        "optimization_barrier",
-        "reduce_precision",
-        "reshard",
-        "sharding_constraint",
-        "stop_gradient",
-    }
+from jaxcompress.graph import Traced
+from jaxcompress.graph.program import (
+    IDENTITIES,
+    INLINE,
+    Domain,
+    Frame,
+    Live,
+    Place,
+    Position,
+    Program,
+    Role,
+    Step,
+    construct,
+    interpret,
+    live,
+    scan_counts,
 )
-"""Primitives whose results are their operands, cast or placed elsewhere."""
+
 NO_VALUE = -1
 """Stands for a literal."""
 
@@ -146,7 +143,11 @@ def bits(mask: int) -> list[int]:
 
 
 def flow_of(traced: Traced) -> Flow:
-    """Read a captured call as a flow."""
+    """Read a captured call as a flow, once."""
+    return traced.derive("flow", lambda: _flow_of(traced))
+
+
+def _flow_of(traced: Traced) -> Flow:
     sites: dict[Position, list[int]] = {}
     for number, found in enumerate(traced.record.sites):
         for k in range(1, len(found.position) + 1, 2):
@@ -168,89 +169,81 @@ def _read(
     flow = Flow(position, program)
     values = []
     for var, paths in zip(program.invars, args, strict=True):
-        value = flow._add(0, getattr(var.aval, "shape", ()))
+        value = flow._add(0, _shape(var))
         if paths is None:
             flow.varying |= 1 << value
         else:
             flow.paths[value] = paths
         values.append(value)
     flow.inputs = tuple(values)
-    flow.outputs = _inside(flow, program, position, values, sites)
+    walk = interpret(program, values, _Flowing(flow, sites), Place(position=position))
+    flow.outputs = tuple(walk.results)
     return flow
 
 
-def _inside(
-    flow: Flow,
-    program: Program,
-    position: Position,
-    args: Sequence[int],
-    sites: Mapping[Position, list[int]],
-) -> tuple[int, ...]:
-    env: dict[Any, int] = {}
-    for var in program.constvars:
-        env[var] = flow._add(0, getattr(var.aval, "shape", ()))
-    env.update(zip(program.invars, args, strict=True))
+class _Flowing(Domain[int]):
+    """Numbers the values of a flow."""
 
-    def read(atom: Any) -> int:
-        return NO_VALUE if isinstance(atom, _compat.Literal) else env[atom]
+    def __init__(self, flow: Flow, sites: Mapping[Position, list[int]]):
+        self._flow, self._sites = flow, sites
 
-    for number, eqn in enumerate(program.eqns):
-        here, operands = (*position, number), tuple(read(atom) for atom in eqn.invars)
-        rule = construct(eqn.primitive.name)
-        if eqn.primitive.name in INLINE:
-            assert rule is not None
-            (body,) = rule.bodies(eqn)
-            given = [flow._add(0, ()) if v == NO_VALUE else v for v in operands]
-            results = _inside(flow, body.program, (*here, 0), given, sites)
-            results = tuple(flow._add(0, ()) if v == NO_VALUE else v for v in results)
-            flow.borders[here] = Border(operands, results)
-        else:
-            body = rule.bodies(eqn)[0] if rule and eqn.primitive.name == "scan" else None
-            results = _node(flow, eqn, here, operands, body, sites)
-        env.update(zip(eqn.outvars, results, strict=True))
-    return tuple(read(atom) for atom in program.outvars)
+    def constant(self, var: Any, value: Any, place: Place) -> int:
+        return self._flow._add(0, _shape(var))
+
+    def literal(self, atom: Any) -> int:
+        return NO_VALUE
+
+    def enters(self, eqn: Any, operands: Sequence[int], here: Position) -> bool:
+        return eqn.primitive.name in INLINE
+
+    def feed(self, value: int, k: int, role: Role, frame: Frame[int]) -> int:
+        return self._flow._add(0, ()) if value == NO_VALUE else value
+
+    def give(self, value: int, k: int, role: Role, frame: Frame[int]) -> int:
+        return self._flow._add(0, ()) if value == NO_VALUE else value
+
+    def end(
+        self, eqn: Any, operands: Sequence[int], results: list[int], here: Position
+    ) -> list[int]:
+        self._flow.borders[here] = Border(tuple(operands), tuple(results))
+        return results
+
+    def equation(
+        self, eqn: Any, operands: Sequence[int], here: Position, place: Place
+    ) -> Sequence[int]:
+        flow, read = self._flow, [v for v in operands if v != NO_VALUE]
+        above = functools.reduce(operator.or_, (flow.above[v] for v in read), 0)
+        varies = any(flow.varies(v) for v in read)
+        results = tuple(flow._add(above, _shape(var)) for var in eqn.outvars)
+        inside = self._scan_body(eqn, operands, here) if eqn.primitive.name == "scan" else None
+        sites = tuple(self._sites.get(here, ()))
+        node = Node(here, eqn, tuple(operands), results, inside, sites)
+        flow.nodes.append(node)
+        paths = frozenset[str]().union(*(flow.paths[v] for v in read))
+        for k, value in enumerate(results):
+            flow.maker[value] = node
+            if varies:
+                flow.varying |= 1 << value
+            else:
+                flow.paths[value] = paths
+            if eqn.primitive.name in IDENTITIES and operands[k] != NO_VALUE and _keeps(eqn):
+                flow.root[value] = flow.root[operands[k]]
+        return results
+
+    def _scan_body(self, eqn: Any, operands: Sequence[int], here: Position) -> Flow:
+        rule = construct("scan")
+        assert rule is not None
+        (body,) = rule.bodies(eqn)
+        args: list[frozenset[str] | None] = []
+        for k, role in body.inputs:
+            value = operands[k]
+            known = frozenset[str]() if value == NO_VALUE else self._flow.paths[value]
+            args.append(None if role == "carry" or self._flow.varies(value) else known)
+        return _read(body.program, (*here, 0), args, self._sites)
 
 
-def _node(
-    flow: Flow,
-    eqn: Any,
-    here: Position,
-    operands: tuple[int, ...],
-    body: Body | None,
-    sites: Mapping[Position, list[int]],
-) -> tuple[int, ...]:
-    read = [v for v in operands if v != NO_VALUE]
-    above = functools.reduce(operator.or_, (flow.above[v] for v in read), 0)
-    varies = any(flow.varies(v) for v in read)
-    results = tuple(flow._add(above, getattr(var.aval, "shape", ())) for var in eqn.outvars)
-    inside = None if body is None else _scan_body(flow, body, here, operands, sites)
-    node = Node(here, eqn, operands, results, inside, tuple(sites.get(here, ())))
-    flow.nodes.append(node)
-    paths = frozenset[str]().union(*(flow.paths[v] for v in read))
-    for k, value in enumerate(results):
-        flow.maker[value] = node
-        if varies:
-            flow.varying |= 1 << value
-        else:
-            flow.paths[value] = paths
-        if eqn.primitive.name in _SAME and operands[k] != NO_VALUE and _keeps(eqn):
-            flow.root[value] = flow.root[operands[k]]
-    return results
-
-
-def _scan_body(
-    flow: Flow,
-    body: Body,
-    here: Position,
-    operands: Sequence[int],
-    sites: Mapping[Position, list[int]],
-) -> Flow:
-    args: list[frozenset[str] | None] = []
-    for k, role in body.inputs:
-        value = operands[k]
-        known = frozenset[str]() if value == NO_VALUE else flow.paths[value]
-        args.append(None if role == "carry" or flow.varies(value) else known)
-    return _read(body.program, (*here, 0), args, sites)
+def _shape(var: Any) -> tuple[int, ...]:
+    return getattr(var.aval, "shape", ())
 
 
 def _keeps(eqn: Any) -> bool:
@@ -263,7 +256,7 @@ def _keeps(eqn: Any) -> bool:
 
 
 @dataclass(frozen=True)
-class Live:
+class Needed:
     """What is needed for chosen results.
 
     Attributes:
@@ -275,7 +268,7 @@ class Live:
     values: Mapping[Position, frozenset[int]]
 
 
-def live(flow: Flow, roots: Iterable[int], passes: Mapping[Position, int]) -> Live:
+def needed_for(flow: Flow, roots: Iterable[int], passes: Mapping[Position, int]) -> Needed:
     """Find what is needed for some values of a flow.
 
     Args:
@@ -288,53 +281,46 @@ def live(flow: Flow, roots: Iterable[int], passes: Mapping[Position, int]) -> Li
     """
     nodes: set[Position] = set()
     values: dict[Position, frozenset[int]] = {}
-    _live(flow, roots, passes, nodes, values)
-    return Live(frozenset(nodes), values)
+    _find_needed(flow, roots, passes, nodes, values)
+    return Needed(frozenset(nodes), values)
 
 
-def _live(
+def _find_needed(
     flow: Flow,
     roots: Iterable[int],
     passes: Mapping[Position, int],
     nodes: set[Position],
     values: dict[Position, frozenset[int]],
-) -> set[int]:
-    needed = set(roots) - {NO_VALUE}
-    for node in reversed(flow.nodes):
-        if not node.eqn.effects and needed.isdisjoint(node.results):
-            continue
+) -> frozenset[int]:
+    def reads(number: int, found: Live) -> Iterable[int]:
+        node = flow.nodes[number]
         nodes.add(node.position)
         if node.position in passes:
-            needed.add(node.operands[passes[node.position]])
+            operands: Iterable[int] = (node.operands[passes[node.position]],)
         elif node.body is None:
-            needed.update(node.operands)
+            operands = node.operands
         else:
-            needed |= _live_scan(node, node.body, needed, passes, nodes, values)
-    needed.discard(NO_VALUE)
-    values[flow.position] = frozenset(needed)
+            operands = scan_operands(node, node.body, found)
+        return set(operands) - {NO_VALUE}
+
+    def scan_operands(node: Node, body: Flow, found: Live) -> Iterable[int]:
+        consts, carry = scan_counts(node.eqn)
+        wanted = [
+            value
+            for k, value in enumerate(body.outputs)
+            if k < carry or node.results[k] in found.last  # what is carried stays, used or not
+        ]
+        inside = _find_needed(body, wanted, passes, nodes, values)
+        return [
+            node.operands[k]
+            for k, value in enumerate(body.inputs)
+            if value in inside or consts <= k < consts + carry
+        ]
+
+    steps = [Step(node.operands, node.results, bool(node.eqn.effects)) for node in flow.nodes]
+    needed = frozenset(live(steps, set(roots) - {NO_VALUE}, reads).last)
+    values[flow.position] = needed
     return needed
-
-
-def _live_scan(
-    node: Node,
-    body: Flow,
-    needed: set[int],
-    passes: Mapping[Position, int],
-    nodes: set[Position],
-    values: dict[Position, frozenset[int]],
-) -> set[int]:
-    consts, carry = _compat.scan_counts(node.eqn)
-    wanted = [
-        value
-        for k, value in enumerate(body.outputs)
-        if k < carry or node.results[k] in needed  # what is carried stays, used or not
-    ]
-    inside = _live(body, wanted, passes, nodes, values)
-    return {
-        node.operands[k]
-        for k, value in enumerate(body.inputs)
-        if value in inside or consts <= k < consts + carry
-    }
 
 
 def tainted(
@@ -376,7 +362,7 @@ def _tainted_scan(
     nodes: frozenset[Position],
     passes: Mapping[Position, int],
 ) -> set[int]:
-    consts, carry = _compat.scan_counts(node.eqn)
+    consts, carry = scan_counts(node.eqn)
     start = {v for k, v in enumerate(body.inputs) if node.operands[k] in found}
     while True:
         inside = tainted(body, nodes, passes, start)

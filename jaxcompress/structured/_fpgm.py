@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import ArrayLike
 
-from jaxcompress.graph.sites._forms import replicated
+from jaxcompress.graph.sites import replicated
 from jaxcompress.structured._groups import Group, Member
 from jaxcompress.structured._method import Given, Method
 from jaxcompress.structured._units import unit_entries

@@ -7,8 +7,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxcompress.graph.program._constructs import Cells
-from jaxcompress.graph.sites._replay import Equation, execute
+from jaxcompress.graph import Equation
+from jaxcompress.graph.program import Cells
+from jaxcompress.graph.sites import execute
 from jaxcompress.structured._blocks import Analysis
 from jaxcompress.structured._surgery import new_plan, stepped
 

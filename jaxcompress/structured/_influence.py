@@ -14,9 +14,8 @@ from jaxtyping import Float
 
 from jaxcompress import tree
 from jaxcompress.errors import ArgumentError, NonFiniteError
-from jaxcompress.graph.program._constructs import Cells
-from jaxcompress.graph.sites._replay import Equation, run
-from jaxcompress.graph.sites._walk import Position
+from jaxcompress.graph import Equation
+from jaxcompress.graph.program import Cells, Position, run
 from jaxcompress.structured._blocks import Analysis, Layer, analyse
 from jaxcompress.structured._depth_units import (
     Level,

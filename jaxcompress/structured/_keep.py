@@ -28,6 +28,8 @@ class Keep(Mapping[str, np.ndarray]):
         leaves: `{path: {axis: indices along it}}`, the same for each leaf.
         layers: `{path: axis of stacked layers}`, where these keep different indices.
         shapes: `{path: shape at full size}` of all leaves.
+        traced: The call of fn that they were chosen for, to be used again by `shrink`; it is not
+            saved.
     """
 
     indices: Mapping[str, np.ndarray]
@@ -35,6 +37,7 @@ class Keep(Mapping[str, np.ndarray]):
     leaves: graph.KeepIndices = field(repr=False)
     layers: Mapping[str, int] = field(repr=False)
     shapes: Mapping[str, tuple[int, ...]] = field(repr=False)
+    traced: graph.Traced | None = field(default=None, repr=False)
 
     def __getitem__(self, name: str) -> np.ndarray:
         return self.indices[name]
@@ -173,6 +176,7 @@ def keep(groups: Groups, indices: Mapping[str, ArrayLike]) -> Keep:
         leaves=leaves,
         layers=layers,
         shapes=shapes,
+        traced=groups.dims.traced if groups.dims is not None else None,
     )
 
 

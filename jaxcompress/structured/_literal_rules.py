@@ -9,8 +9,7 @@ from typing import Any, Literal, TypeAlias
 import jax.numpy as jnp
 import numpy as np
 
-from jaxcompress.graph.program import _compat
-from jaxcompress.graph.sites._walk import Position
+from jaxcompress.graph.program import ARRANGES, CASTS, PLACES, Position
 
 Kind: TypeAlias = Literal[
     "number", "leaf", "sum", "mean", "deviation", "root", "norm", "output", "dot"
@@ -47,14 +46,8 @@ def _rule(*names: str) -> Callable[[Rule], Rule]:
     return register
 
 
-def is_literal(atom: Any) -> bool:
-    return isinstance(atom, _compat.Literal)
-
-
-def read(atom: Any, tags: dict[Any, Tag | None]) -> Tag | None:
-    if not is_literal(atom):
-        return tags.get(atom)
-    value = np.asarray(atom.val)
+def tag_of(literal: Any) -> Tag | None:
+    value = np.asarray(literal.val)
     if value.ndim or not (jnp.issubdtype(value.dtype, jnp.number) and np.isrealobj(value)):
         return None
     return Tag(kind="number", value=float(value))
@@ -87,11 +80,8 @@ def _linear(operands: Sequence[Tag | None]) -> Tag | None:
     return None
 
 
-@_rule(
-    "broadcast_in_dim", "convert_element_type", "copy", "expand_dims", "reduce_precision",
-    "reshape", "reshard", "sharding_constraint", "squeeze", "transpose", "name",
-)  # fmt: skip
-def _passed(eqn: Any, x: Tag | None, *rest: Any) -> Tag | None:
+@_rule(*ARRANGES, *CASTS, *PLACES)
+def _pass(eqn: Any, x: Tag | None, *rest: Any) -> Tag | None:
     return x
 
 

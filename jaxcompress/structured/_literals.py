@@ -8,26 +8,35 @@ import functools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any
+from typing import Literal as Choice
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from jaxcompress import graph, tree
-from jaxcompress.graph.dims._removed import Removed, removed_by
-from jaxcompress.graph.program._constructs import construct
-from jaxcompress.graph.sites._replay import Equation, Plan, execute
-from jaxcompress.graph.sites._trace import capture
-from jaxcompress.graph.sites._walk import Position
+from jaxcompress.graph import Equation
+from jaxcompress.graph.dims import Removed, removed_by
+from jaxcompress.graph.program import (
+    Domain,
+    Frame,
+    Literal,
+    Place,
+    Plan,
+    Position,
+    Role,
+    interpret,
+    never,
+)
+from jaxcompress.graph.sites import capture_call, execute
 from jaxcompress.structured._literal_rules import (
     ARITHMETIC,
     RULES,
     Tag,
     contracted,
-    is_literal,
-    read,
     summed,
+    tag_of,
 )
 
 
@@ -47,7 +56,7 @@ class WidthLiteral:
         centred: Whether the norm subtracts a mean, for which nothing can make up exactly.
     """
 
-    kind: Literal["norm", "attention"]
+    kind: Choice["norm", "attention"]
     leaves: tuple[str, ...]
     old: int
     new: int
@@ -107,19 +116,15 @@ def with_epsilons(fn: Callable[..., Any], literals: Sequence[WidthLiteral]) -> C
         return [equation.bind(*operands)], {}
 
     def run(params: Any, *inputs: Any) -> Any:
-        traced = capture(fn, params, inputs, {})
-        plan = Plan({at: functools.partial(visit, at) for at in wanted}, {}, _never)
+        traced = capture_call(fn, params, inputs, {})
+        plan = Plan({at: functools.partial(visit, at) for at in wanted}, {}, never)
         return execute(traced, plan, (params, inputs, {}), {})[0]
 
     return run
 
 
-def _never(position: Position, program: Any) -> Plan:
-    raise AssertionError("what is compared is not differentiated")
-
-
-class _Reader:
-    """One pass over a program that follows sums over axes that shrink."""
+class _Reader(Domain[Tag | None]):
+    """Follows sums over axes that shrink through a program."""
 
     def __init__(self, dims: graph.Dims, removed: Removed):
         self._dims, self._removed = dims, removed
@@ -136,7 +141,7 @@ class _Reader:
             else:
                 args.append(Tag(kind="leaf", leaves=frozenset([path])))
         args += [None] * (len(program.invars) - len(args))
-        self._walk((), args)
+        interpret(program, args, self)
 
     def bare(self) -> list[WidthLiteral]:
         """List the norms that no leaf scales."""
@@ -146,21 +151,28 @@ class _Reader:
             for at, tag in self._norms.items() if at not in self._met
         ]  # fmt: skip
 
-    def _walk(self, prefix: Position, args: Sequence[Tag | None]) -> list[Tag | None]:
-        program, labels = self._dims.programs[prefix]
-        tags: dict[Any, Tag | None] = dict(zip(program.invars, args, strict=True))
-        for number, eqn in enumerate(program.eqns):
-            operands = [read(atom, tags) for atom in eqn.invars]
-            here = (*prefix, number)
-            rule = construct(eqn.primitive.name)
-            if rule is not None:
-                results = self._construct(eqn, here, rule.bodies(eqn), operands)
-            else:
-                axes = [None if is_literal(a) else labels[a] for a in eqn.invars]
-                widths = [[] if a is None else self._widths(a) for a in axes]
-                results = [self._follow(eqn, here, operands, widths)] * len(eqn.outvars)
-            tags.update(zip(eqn.outvars, results, strict=True))
-        return [read(atom, tags) for atom in program.outvars]
+    def constant(self, var: Any, value: Any, place: Place) -> None:
+        return None
+
+    def literal(self, atom: Any) -> Tag | None:
+        return tag_of(atom)
+
+    def equation(
+        self, eqn: Any, operands: Sequence[Tag | None], here: Position, place: Place
+    ) -> list[Tag | None]:
+        _, labels = self._dims.programs[place.position]
+        axes = [() if isinstance(a, Literal) else labels[a] for a in eqn.invars]
+        widths = [self._widths(each) for each in axes]
+        return [self._follow(eqn, here, operands, widths)] * len(eqn.outvars)
+
+    def enters(self, eqn: Any, operands: Sequence[Tag | None], here: Position) -> bool:
+        return here not in self._dims.dead
+
+    def feed(self, value: Tag | None, k: int, role: Role, frame: Frame[Tag | None]) -> Tag | None:
+        return None if role == "carry" else value
+
+    def give(self, value: Tag | None, k: int, role: Role, frame: Frame[Tag | None]) -> Tag | None:
+        return None if role == "carry" or frame.body.branch else value
 
     def _widths(self, axes: Sequence[Any]) -> list[tuple[int, int]]:
         """Give the size of each axis, before and after."""
@@ -169,18 +181,6 @@ class _Reader:
             (len(axis), len(axis) if mask is None else int(np.atleast_2d(mask)[0].sum()))
             for axis, mask in zip(axes, masks, strict=True)
         ]
-
-    def _construct(
-        self, eqn: Any, here: Position, bodies: Sequence[Any], operands: Sequence[Tag | None]
-    ) -> list[Tag | None]:
-        results: list[Tag | None] = [None] * len(eqn.outvars)
-        for number, body in enumerate(bodies):
-            args = [None if role == "carry" else operands[k] for k, role in body.inputs]
-            outs = self._walk((*here, number), args)
-            for (target, role), tag in zip(body.results, outs, strict=True):
-                if target is not None and role != "carry" and len(bodies) == 1:
-                    results[target] = tag
-        return results
 
     def _follow(
         self,

@@ -8,9 +8,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from jaxcompress import tree
-from jaxcompress.graph.program import _compat
-from jaxcompress.graph.sites._trace import Traced
-from jaxcompress.graph.sites._walk import Position
+from jaxcompress.graph import Traced
+from jaxcompress.graph.program import Position, scan_counts
 from jaxcompress.structured._flow import NO_VALUE, Flow, Node, bits, flow_of
 
 
@@ -182,7 +181,7 @@ def _stack(flow: Flow, node: Node, first: Residual) -> Stack | None:
     """Describe a scan as a stack of layers, if each iteration reads rows of leaves."""
     body = node.body
     assert body is not None
-    consts, carry = _compat.scan_counts(node.eqn)
+    consts, carry = scan_counts(node.eqn)
     slots = range(consts + carry, len(node.operands))
     paths = dict.fromkeys(
         path

@@ -11,7 +11,7 @@ from jaxtyping import ArrayLike
 from jaxcompress import graph, stats, tree
 from jaxcompress.errors import ArgumentError
 from jaxcompress.graph import Site
-from jaxcompress.graph.sites._forms import Form, form_of
+from jaxcompress.graph.sites import Form, form_of
 from jaxcompress.stats._collect import opened
 
 Found = Mapping[str, tuple[tuple[Site, Any], ...]]

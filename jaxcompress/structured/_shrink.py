@@ -10,10 +10,13 @@ from jax.typing import ArrayLike
 
 from jaxcompress import graph, tree
 from jaxcompress.errors import ArgumentError
+from jaxcompress.graph import Traced
+from jaxcompress.graph.sites import call as run_call
 from jaxcompress.structured._certificate import (
     Certificate,
     Distances,
     Leak,
+    capture_exactly,
     distance,
     is_abstract,
     random_like,
@@ -156,30 +159,30 @@ def shrink(
     """
     if not isinstance(keep, Keep):
         keep = make_keep(find_groups(fn, params, *inputs, whole_heads=False, **kwargs), keep)
+    known = keep.traced is not None and keep.traced.fn is fn
+    traced = capture_exactly(keep.traced if known else fn, params, inputs, kwargs)
     smaller = slice_params(params, keep)
-    small_fn = rebuild(fn, keep)
+    small = graph.resize(traced, keep.leaves, keep.shapes)
     given = distances_on = None
     leaks: tuple[Leak, ...] = ()
     tolerance = 0.0
     if not is_abstract(params):
-        compare = _Comparison(fn, small_fn, params, smaller, keep, inputs, kwargs)
+        compare = _Comparison(traced, small, params, smaller, keep, inputs, kwargs)
         given = None if is_abstract(inputs) else compare.distances(inputs)
         drawn = random_like(inputs)
         distances_on = compare.distances(drawn)
         tolerance = compare.tolerance
         if distances_on.weights.relative > tolerance:
-            leaks = compare.leaks(drawn)
-    before = size_of(fn, params, inputs, kwargs, compiled=compiled)
-    after = size_of(small_fn, smaller, inputs, kwargs, compiled=compiled)
+            leaks = graph.leaks(traced, keep.leaves, params, *drawn, **kwargs)
     certificate = Certificate(
         given=given,
         random=distances_on,
         tolerance=tolerance,
         leaks=leaks,
-        before=before,
-        after=after,
+        before=size_of(traced, params, compiled=compiled),
+        after=size_of(graph.capture(small, smaller, *inputs, **kwargs), smaller, compiled=compiled),
     )
-    return small_fn, smaller, certificate
+    return rebuild(fn, keep), smaller, certificate
 
 
 class _Comparison:
@@ -191,7 +194,7 @@ class _Comparison:
 
     def __init__(
         self,
-        fn: Callable[..., Any],
+        traced: Traced,
         small: Callable[..., Any],
         params: tree.Params,
         smaller: tree.Params,
@@ -199,43 +202,41 @@ class _Comparison:
         inputs: Sequence[Any],
         kwargs: Mapping[str, Any],
     ):
-        self._fn, self._keep, self._kwargs = fn, keep, dict(kwargs)
+        self._keep, self._kwargs = keep, dict(kwargs)
         self._params, self._smaller = params, smaller
         self._masked = mask_params(params, keep)
-        self._dense, self._small = jax.jit(fn), jax.jit(small)
-        self._remasked = jax.jit(graph.remask(fn, keep.leaves))
-        self._wide = self._widens(inputs)
-        dims = graph.dims(fn, self._widened(params), *self._widened(inputs), **kwargs)
+        wide = self._capture_wide(traced, inputs)
+        self._wide, exact = wide is not None, traced if wide is None else wide
+        call = lambda params, *inputs, **kwargs: run_call(traced, params, inputs, kwargs)
+        self._dense, self._small = jax.jit(call), jax.jit(small)
+        self._exact = self._small
+        if self._wide:
+            self._exact = jax.jit(graph.resize(exact, keep.leaves, keep.shapes))
+        self._remasked = jax.jit(graph.remask(exact, keep.leaves))
+        dims = graph.dims(exact)
         self._state = dims.state
         variables = [var.aval for _, env in dims.programs.values() for var in env]
         self.tolerance = tolerance_of(params if not self._wide else (), (), variables)
 
-    def _widens(self, inputs: Sequence[Any]) -> bool:
-        """Tell whether there is anything narrow, and fn takes it in float32."""
+    def _capture_wide(self, traced: Traced, inputs: Sequence[Any]) -> Traced | None:
+        """Trace fn in float32, if anything is narrower and fn takes it so."""
         narrow = (self._params, inputs)
         wide = jax.eval_shape(widened, narrow)
         if wide == jax.eval_shape(lambda x: x, narrow):
-            return False
+            return None
         try:
-            jax.eval_shape(self._fn, wide[0], *wide[1], **self._kwargs)
+            return capture_exactly(traced.fn, wide[0], tuple(wide[1]), self._kwargs)
         except (TypeError, ValueError):  # it mixes them with a dtype of its own
-            return False
-        return True
-
-    def _widened(self, values: Any) -> Any:
-        return widened(values) if self._wide else values
+            return None
 
     def distances(self, inputs: Sequence[Any]) -> Distances:
-        # Accelerators multiply float32 in fewer bits unless they are told not to.
-        with jax.default_matmul_precision("highest"):
-            run = lambda fn, params, inputs: fn(params, *inputs, **self._kwargs)
-            outputs = exact = run(self._small, self._smaller, inputs)
-            if self._wide:
-                exact = run(self._small, widened(self._smaller), widened(inputs))
-            whole = self._widened(self._params), self._widened(inputs)
-            remasked = run(self._remasked, *whole)
-            masked = run(self._dense, self._masked, inputs)
-            dense = run(self._dense, self._params, inputs)
+        run = lambda fn, params, inputs: fn(params, *inputs, **self._kwargs)
+        widen = widened if self._wide else lambda values: values
+        outputs = run(self._small, self._smaller, inputs)
+        exact = run(self._exact, widen(self._smaller), widen(inputs)) if self._wide else outputs
+        remasked = run(self._remasked, widen(self._params), widen(inputs))
+        masked = run(self._dense, self._masked, inputs)
+        dense = run(self._dense, self._params, inputs)
         return Distances(
             structural=distance(exact, self._cut(remasked)),
             weights=distance(outputs, self._cut(masked)),
@@ -248,6 +249,3 @@ class _Comparison:
         for number, path in self._state.items():
             flat[number] = _sliced(path, flat[number], self._keep)
         return jax.tree.unflatten(treedef, flat)
-
-    def leaks(self, inputs: Sequence[Any]) -> tuple[Leak, ...]:
-        return graph.leaks(self._fn, self._keep.leaves, self._params, *inputs, **self._kwargs)

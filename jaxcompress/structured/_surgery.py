@@ -6,22 +6,31 @@ from dataclasses import dataclass
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
 from jaxcompress import tree
 from jaxcompress.errors import ArgumentError
-from jaxcompress.graph.program import _compat
-from jaxcompress.graph.program._compat import Program
-from jaxcompress.graph.program._constructs import Cells, construct
-from jaxcompress.graph.sites._replay import Entry, Equation, Plan, Visit
-from jaxcompress.graph.sites._trace import Traced
-from jaxcompress.graph.sites._walk import Position
-from jaxcompress.structured._flow import NO_VALUE, Flow, Live, Node, live, tainted
+from jaxcompress.graph import Equation, Traced
+from jaxcompress.graph.dims import state_outputs
+from jaxcompress.graph.program import (
+    CASTS,
+    Cells,
+    Entry,
+    Plan,
+    Position,
+    Program,
+    Visit,
+    leave_out,
+    pass_on,
+    rebuild,
+    reenter,
+    scan_counts,
+)
+from jaxcompress.structured._flow import NO_VALUE, Flow, Needed, Node, needed_for, tainted
 from jaxcompress.structured._residuals import Residual
 
-_ROWWISE = frozenset({"convert_element_type", "copy", "name", "reduce_precision", "transpose"})
+_ROWWISE = CASTS | {"copy", "name", "transpose"}
 """Primitives that do the same with fewer rows."""
 Kept = Mapping[Position, tuple[int, ...]]
 """The iterations that stay of each scan that loses some."""
@@ -45,7 +54,7 @@ class Surgery:
 
     passes: Mapping[Position, int]
     kept: Kept
-    live: Live
+    live: Needed
     removed: tuple[str, ...]
     rows: Mapping[str, int]
     small: frozenset[int]
@@ -79,16 +88,16 @@ def operate(
     """
     passes = {one.node.position: one.skip for one in dropped}
     parts = _parts(traced)
-    state = _mirrors(traced)
+    state = state_outputs(traced)
     leaves = set(flow.inputs[: len(parts)])
     through = {k for k in state if flow.outputs[k] in leaves}
     fixed = [v for k, v in enumerate(flow.outputs) if k not in state]
-    gone = live(flow, fixed, {}).nodes - live(flow, fixed, passes).nodes
+    gone = needed_for(flow, fixed, {}).nodes - needed_for(flow, fixed, passes).nodes
     touched = tainted(flow, gone, passes) if state else set[int]()
     lost = {k for k in state.keys() - through if flow.outputs[k] in touched}
     roots = [(k, v) for k, v in enumerate(flow.outputs) if k not in through]
-    before = live(flow, [v for _, v in roots], {}).values[()]
-    after = live(flow, [v for k, v in roots if k not in lost], passes)
+    before = needed_for(flow, [v for _, v in roots], {}).values[()]
+    after = needed_for(flow, [v for k, v in roots if k not in lost], passes)
     read_before = {parts[v] for v in before & leaves}
     read_after = {parts[v] for v in after.values[()] & leaves}
     removed = _removed(list(traced.leaves), read_before, read_after)
@@ -110,19 +119,6 @@ def operate(
 def _parts(traced: Traced) -> list[str]:
     """List the path of the leaf of each of the first arguments."""
     return [path for path, leaf in traced.leaves.items() for _ in jax.tree.leaves(leaf)]
-
-
-def _mirrors(traced: Traced) -> dict[int, str]:
-    """Find the results that are new values of leaves: those with a leaf's path and shape."""
-    found = {}
-    for k, (keypath, like) in enumerate(jax.tree_util.tree_flatten_with_path(traced.outputs)[0]):
-        segments = tree.path_str(keypath).split("/")
-        for start in range(len(segments)):
-            path = "/".join(segments[start:])
-            if path in traced.leaves and traced.leaves[path].shape == like.shape:
-                found[k] = path
-                break
-    return found
 
 
 def _removed(paths: Sequence[str], before: set[str], after: set[str]) -> tuple[str, ...]:
@@ -150,7 +146,7 @@ class _Rows:
         self,
         traced: Traced,
         flow: Flow,
-        after: Live,
+        after: Needed,
         kept: Kept,
         state: Mapping[int, str],
         lost: set[int],
@@ -222,7 +218,7 @@ class _Rows:
 
     def _results(self, scan: Node) -> None:
         """Check that results stacked by a scan are state of leaves that lose the same rows."""
-        carry = _compat.scan_counts(scan.eqn)[1]
+        carry = scan_counts(scan.eqn)[1]
         for value in scan.results[carry:]:
             if value not in self._after.values[()]:
                 continue
@@ -253,7 +249,7 @@ class _Rows:
 
 
 def _first_slice(node: Node) -> int:
-    return sum(_compat.scan_counts(node.eqn)) if node.name == "scan" else len(node.operands)
+    return sum(scan_counts(node.eqn)) if node.name == "scan" else len(node.operands)
 
 
 # --- carrying it out ------------------------------------------------------------------------------
@@ -289,11 +285,11 @@ def _plan_flow(flow: Flow, surgery: Surgery, plan: Plan, visits: dict[Position, 
         if not inside and needed.isdisjoint(border.results):
             visits[position] = leave_out
         elif any(v not in needed or v in small for v in given):
-            visits[position] = functools.partial(_rebuild, plan, position)
+            visits[position] = functools.partial(reenter, plan, position)
     for node in flow.nodes:
         here = node.position
         if here in surgery.passes and here in alive:
-            visits[here] = functools.partial(_pass, surgery.passes[here])
+            visits[here] = functools.partial(pass_on, surgery.passes[here])
         elif here not in alive:
             visits[here] = leave_out
         elif node.body is not None:
@@ -306,27 +302,6 @@ def _plan_flow(flow: Flow, surgery: Surgery, plan: Plan, visits: dict[Position, 
                 }
                 visits[here] = functools.partial(_shorter, plan, here, kept, whole)
             _plan_flow(node.body, surgery, plan, visits)
-
-
-def _pass(
-    operand: int, equation: Equation, operands: Sequence[Any], cells: Cells
-) -> tuple[list, Cells]:
-    return [jnp.asarray(operands[operand], equation.result_dtype)], {}
-
-
-def leave_out(equation: Equation, operands: Sequence[Any], cells: Cells) -> tuple[list, Cells]:
-    return [None] * len(equation._eqn.outvars), {}
-
-
-def _rebuild(
-    plan: Plan, position: Position, equation: Equation, operands: Sequence[Any], cells: Cells
-) -> tuple[list, Cells]:
-    """Enter a construct even if nothing in it is visited: some operands are missing or shorter."""
-    eqn = equation._eqn
-    rule = construct(eqn.primitive.name)
-    assert rule is not None
-    enter = Entry(functools.partial(rule.bodies, eqn), plan, position)
-    return rule.rebuild(eqn, operands, {}, enter)
 
 
 def _shorter(
@@ -345,11 +320,7 @@ def _shorter(
         operands = [
             take(x, 0, kept) if k in whole and x is not None else x for k, x in enumerate(operands)
         ]
-    rule = construct("scan")
-    assert rule is not None
-    return rule.rebuild(
-        eqn, operands, {}, Entry(functools.partial(rule.bodies, eqn), plan, position)
-    )
+    return rebuild(plan, position, eqn, operands, {})
 
 
 def take(x: Any, axis: int, kept: Sequence[int]) -> Any:
@@ -394,13 +365,9 @@ def stepped(plan: Plan, position: Position, label: str, step: Step) -> Visit:
     """Make a visit that runs a scan with a step after each iteration."""
 
     def visit(equation: Equation, operands: Sequence[Any], cells: Cells) -> tuple[list, Cells]:
-        eqn, rule = equation._eqn, construct("scan")
-        assert rule is not None
-        consts, carry = _compat.scan_counts(eqn)
-        names = sorted(plan.cells.get(position, ()))
-        inside = {name: cells[name] for name in names if name in cells}
-        enter = Entry(functools.partial(rule.bodies, eqn), plan, position)
+        consts, carry = scan_counts(equation._eqn)
         carried = slice(consts, consts + carry)
-        return rule.rebuild(eqn, operands, inside, _Stepped(enter, carried, label, step))
+        around = lambda enter: _Stepped(enter, carried, label, step)
+        return rebuild(plan, position, equation._eqn, operands, cells, around)
 
     return visit

@@ -11,7 +11,7 @@ from jax.core import Tracer
 
 from jaxcompress import adapters, tree
 from jaxcompress.errors import ArgumentError, ArgumentTypeError, StructureError
-from jaxcompress.graph.sites._forms import replicated
+from jaxcompress.graph.sites import replicated
 from jaxcompress.structured._groups import Group, Member
 
 # --- One member -------------------------------------------------------------------------------

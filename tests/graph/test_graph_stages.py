@@ -9,7 +9,7 @@ import pytest
 from jax import lax
 
 from jaxcompress import errors, graph
-from jaxcompress.graph.program import _compat
+from jaxcompress.graph.program import capture_program
 from jaxcompress.stats.stages._canonical import Keys, Shared
 from jaxcompress.stats.stages._stages import Stages
 
@@ -143,7 +143,7 @@ def test_an_unused_part_of_a_batch_is_not_kept():
 
 
 def key_of(keys, fn, *args):
-    return keys.program(_compat.capture(fn, args)[0])
+    return keys.program(capture_program(fn, args)[0])
 
 
 X = jnp.ones((2, 3))

@@ -11,13 +11,15 @@ import jax.numpy as jnp
 
 from jaxcompress import tree
 from jaxcompress.graph.affine._chain import Chain, Holder, Step, preferred
-from jaxcompress.graph.affine._reads import INLINE, Known, Reads, read_all
+from jaxcompress.graph.affine._reads import Known, Reads, read_all
 from jaxcompress.graph.program import _compat
 from jaxcompress.graph.program._constructs import CLOSED, construct
+from jaxcompress.graph.program._interpret import INLINE, Position
+from jaxcompress.graph.program._live import variables
+from jaxcompress.graph.program._primitives import ARRANGES, MOVES, arrange
 from jaxcompress.graph.sites._sites import Site
 from jaxcompress.graph.sites._trace import Traced, capture
-from jaxcompress.graph.sites._views import MOVES, AxisFactors, Factor, split_factors
-from jaxcompress.graph.sites._walk import Position
+from jaxcompress.graph.sites._views import AxisFactors, Factor, split_factors
 
 _AFFINE = ("mul", "div", "add", "sub")
 _ADDS = {("add", 0), ("add", 1), ("sub", 0)}
@@ -25,7 +27,7 @@ _ADDS = {("add", 0), ("add", 1), ("sub", 0)}
 
 
 def affine(
-    fn: Callable[..., Any], params: tree.Params, *inputs: Any, **kwargs: Any
+    fn: Callable[..., Any] | Traced, params: tree.Params = None, *inputs: Any, **kwargs: Any
 ) -> dict[str, Chain]:
     """Follow the result of each contraction through what is affine in it.
 
@@ -36,7 +38,7 @@ def affine(
     chain, `A = scale / sqrt(var + eps)`, `B = bias - mean A`; a bias and a layer scale are, too.
 
     Args:
-        fn: `fn(params, *inputs, **kwargs) -> outputs`, pure.
+        fn: `fn(params, *inputs, **kwargs) -> outputs`, pure; or a `Traced`, without arguments.
         params: Any pytree of arrays; shapes are enough.
         *inputs: fn's other arguments.
         **kwargs: fn's keyword arguments.
@@ -61,12 +63,12 @@ def affine(
         >>> A.tolist(), B.tolist()
         ([2.0, 4.0], [-4.0, -16.0])
     """
-    return chains_of(capture(fn, params, inputs, kwargs))
+    return chains_of(capture(fn, params, *inputs, **kwargs))
 
 
 def chains_of(traced: Traced) -> dict[str, Chain]:
     """Find the chains of a captured call; a site of each name."""
-    reads = read_all(traced.program, traced.leaves)
+    reads = read_all(traced)
     return {
         found.site.name: _Follower(traced, reads, found.position, found.site).chain()
         for found in traced.record.sites
@@ -93,10 +95,10 @@ class _Follower:
         self._traced, self._reads, self._position, self._site = traced, reads, position, site
         self._steps: list[Step] = []
         self._kernel, self._outputs = Known(), ()
-        self._unread = position[:-1] not in reads.programs
+        self._unread = not reads.entered(position[:-1])
         if not self._unread:
-            eqn = reads.equation(position)
-            self._kernel = reads.at(position[:-1], eqn.invars[site.operand]) or Known()
+            eqn = reads.walk.equation(position)
+            self._kernel = reads.walk.read(position[:-1], eqn.invars[site.operand]) or Known()
             self._outputs = _output_axes(site, eqn)
         self._channels = {axis for axis in self._outputs if axis is not None}
 
@@ -130,7 +132,7 @@ class _Follower:
     def _follow(self) -> str:
         if self._unread:
             return "nothing before it depends on fn's inputs"
-        eqn = self._reads.equation(self._position)
+        eqn = self._reads.walk.equation(self._position)
         shape = self._site.output.shape
         factors = tuple((Factor((k,), n),) if n > 1 else () for k, n in enumerate(shape))
         cursor = _Cursor(self._position[:-1], eqn.outvars[0], factors)
@@ -141,7 +143,7 @@ class _Follower:
             return str(stop)
 
     def _next(self, cursor: _Cursor) -> _Cursor:
-        program = self._reads.programs[cursor.prefix]
+        program = self._reads.program(cursor.prefix)
         readers = self._reads.readers(cursor.prefix, cursor.var)
         results = [k for k, atom in enumerate(program.outvars) if atom is cursor.var]
         if len(readers) + len(results) > 1:
@@ -157,7 +159,7 @@ class _Follower:
         if len(operands) > 1:
             raise _StopError(f"{_called(eqn)} is not affine in its result")
         if name in INLINE:
-            inner = self._reads.programs[*here, 0]
+            inner = self._reads.program((*here, 0))
             return cursor._replace(prefix=(*here, 0), var=inner.invars[operands[0]])
         if name in MOVES:
             return self._move(cursor, eqn)
@@ -174,7 +176,7 @@ class _Follower:
         if not cursor.prefix:
             raise _StopError("its result is what fn returns")
         outer = cursor.prefix[:-1]
-        eqn = self._reads.equation(outer)
+        eqn = self._reads.walk.equation(outer)
         if eqn.primitive.name not in INLINE:
             rule = construct(eqn.primitive.name)
             label = rule.bodies(eqn)[cursor.prefix[-1]].label if rule else eqn.primitive.name
@@ -188,23 +190,15 @@ class _Follower:
             eqn.params["new_dtype"], jnp.inexact
         ):
             raise _StopError(f"{name} is not affine in its result")
-        if name == "transpose":
-            factors = tuple(factors[k] for k in eqn.params["permutation"])
-        elif name == "squeeze":
-            gone = {k % len(factors) for k in eqn.params["dimensions"]}
-            factors = tuple(axis for k, axis in enumerate(factors) if k not in gone)
-        elif name == "broadcast_in_dim":
-            spread = list[AxisFactors]((Factor((), n),) if n > 1 else () for n in shape)
-            for k, target in enumerate(eqn.params["broadcast_dimensions"]):
-                if eqn.invars[0].aval.shape[k] == shape[target]:
-                    spread[target] = factors[k]
-            factors = tuple(spread)
+        if name in ARRANGES and name != "reshape":
+            new = lambda n: (Factor((), n),) if n > 1 else ()
+            factors = arrange(eqn, factors, new)
         elif name == "reshape":
             split = split_factors([f for axis in factors for f in axis], shape)
-            factors = None if split is None else tuple(split)
+            factors = None if split is None else split
         if factors is None or any(self._kind(axis) is None for axis in factors):
             raise _StopError(f"{name} mixes its channels with its positions")
-        return cursor._replace(var=eqn.outvars[0], factors=factors)
+        return cursor._replace(var=eqn.outvars[0], factors=tuple(factors))
 
     def _kind(self, axis: AxisFactors) -> bool | None:
         """Tell whether an axis holds channels, or (`None`) not channels alone."""
@@ -216,7 +210,7 @@ class _Follower:
     def _combine(self, cursor: _Cursor, eqn: Any, here: Position, operand: int) -> None:
         """Add the step of an equation with an operand beside the result."""
         name, atom = eqn.primitive.name, eqn.invars[1 - operand]
-        side = self._reads.at(cursor.prefix, atom)
+        side = self._reads.walk.read(cursor.prefix, atom)
         if side is None:
             raise _StopError(f"the other operand of {name} depends on fn's inputs")
         if not side.levels <= self._kernel.levels:
@@ -236,7 +230,7 @@ class _Follower:
         """Say what a result with several readers is read by: statistics of its own, maybe."""
         derived, reduced = {var}, set[Any]()
         for number, eqn in enumerate(program.eqns):
-            reads = {atom for atom in eqn.invars if not isinstance(atom, _compat.Literal)}
+            reads = set(variables(eqn.invars))
             if number in readers and eqn.primitive.name in _AFFINE and reads & reduced:
                 return "it is normalised by its own statistics, which depend on fn's inputs"
             if reads & reduced or (reads & derived and _reduces(eqn)):
@@ -254,7 +248,7 @@ class _Follower:
 
     def _entries(self, shape: Sequence[int]) -> int:
         """Count the entries of an array of this shape over the scans that split the kernel."""
-        lengths = (self._reads.equation(s).params["length"] for s in self._kernel.levels)
+        lengths = (self._reads.walk.equation(s).params["length"] for s in self._kernel.levels)
         return math.prod(shape) * math.prod(lengths)
 
     def _holders(self) -> Iterator[Holder]:

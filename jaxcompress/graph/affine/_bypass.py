@@ -4,21 +4,19 @@ import functools
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
-import jax.numpy as jnp
-
 from jaxcompress import tree
 from jaxcompress.errors import ArgumentError
 from jaxcompress.graph.affine._affine import chains_of
 from jaxcompress.graph.affine._chain import Chain
-from jaxcompress.graph.program import _compat
 from jaxcompress.graph.program._compat import Program
-from jaxcompress.graph.program._constructs import Cells
-from jaxcompress.graph.sites._replay import Equation, SitesAt, Visit, execute, make_plan
-from jaxcompress.graph.sites._trace import capture
-from jaxcompress.graph.sites._walk import Position
+from jaxcompress.graph.program._interpret import Position
+from jaxcompress.graph.program._live import Live, equation_steps, live, variables
+from jaxcompress.graph.program._run import Visit, leave_out, pass_on
+from jaxcompress.graph.sites._replay import SitesAt, execute, make_plan
+from jaxcompress.graph.sites._trace import Traced, call_of, wraps
 
 
-def bypass(fn: Callable[..., Any], names: Iterable[str]) -> Callable[..., Any]:
+def bypass(fn: Callable[..., Any] | Traced, names: Iterable[str]) -> Callable[..., Any]:
     """Make a function in which the chains of chosen sites only add one leaf: `y -> y + leaf`.
 
     It is fn replayed, so it works wherever fn does. What only served the equations that are left
@@ -43,9 +41,9 @@ def bypass(fn: Callable[..., Any], names: Iterable[str]) -> Callable[..., Any]:
     """
     wanted = tuple(names)
 
-    @functools.wraps(fn)
+    @wraps(fn)
     def bypassed(params: tree.Params, *inputs: Any, **kwargs: Any) -> Any:
-        traced = capture(fn, params, inputs, kwargs)
+        traced = call_of(fn, params, inputs, kwargs)
         chains = chains_of(traced)
         chosen = [_checked(name, chains.get(name)) for name in wanted]
         visits = _visits(traced.program, chosen)
@@ -54,7 +52,7 @@ def bypass(fn: Callable[..., Any], names: Iterable[str]) -> Callable[..., Any]:
             # Rules of differentiation hold no chain, so only fn's own program is asked for.
             return visits
 
-        plan = make_plan(traced.program, traced.record, traced.walker, match)
+        plan = make_plan(traced, match)
         return execute(traced, plan, (params, inputs, kwargs), {})[0]
 
     return bypassed
@@ -80,38 +78,22 @@ def _visits(program: Program, chains: Sequence[Chain]) -> dict[Position, Visit]:
     for chain in chains:
         for position, operand in chain.skipped:
             prefix, number = position[:-1], position[-1]
-            visits[position] = functools.partial(_pass, operand)
+            visits[position] = functools.partial(pass_on, operand)
             bodies[prefix] = chain.body(prefix)
             kept.setdefault(prefix, {})[number] = operand
     for prefix, body in bodies.items():
         for number in _idle(body, kept[prefix]):
-            visits[*prefix, number] = _leave_out
+            visits[*prefix, number] = leave_out
     return visits
-
-
-def _pass(
-    operand: int, equation: Equation, operands: Sequence[Any], cells: Cells
-) -> tuple[list, Cells]:
-    """Give on the result that is followed as it is, in the dtype that it would have had."""
-    return [jnp.asarray(operands[operand], equation._eqn.outvars[0].aval.dtype)], {}
-
-
-def _leave_out(equation: Equation, operands: Sequence[Any], cells: Cells) -> tuple[list, Cells]:
-    return [None] * len(equation._eqn.outvars), {}
 
 
 def _idle(program: Program, kept: dict[int, int]) -> set[int]:
     """List equations that nothing needs once those in `kept` read one operand only."""
-    return _unneeded(program, kept) - _unneeded(program, {})
+    steps, results = equation_steps(program), variables(program.outvars)
 
+    def reads(number: int, found: Live) -> list[Any]:
+        invars = program.eqns[number].invars
+        return variables([invars[kept[number]]] if number in kept else invars)
 
-def _unneeded(program: Program, kept: dict[int, int]) -> set[int]:
-    needed = {atom for atom in program.outvars if not isinstance(atom, _compat.Literal)}
-    found = set()
-    for number, eqn in reversed(list(enumerate(program.eqns))):
-        if not eqn.effects and not any(var in needed for var in eqn.outvars):
-            found.add(number)
-            continue
-        atoms = [eqn.invars[kept[number]]] if number in kept else eqn.invars
-        needed.update(atom for atom in atoms if not isinstance(atom, _compat.Literal))
-    return found
+    needed = set(live(steps, results, reads).numbers)
+    return set(live(steps, results).numbers) - needed

@@ -14,9 +14,9 @@ from jaxcompress import tree
 from jaxcompress.errors import ArgumentError, StructureError
 from jaxcompress.graph.affine._reads import Known, Reads, Slot
 from jaxcompress.graph.program._compat import Program
+from jaxcompress.graph.program._interpret import Position
 from jaxcompress.graph.sites._sites import Site
 from jaxcompress.graph.sites._views import AxisFactors
-from jaxcompress.graph.sites._walk import Position
 
 
 class Step(NamedTuple):
@@ -213,7 +213,7 @@ class Chain:
 
     def body(self, prefix: Position) -> Program:
         """Find the program that equations at a prefix are of."""
-        return self._reads.programs[prefix]
+        return self._reads.program(prefix)
 
     # --- leaves that make the chain y + B ---------------------------------------------------------
 
@@ -263,7 +263,7 @@ class Chain:
     def _stack(self) -> list[tuple[bool, int]]:
         """For each enclosing scan, whether it takes the kernel apart, and its length."""
         scans = self._reads.scans(self._position)
-        length = lambda scan: self._reads.equation(scan).params["length"]
+        length = lambda scan: self._reads.walk.equation(scan).params["length"]
         return [(scan in self._kernel.levels, length(scan)) for scan in scans]
 
     @property
@@ -361,7 +361,7 @@ class Chain:
         return _solved(weight, self._leaf_like(path), self._mapped(spread)(A))
 
     def _leaf_like(self, path: str) -> jax.ShapeDtypeStruct:
-        var = self._reads.programs[()].invars[self._reads.paths.index(path)]
+        var = self._reads.program(()).invars[self._reads.paths.index(path)]
         return jax.ShapeDtypeStruct(var.aval.shape, _wide(var.aval.dtype))
 
 

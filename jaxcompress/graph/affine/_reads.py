@@ -11,15 +11,22 @@ import jax.numpy as jnp
 from jaxcompress import tree
 from jaxcompress.graph.program import _compat
 from jaxcompress.graph.program._compat import Program
-from jaxcompress.graph.program._constructs import Body, construct
-from jaxcompress.graph.sites._views import ELEMENTWISE, MOVES
-from jaxcompress.graph.sites._walk import Position
+from jaxcompress.graph.program._constructs import Role, construct
+from jaxcompress.graph.program._interpret import (
+    INLINE,
+    Domain,
+    Frame,
+    Place,
+    Position,
+    Walk,
+    interpret,
+)
+from jaxcompress.graph.program._live import Live, equation_steps, live, variables
+from jaxcompress.graph.program._primitives import ELEMENTWISE, MOVES, PASSES, arrange
+from jaxcompress.graph.sites._trace import Traced
 
 Slot: TypeAlias = tuple[Position, int]
 """Operand k of the equation at a position; or result k of the body at one (of even length)."""
-
-INLINE = frozenset({"jit", "remat2"})
-"""Constructs whose operands and results are those of their one body."""
 
 
 class Known(NamedTuple):
@@ -42,44 +49,40 @@ class Known(NamedTuple):
 
 @dataclass
 class Reads:
-    """The result of `read_all` on a program.
+    """What the variables of a captured call read.
 
     Attributes:
-        programs: The program of each body that was entered, by position; fn's own at `()`.
-        known: For each of them, what its variables are.
+        walk: What each of them is; `None` for what depends on fn's inputs.
         contacts: For each leaf, where it meets what depends on fn's inputs, or is returned.
         paths: The leaf of each of the first arguments.
     """
 
-    programs: dict[Position, Program] = field(default_factory=dict)
-    known: dict[Position, dict[Any, Known | None]] = field(default_factory=dict)
-    contacts: dict[str, set[Slot]] = field(default_factory=lambda: collections.defaultdict(set))
-    paths: tuple[str, ...] = ()
+    walk: Walk[Known | None]
+    contacts: Mapping[str, set[Slot]]
+    paths: tuple[str, ...]
     _readers: dict[Position, dict[Any, list[int]]] = field(default_factory=dict, repr=False)
+
+    def program(self, prefix: Position) -> Program:
+        """Give the program of a body."""
+        return self.walk.bodies[prefix].program
+
+    def entered(self, prefix: Position) -> bool:
+        """Tell whether anything is known of a body."""
+        return prefix in self.walk.bodies
 
     def readers(self, prefix: Position, var: Any) -> list[int]:
         """List the equations of a body that read a variable, by number."""
         if prefix not in self._readers:
             found = self._readers[prefix] = collections.defaultdict(list)
-            for number, eqn in enumerate(self.programs[prefix].eqns):
-                for atom in {a for a in eqn.invars if not isinstance(a, _compat.Literal)}:
+            for number, eqn in enumerate(self.program(prefix).eqns):
+                for atom in set(variables(eqn.invars)):
                     found[atom].append(number)
         return self._readers[prefix].get(var, [])
-
-    def at(self, prefix: Position, atom: Any) -> Known | None:
-        """Say what a variable or literal is."""
-        if isinstance(atom, _compat.Literal):
-            return Known(constant=frozenset(range(jnp.ndim(atom.val))))
-        return self.known[prefix][atom]
-
-    def equation(self, position: Position) -> Any:
-        """Find an equation by its position."""
-        return self.programs[position[:-1]].eqns[position[-1]]
 
     def scans(self, position: Position) -> list[Position]:
         """List the scans around a position, outermost first."""
         around = [position[:k] for k in range(1, len(position), 2)]
-        return [p for p in around if self.equation(p).primitive.name == "scan"]
+        return [p for p in around if self.walk.equation(p).primitive.name == "scan"]
 
     def evaluate(
         self, leaves: Mapping[str, Any], wanted: Iterable[Slot], *, moves_only: bool = False
@@ -98,89 +101,94 @@ class Reads:
             list, {path: jax.tree.leaves(leaf) for path, leaf in leaves.items()}
         )
         env = {}
-        for var, path in zip(self.programs[()].invars, self.paths, strict=False):
+        for var, path in zip(self.program(()).invars, self.paths, strict=False):
             if parts[path]:
                 env[var] = parts[path].pop(0)
         return _Evaluation(self, moves_only).run((), env, set(wanted))
 
 
-def read_all(program: Program, leaves: Mapping[str, Any]) -> Reads:
-    """Follow leaves and inputs forward through a program whose first arguments are the leaves."""
-    reads, args = Reads(), []
-    for path, leaf in leaves.items():
+def read_all(traced: Traced) -> Reads:
+    """Follow leaves and inputs forward through a captured call, once."""
+    return traced.derive("reads", lambda: _read_all(traced))
+
+
+def _read_all(traced: Traced) -> Reads:
+    domain, args, paths = _Reading(), list[Known | None](), list[str]()
+    for path, leaf in traced.leaves.items():
         parts, mine = jax.tree.leaves(leaf), frozenset({path})
         whole = not isinstance(leaf, tree.LeafNode)
         one = Known(mine, mine if whole else frozenset(), path if whole else None)
         args += [one] * len(parts)
-        reads.paths += (path,) * len(parts)
-    args += [None] * (len(program.invars) - len(args))
-    for k, result in enumerate(_read(reads, program, args, ())):
-        _touch(reads, result, (), k)
-    return reads
+        paths += [path] * len(parts)
+    args += [None] * (len(traced.program.invars) - len(args))
+    walk = interpret(traced.program, args, domain)
+    for k, result in enumerate(walk.results):
+        domain.touch(result, (), k)
+    return Reads(walk, domain.contacts, tuple(paths))
 
 
-def _touch(reads: Reads, value: Known | None, position: Position, k: int) -> None:
-    for path in value.leaves if value is not None else ():
-        reads.contacts[path].add((position, k))
+class _Reading(Domain[Known | None]):
+    """Follows what is computed from leaves alone; `None` is what depends on fn's inputs."""
 
+    def __init__(self) -> None:
+        self.contacts: dict[str, set[Slot]] = collections.defaultdict(set)
 
-def _read(
-    reads: Reads, program: Program, args: Sequence[Known | None], prefix: Position
-) -> list[Known | None]:
-    env: dict[Any, Known | None] = dict.fromkeys(program.constvars, Known())
-    env.update(zip(program.invars, args, strict=True))
-    reads.programs[prefix], reads.known[prefix] = program, env
-    for number, eqn in enumerate(program.eqns):
-        here = (*prefix, number)
-        operands = [reads.at(prefix, atom) for atom in eqn.invars]
-        rule, name = construct(eqn.primitive.name), eqn.primitive.name
-        mixed = any(value is None for value in operands)
-        if name in INLINE:
-            assert rule is not None
-            (body,) = rule.bodies(eqn)
-            results = _read(reads, body.program, operands, (*here, 0))
-        elif rule is not None and mixed and name != "shard_map":
-            for k, body in enumerate(rule.bodies(eqn)):
-                _enter(reads, body, operands, here, k)
-            results = [None] * len(eqn.outvars)
-        elif mixed:
-            for k, value in enumerate(operands):
-                _touch(reads, value, here, k)
-            results = [None] * len(eqn.outvars)
-        else:
-            known = [value for value in operands if value is not None]
-            results = [_result(eqn, known, k) for k in range(len(eqn.outvars))]
-        env.update(zip(eqn.outvars, results, strict=True))
-    return [reads.at(prefix, atom) for atom in program.outvars]
+    def touch(self, value: Known | None, position: Position, k: int) -> None:
+        for path in value.leaves if value is not None else ():
+            self.contacts[path].add((position, k))
 
+    def constant(self, var: Any, value: Any, place: Place) -> Known:
+        return Known()
 
-def _enter(
-    reads: Reads, body: Body, operands: Sequence[Known | None], here: Position, number: int
-) -> None:
-    """Read a body that gives nothing known back: a loop, a branch, a rule of differentiation."""
-    args, fed = [], set()
-    for k, role in body.inputs:
-        fed.add(k)
-        value = operands[k]
+    def literal(self, atom: Any) -> Known:
+        return Known(constant=frozenset(range(jnp.ndim(atom.val))))
+
+    def equation(
+        self, eqn: Any, operands: Sequence[Known | None], here: Position, place: Place
+    ) -> Sequence[Known | None]:
+        known = [value for value in operands if value is not None]
+        if len(known) == len(operands):
+            return [_result(eqn, known, k) for k in range(len(eqn.outvars))]
+        for k, value in enumerate(operands):
+            self.touch(value, here, k)
+        return [None] * len(eqn.outvars)
+
+    # --- constructs: those that inputs enter give nothing known back, unless they are inline -----
+
+    def enters(self, eqn: Any, operands: Sequence[Known | None], here: Position) -> bool:
+        name = eqn.primitive.name
+        return name in INLINE or (None in operands and name != "shard_map")
+
+    def feed(
+        self, value: Known | None, k: int, role: Role, frame: Frame[Known | None]
+    ) -> Known | None:
         if role == "carry":
-            _touch(reads, value, here, k)
-            value = None
-        elif role == "slice" and value is not None:
+            self.touch(value, frame.here, frame.body.inputs[k][0])
+            return None
+        if role == "slice" and value is not None:
             rest = frozenset(axis - 1 for axis in value.constant if axis > 0)
-            value = value._replace(constant=rest, levels=value.levels | {here})
-        args.append(value)
-    for k, value in enumerate(operands):
-        if k not in fed:  # what chooses a branch
-            _touch(reads, value, here, k)
-    position = (*here, number)
-    for k, result in enumerate(_read(reads, body.program, args, position)):
-        _touch(reads, result, position, k)
+            return value._replace(constant=rest, levels=value.levels | {frame.here})
+        return value
+
+    def leave(self, frame: Frame[Known | None]) -> None:
+        fed = {k for k, _ in frame.body.inputs}
+        for k, value in enumerate(frame.operands):
+            if k not in fed:  # what chooses a branch
+                self.touch(value, frame.here, k)
+
+    def give(
+        self, value: Known | None, k: int, role: Role, frame: Frame[Known | None]
+    ) -> Known | None:
+        if frame.eqn.primitive.name in INLINE:
+            return value
+        self.touch(value, frame.place.position, k)
+        return None
 
 
 def _result(eqn: Any, operands: Sequence[Known], k: int) -> Known:
     """Say what result `k` of an equation on known operands is."""
     name, out = eqn.primitive.name, eqn.outvars[k].aval
-    if name == "optimization_barrier":
+    if name in PASSES:
         return operands[k]
     leaves = frozenset[str]().union(*(value.leaves for value in operands))
     levels = frozenset[Position]().union(*(value.levels for value in operands))
@@ -188,7 +196,7 @@ def _result(eqn: Any, operands: Sequence[Known], k: int) -> Known:
     if not hasattr(out, "dtype") or not jnp.issubdtype(out.dtype, jnp.inexact):
         return plain
     if name in MOVES:
-        return operands[0]._replace(constant=_moved(eqn, operands[0].constant))
+        return operands[0]._replace(constant=_move(eqn, operands[0].constant))
     if name not in ELEMENTWISE:
         return plain
     constant = frozenset(range(len(out.shape)))
@@ -207,25 +215,18 @@ def _result(eqn: Any, operands: Sequence[Known], k: int) -> Known:
     return plain._replace(linear=linear, constant=constant)
 
 
-def _moved(eqn: Any, constant: frozenset[int]) -> frozenset[int]:
+def _move(eqn: Any, constant: frozenset[int]) -> frozenset[int]:
     """Find the constant axes of an array that was rearranged."""
-    name, params = eqn.primitive.name, eqn.params
     source, target = eqn.invars[0].aval.shape, eqn.outvars[0].aval.shape
-    if name == "broadcast_in_dim":
-        kept = params["broadcast_dimensions"]
-        differs = {
-            t for k, t in enumerate(kept) if k not in constant and source[k] == target[t] != 1
-        }
-        return frozenset(range(len(target))) - differs
-    if name == "transpose":
-        return frozenset(i for i, k in enumerate(params["permutation"]) if k in constant)
-    if name == "reshape" or name == "squeeze":
+    flags = [k in constant or n == 1 for k, n in enumerate(source)]
+    if eqn.primitive.name == "reshape":
         long = [k for k, n in enumerate(source) if n != 1]
         now = [k for k, n in enumerate(target) if n != 1]
         if [source[k] for k in long] != [target[k] for k in now]:
             return frozenset()
         return frozenset(t for k, t in zip(long, now, strict=True) if k in constant)
-    return constant
+    moved = arrange(eqn, flags, lambda n: True)
+    return constant if moved is None else frozenset(k for k, flag in enumerate(moved) if flag)
 
 
 class _Evaluation:
@@ -235,7 +236,7 @@ class _Evaluation:
         self._reads, self._moves_only = reads, moves_only
 
     def run(self, prefix: Position, env: dict[Any, Any], wanted: set[Slot]) -> dict[Slot, Any]:
-        program, depth = self._reads.programs[prefix], len(prefix)
+        program, depth = self._reads.program(prefix), len(prefix)
         env = {**env, **dict(zip(program.constvars, program.consts, strict=False))}
         outputs = [k for position, k in wanted if position == prefix]
         here = {(p[depth], k) for p, k in wanted if len(p) == depth + 1}
@@ -271,24 +272,20 @@ class _Evaluation:
         self, prefix: Position, atoms: Sequence[Any], below: dict[int, set[Slot]]
     ) -> list[int]:
         """List the equations to run; results wanted of an inline body are added to `below`."""
-        program, numbers = self._reads.programs[prefix], []
-        needed = {atom for atom in atoms if not isinstance(atom, _compat.Literal)}
-        for number in reversed(range(len(program.eqns))):
+        program, values = self._reads.walk.bodies[prefix]
+
+        def reads(number: int, found: Live) -> list[Any]:
             eqn = program.eqns[number]
-            results = [k for k, var in enumerate(eqn.outvars) if var in needed]
             if eqn.primitive.name in INLINE:
-                below_here = {((*prefix, number, 0), k) for k in results}
-                if below_here:
-                    below[number] |= below_here
-            if results or number in below:
-                numbers.append(number)
-                needed |= {
-                    atom
-                    for atom in eqn.invars
-                    if not isinstance(atom, _compat.Literal)
-                    and self._reads.known[prefix][atom] is not None
-                }
-        return numbers[::-1]
+                results = [k for k, var in enumerate(eqn.outvars) if var in found.last]
+                below[number] |= {((*prefix, number, 0), k) for k in results}
+            return [var for var in variables(eqn.invars) if values[var] is not None]
+
+        steps = [
+            step._replace(lasts=number in below)
+            for number, step in enumerate(equation_steps(program))
+        ]
+        return live(steps, variables(atoms), reads).numbers
 
     def _enter(
         self, here: Position, eqn: Any, operands: Sequence[Any], wanted: set[Slot]
@@ -301,7 +298,7 @@ class _Evaluation:
             mine = {slot for slot in wanted if slot[0][: len(prefix)] == prefix}
             if not mine:
                 continue
-            invars = self._reads.programs[prefix].invars
+            invars = self._reads.program(prefix).invars
             given = [
                 (var, operands[k], role)
                 for var, (k, role) in zip(invars, body.inputs, strict=True)

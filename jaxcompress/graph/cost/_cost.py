@@ -23,8 +23,9 @@ from jaxcompress.graph.cost._figures import (
 )
 from jaxcompress.graph.cost._targets import Target, resolve
 from jaxcompress.graph.sites._graph import Contraction, Graph, stored
+from jaxcompress.graph.sites._replay import call
 from jaxcompress.graph.sites._sites import Site
-from jaxcompress.graph.sites._trace import trace
+from jaxcompress.graph.sites._trace import Traced, capture, trace
 from jaxcompress.tree import LeafNode, bits_of
 
 
@@ -182,8 +183,8 @@ class Cost:
 
 
 def cost(
-    fn: Callable[..., Any],
-    params: tree.Params,
+    fn: Callable[..., Any] | Traced,
+    params: tree.Params = None,
     *inputs: Any,
     target: Target | str | None = None,
     donate: Sequence[int] = (),
@@ -204,7 +205,7 @@ def cost(
     the program is compiled for one device.
 
     Args:
-        fn: `fn(params, *inputs) -> outputs`, pure.
+        fn: `fn(params, *inputs) -> outputs`, pure; or a `Traced`, without arguments.
         params: Any pytree of arrays, perhaps abstract.
         *inputs: fn's other arguments, perhaps abstract.
         target: A `Target` or its name (see `Target.named`): `"cpu"`, `"tpu-v5e"`,
@@ -231,19 +232,21 @@ def cost(
         >>> cost(lambda w, x: x @ w, small, small, target=mine).compiled.seconds.origin
         'roofline from published peaks'
     """
+    traced = capture(fn, params, *inputs)
+    run, args = _runnable(fn, params, inputs, traced)
     for index in donate:
-        if not 0 <= index < len(inputs):
+        if not 0 <= index < len(args) - 1:
             raise ArgumentError(
                 "donate",
                 got=repr(index),
-                expected=f"indices of the {len(inputs)} inputs, params not counted",
+                expected=f"indices of the {len(args) - 1} inputs, params not counted",
                 fix="Leave it out if nothing may be overwritten.",
             )
-    chosen = None if target is None else resolve(target)
-    graph = trace(fn, params, *inputs)
+    params, graph = args[0], trace(traced)
     compiled = None
-    if chosen is not None:
-        outcome = compile_for(fn, (params, *inputs), chosen, [index + 1 for index in donate])
+    if target is not None:
+        chosen = resolve(target)
+        outcome = compile_for(run, args, chosen, [index + 1 for index in donate])
         compiled = _compiled(chosen, outcome, graph)
     contractions = (*graph.sites, *graph.elsewhere)
     return Cost(
@@ -256,6 +259,21 @@ def cost(
         bounded=all(one.bounded for one in contractions),
         compiled=compiled,
     )
+
+
+def _runnable(
+    fn: Callable[..., Any] | Traced, params: tree.Params, inputs: Sequence[Any], traced: Traced
+) -> tuple[Callable[..., Any], tuple[Any, ...]]:
+    """Give a function to compile and its arguments: fn itself, or what was captured of it."""
+    if not isinstance(fn, Traced):
+        return fn, (params, *inputs)
+    params, inputs, kwargs = traced.args
+
+    def run(params: tree.Params, *given: Any) -> Any:
+        named = dict(zip(kwargs, given[len(inputs) :], strict=True))
+        return call(traced, params, given[: len(inputs)], named)
+
+    return run, (params, *inputs, *kwargs.values())
 
 
 def _site_cost(site: Site, leaf: Any) -> SiteCost:

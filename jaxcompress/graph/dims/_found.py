@@ -10,8 +10,8 @@ from jaxcompress.graph.dims._known import Facts
 from jaxcompress.graph.dims._labels import Axis, Labels
 from jaxcompress.graph.dims._rule import Axes
 from jaxcompress.graph.program._compat import Program
+from jaxcompress.graph.program._interpret import Position
 from jaxcompress.graph.sites._trace import Traced
-from jaxcompress.graph.sites._walk import Position
 
 
 @dataclass(frozen=True, kw_only=True)

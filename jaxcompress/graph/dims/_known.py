@@ -1,7 +1,7 @@
 """What is known of values as a program is traced: small integers, and positions along axes."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -68,11 +68,9 @@ def is_small(value: Any) -> bool:
     return integer and math.prod(np.shape(value)) <= _SMALL
 
 
-def fact_of(atom: Any, facts: Mapping[Any, Fact]) -> Fact:
-    if isinstance(atom, _compat.Literal):
-        value = np.asarray(atom.val)
-        return Fact(made=True, value=value if is_small(value) else None)
-    return facts.get(atom, Fact())
+def fact_of_literal(atom: Any) -> Fact:
+    value = np.asarray(atom.val)
+    return Fact(made=True, value=value if is_small(value) else None)
 
 
 def fact_of_constant(value: Any, axes: Axes) -> Fact:

@@ -13,12 +13,13 @@ from jaxcompress import tree
 from jaxcompress.graph.dims._kept import Kept
 from jaxcompress.graph.dims._remask import Masker, filled, neutral_of, seen_at
 from jaxcompress.graph.dims._removed import KeepIndices, Removed, removed_by
-from jaxcompress.graph.dims._walk import dims_of
+from jaxcompress.graph.dims._walk import dims
 from jaxcompress.graph.program import _compat
 from jaxcompress.graph.program._constructs import Cells
-from jaxcompress.graph.sites._replay import Equation, execute
-from jaxcompress.graph.sites._trace import capture
-from jaxcompress.graph.sites._walk import Position
+from jaxcompress.graph.program._interpret import Position
+from jaxcompress.graph.program._run import Equation
+from jaxcompress.graph.sites._replay import execute
+from jaxcompress.graph.sites._trace import Traced, call_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,7 +77,7 @@ def _is_float(x: Any) -> bool:
 
 
 def leaks(
-    fn: Callable[..., Any],
+    fn: Callable[..., Any] | Traced,
     removed_from: KeepIndices,
     params: tree.Params,
     *inputs: Any,
@@ -89,7 +90,7 @@ def leaks(
     removed features in its mean and variance lets that in.
 
     Args:
-        fn: `fn(params, *inputs, **kwargs) -> outputs`, pure.
+        fn: `fn(params, *inputs, **kwargs) -> outputs`, pure; or a `Traced` of this call.
         removed_from: `{path: {axis: indices to keep}}`, as for `resize`.
         params: Params at full size; their removed entries are taken to be zero.
         *inputs: fn's other arguments.
@@ -106,8 +107,8 @@ def leaks(
         >>> leak.primitive, leak.magnitude, leak.effect
         ('reduce_sum', 1.0, 1.0)
     """
-    traced = capture(fn, params, inputs, kwargs)
-    removed = removed_by(dims_of(traced), removed_from)
+    traced = call_of(fn, params, inputs, kwargs)
+    removed = removed_by(dims(traced), removed_from)
     args = (_zeroed(params, removed), inputs, kwargs)
     recorder = _Opened(removed)
     record = jax.jit(lambda: execute(traced, recorder.plan, args, recorder.cells)[1])()
@@ -146,16 +147,15 @@ def leaks(
 
 
 def _zeroed(params: tree.Params, removed: Removed) -> tree.Params:
-    dims = removed.dims
+    labelled = removed.dims
 
     def zeroed(path: str, leaf: Any) -> Any:
-        for k, mask in enumerate(removed.masks(dims.leaves[path])):
+        for k, mask in enumerate(removed.masks(labelled.leaves[path])):
             if mask is not None:
                 level = None
                 if mask.ndim > 1:
-                    level = dims.layer_axis(
-                        dims.leaves[path], removed.level_of(dims.leaves[path][k])
-                    )
+                    axes = labelled.leaves[path]
+                    level = labelled.layer_axis(axes, removed.level_of(axes[k]))
                 leaf = filled(leaf, mask, k, level, 0)
         return leaf
 

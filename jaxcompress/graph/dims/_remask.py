@@ -15,13 +15,13 @@ from jaxcompress import tree
 from jaxcompress.graph.dims._kept import Kept, Mask
 from jaxcompress.graph.dims._removed import KeepIndices, Removed, removed_by
 from jaxcompress.graph.dims._rule import Axes, dims_rule
-from jaxcompress.graph.dims._walk import dims_of
+from jaxcompress.graph.dims._walk import dims
 from jaxcompress.graph.program import _compat
-from jaxcompress.graph.program._compat import Program
 from jaxcompress.graph.program._constructs import Cells, construct
-from jaxcompress.graph.sites._replay import Equation, Plan, Visit, execute, run
-from jaxcompress.graph.sites._trace import capture
-from jaxcompress.graph.sites._walk import Position
+from jaxcompress.graph.program._interpret import Position
+from jaxcompress.graph.program._run import Equation, Plan, Visit, never, run
+from jaxcompress.graph.sites._replay import execute
+from jaxcompress.graph.sites._trace import Traced, call_of, wraps
 
 
 class Masker:
@@ -54,7 +54,7 @@ class Masker:
                     self._add_cell(here, kept, env, keyed)
         if fills:
             keyed |= {here: (*keyed.get(here, ()), seen_at(here)) for here in visits}
-        self.plan = Plan(visits, {}, _never, fills=fills, keyed=keyed)
+        self.plan = Plan(visits, {}, never, fills=fills, keyed=keyed)
 
     def _takes(self, here: Position, kept: Kept) -> bool:
         """Tell whether an equation is visited."""
@@ -129,14 +129,15 @@ def seen_at(here: Position) -> str:
     return f"seen at {here}"
 
 
-def remask(fn: Callable[..., Any], removed_from: KeepIndices) -> Callable[..., Any]:
+def remask(fn: Callable[..., Any] | Traced, removed_from: KeepIndices) -> Callable[..., Any]:
     """Make fn run at full size with everything that `removed_from` leaves out set to zero.
 
     Every variable that carries a removed index is zeroed there as soon as it is made, and before a
     maximum, minimum or product it is set to what changes nothing. This is what `resize` must equal.
 
     Args:
-        fn: `fn(params, *inputs, **kwargs) -> outputs`, pure.
+        fn: `fn(params, *inputs, **kwargs) -> outputs`, pure; or a `Traced`, for calls with
+            arguments like those that it was captured for.
         removed_from: `{path: {axis: indices to keep}}`, as for `resize`.
 
     Returns:
@@ -152,10 +153,10 @@ def remask(fn: Callable[..., Any], removed_from: KeepIndices) -> Callable[..., A
         ([[1.0]], [[2.0]])
     """
 
-    @functools.wraps(fn)
+    @wraps(fn)
     def remasked(params: tree.Params, *inputs: Any, **kwargs: Any) -> Any:
-        traced = capture(fn, params, inputs, kwargs)
-        masker = Masker(removed_by(dims_of(traced), removed_from))
+        traced = call_of(fn, params, inputs, kwargs)
+        masker = Masker(removed_by(dims(traced), removed_from))
         return execute(traced, masker.plan, (params, inputs, kwargs), masker.cells)[0]
 
     return remasked
@@ -171,7 +172,3 @@ def filled(x: Any, mask: Any, axis: int, layer_axis: int | None, value: Any) -> 
         shape[layer_axis] = mask.shape[0]
         mask = mask if layer_axis < axis else mask.T
     return jnp.where(mask.reshape(shape), x, jnp.asarray(value, x.dtype))
-
-
-def _never(position: Position, program: Program) -> Plan:
-    raise AssertionError("the reference is not differentiated")

@@ -18,17 +18,19 @@ from jaxcompress import tree
 from jaxcompress.errors import ArgumentError, StructureError
 from jaxcompress.graph.dims._found import Dims
 from jaxcompress.graph.dims._kept import Kept, Mask, taken
-from jaxcompress.graph.dims._known import Fact, fact_of
+from jaxcompress.graph.dims._known import fact_of_literal
+from jaxcompress.graph.dims._labels import Labels
 from jaxcompress.graph.dims._removed import KeepIndices, Removed, removed_by
 from jaxcompress.graph.dims._rule import Axes, dims_rule
-from jaxcompress.graph.dims._walk import Walker, dims_of
+from jaxcompress.graph.dims._walk import Known, Labelling, dims
 from jaxcompress.graph.program import _compat
 from jaxcompress.graph.program._calls import Calls
 from jaxcompress.graph.program._compat import Program
 from jaxcompress.graph.program._constructs import Cells, construct
-from jaxcompress.graph.sites._replay import Equation, Plan, Visit, execute
-from jaxcompress.graph.sites._trace import Traced, capture
-from jaxcompress.graph.sites._walk import Position
+from jaxcompress.graph.program._interpret import Position
+from jaxcompress.graph.program._run import Equation, Plan, Visit, leave_out
+from jaxcompress.graph.sites._replay import execute
+from jaxcompress.graph.sites._trace import Traced, call_of, wraps
 
 
 class _Resizer:
@@ -86,7 +88,7 @@ class _Resizer:
             )
             here = (*prefix, number)
             if here in self._dims.dead:
-                visits[here] = _leave_out
+                visits[here] = leave_out
                 continue
             if not kept.changes:
                 continue
@@ -150,41 +152,45 @@ class _Resizer:
     # --- rules of differentiation ---------------------------------------------------------------
 
     def _forward(self, position: Position, program: Program) -> Plan:
-        operands = self._operands(position)
-        operands = operands[len(operands) - len(program.invars) :]
-        return self._later((position, None), program, operands)
+        count = len(program.invars)
+        return self._later((position, None), program, lambda operands: operands[-count:])
 
     def _derivative(self, position: Position, program: Program, zeros: Sequence[bool]) -> Plan:
-        operands = self._operands(position)
-        operands = operands[len(operands) - len(zeros) :]
-        moved = [
-            (axes, Fact()) for (axes, _), zero in zip(operands, zeros, strict=True) if not zero
-        ]
-        return self._later((position, tuple(zeros)), program, [*operands, *moved])
+        def given(operands: list[Known]) -> list[Known]:
+            primals = operands[len(operands) - len(zeros) :]
+            pairs = zip(primals, zeros, strict=True)
+            return [*primals, *(Known(x.axes) for x, zero in pairs if not zero)]
 
-    def _operands(self, position: Position) -> list[tuple[Axes, Fact]]:
-        """Give the labels of an equation's operands, and what is known of them."""
-        program, env = self._dims.programs[position[:-1]]
-        labels, facts = self._dims.labels, self._dims.facts[position[:-1]]
-        return [
-            (
-                tuple(labels.fresh(n) for n in np.shape(atom.val))
-                if isinstance(atom, _compat.Literal)
-                else env[atom],
-                fact_of(atom, facts),
-            )
-            for atom in program.eqns[position[-1]].invars
-        ]
+        return self._later((position, tuple(zeros)), program, given)
 
-    def _later(self, at: Hashable, program: Program, operands: Sequence[tuple[Axes, Fact]]) -> Plan:
+    def _later(
+        self,
+        at: tuple[Position, Hashable],
+        program: Program,
+        given: Callable[[list[Known]], list[Known]],
+    ) -> Plan:
         """Label a program that comes to light under differentiation, and plan it likewise."""
         known = self._laters.get(at)
         if known is not None and _is_same(known[0], program):
             return known[1]
-        plan = _Resizer(_extended(self._removed, program, operands)).plan()
+        labels = self._dims.labels.copy()
+        args = given(_operands(self._dims, at[0], labels)) if program.invars else []
+        plan = _Resizer(_extend(self._removed, labels, program, args)).plan()
         if plan.made is not None:
             self._laters[at] = program, plan
         return plan
+
+
+def _operands(dims: Dims, position: Position, labels: Labels) -> list[Known]:
+    """Give the labels of an equation's operands, and what is known of them."""
+    program, env = dims.programs[position[:-1]]
+    facts = dims.facts[position[:-1]]
+    return [
+        Known(tuple(labels.fresh(n) for n in np.shape(atom.val)), fact_of_literal(atom))
+        if isinstance(atom, _compat.Literal)
+        else Known(env[atom], facts[atom])
+        for atom in program.eqns[position[-1]].invars
+    ]
 
 
 def _taken(constant: Any, masks: Sequence[Mask]) -> Any:
@@ -202,19 +208,10 @@ def _is_same(known: Program, other: Program) -> bool:
     return all(a is b for a, b in zip(known.consts, other.consts, strict=True))
 
 
-def _leave_out(
-    equation: Equation, operands: Sequence[Any], cells: Cells
-) -> tuple[list[None], Cells]:
-    return [None] * len(equation._eqn.outvars), {}
-
-
-def _extended(removed: Removed, program: Program, operands: Sequence[tuple[Axes, Fact]]) -> Removed:
-    labels = removed.dims.labels.copy()
-    dims = Dims(**{**vars(removed.dims), "labels": labels})
+def _extend(removed: Removed, labels: Labels, program: Program, args: Sequence[Known]) -> Removed:
+    """Say which labels are gone in another program; `labels` is a copy that grows."""
     roots = np.flatnonzero(removed.everywhere)
-    walker = Walker(dims.traced, labels, closed=True)
-    facts = {v: fact for v, (_, fact) in zip(program.invars, operands, strict=True)}
-    walker.walk(program, [axes for axes, _ in operands], (), (), 1, (), facts)
+    walked = Labelling(removed.dims.traced, labels, closed=True).walk(program, args)
     grown = len(labels) - len(removed.everywhere)
     everywhere = np.concatenate([removed.everywhere, np.zeros(grown, bool)])
     # Labels made here join those that are known: what stands for them now is gone as they are.
@@ -226,10 +223,9 @@ def _extended(removed: Removed, program: Program, operands: Sequence[tuple[Axes,
         gone = np.flatnonzero(flags.any(axis=0))
         wide[:, labels.find(gone)] |= flags[:, gone]
         by_layer[level] = wide
-    programs, dead = walker.programs, frozenset(walker.dead)
-    scans = dict.fromkeys(programs, ())  # no cells come here
-    found = {"programs": programs, "facts": walker.facts, "scans": scans, "dead": dead}
-    later = Dims(**{**vars(dims), **found})
+    scans = dict.fromkeys(walked["programs"], ())  # no cells come here
+    del walked["results"]
+    later = Dims(**{**vars(removed.dims), **walked, "labels": labels, "scans": scans})
     return Removed(dims=later, everywhere=everywhere, by_layer=by_layer)
 
 
@@ -255,12 +251,13 @@ def dense_like(params: tree.Params, shapes: Mapping[str, tuple[int, ...]]) -> tr
 
 
 def resize(
-    fn: Callable[..., Any], keep: KeepIndices, shapes: Mapping[str, tuple[int, ...]]
+    fn: Callable[..., Any] | Traced, keep: KeepIndices, shapes: Mapping[str, tuple[int, ...]]
 ) -> Callable[..., Any]:
     """Make fn run on params with axes that are smaller: only `keep` of their indices.
 
     Args:
-        fn: `fn(params, *inputs, **kwargs) -> outputs`, pure.
+        fn: `fn(params, *inputs, **kwargs) -> outputs`, pure; or a `Traced` of it at full size, for
+            calls with inputs like those that it was captured for.
         keep: `{path: {axis: indices}}` of all leaves that are smaller.
         shapes: `{path: shape at full size}` of all leaves.
 
@@ -286,11 +283,11 @@ def resize(
     def planned(params: tree.Params, inputs: Any, kwargs: Any) -> _Planned:
         dense = dense_like(params, shapes)
         _check_shapes(params, keep, shapes)
-        traced = capture(fn, dense, inputs, kwargs)
-        resizer = _Resizer(removed_by(dims_of(traced), keep))
+        traced = call_of(fn, dense, inputs, kwargs)
+        resizer = _Resizer(removed_by(dims(traced), keep))
         return _Planned(traced, resizer.plan(), resizer.cells)
 
-    @functools.wraps(fn)
+    @wraps(fn)
     def resized(params: tree.Params, *inputs: Any, **kwargs: Any) -> Any:
         args = params, inputs, kwargs
         call = calls.get(args, lambda: planned(*args), lambda call: call.plan.made is not None)

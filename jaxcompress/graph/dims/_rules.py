@@ -11,23 +11,13 @@ from jaxcompress.graph.dims._kept import Kept
 from jaxcompress.graph.dims._labels import Axis
 from jaxcompress.graph.dims._rule import Axes, Step, concrete, register_dims
 from jaxcompress.graph.program import _compat
+from jaxcompress.graph.program._primitives import ELEMENTWISE, PASSES, arrange
 
 _LARGEST = 1 << 22
 """The largest axis that is made by merging labelled ones."""
 
 
-@register_dims(
-    "abs", "acos", "acosh", "add", "add_any", "and", "asin", "asinh", "atan", "atan2", "atanh",
-    "cbrt", "ceil", "clamp", "complex", "conj", "convert_element_type", "copy", "copy_p", "cos",
-    "cosh", "digamma", "div", "eq", "erf", "erf_inv", "erfc", "exp", "exp2", "expm1", "floor", "ge",
-    "gt", "imag", "integer_pow", "is_finite", "le", "lgamma", "log", "log1p", "logistic", "lt",
-    "max", "min", "mul", "name", "ne", "neg", "nextafter", "not", "or", "population_count", "pow",
-    "pvary", "real", "reduce_precision", "rem", "reshard", "round", "rsqrt", "select_n",
-    "sharding_constraint", "bessel_i0e", "bessel_i1e", "clz", "igamma", "igammac", "log2", "mulhi",
-    "one_minus_square", "polygamma", "regularized_incomplete_beta", "vary_unreduced_cast", "zeta",
-     "shift_left", "shift_right_arithmetic", "shift_right_logical", "sign",
-    "sin", "sinh", "sqrt", "square", "stop_gradient", "sub", "tan", "tanh", "xor",
-)  # fmt: skip
+@register_dims(*ELEMENTWISE)
 class _Elementwise:
     def follow(self, step: Step) -> list[Axes]:
         shape = step.shape()
@@ -77,26 +67,19 @@ class _Fft:
         return [tuple(result)]
 
 
-@register_dims(
-    "device_put", "optimization_barrier", "pbroadcast", "pmax", "pmin", "ppermute", "psum",
-    "psum_invariant",
-)  # fmt: skip
-class _Barrier:
+@register_dims(*PASSES, "pmax", "pmin", "ppermute", "psum", "psum_invariant")
+class _Pass:
     def follow(self, step: Step) -> list[Axes]:
         return list(step.operands)
 
 
-@register_dims("transpose")
-class _Transpose:
+@register_dims("squeeze", "transpose")
+class _Arrange:
     def follow(self, step: Step) -> list[Axes]:
-        return [tuple(step.operands[0][k] for k in step.params["permutation"])]
-
-
-@register_dims("squeeze")
-class _Squeeze:
-    def follow(self, step: Step) -> list[Axes]:
-        gone = {k % len(step.operands[0]) for k in step.params["dimensions"]}
-        return [tuple(axis for k, axis in enumerate(step.operands[0]) if k not in gone)]
+        new = lambda n: step.labels.fresh(concrete([n])[0])
+        axes = arrange(step.eqn, step.operands[0], new)
+        assert axes is not None
+        return [tuple(axes)]
 
 
 @register_dims("rev")
@@ -108,15 +91,7 @@ class _Reverse:
 
 
 @register_dims("broadcast_in_dim")
-class _Broadcast:
-    def follow(self, step: Step) -> list[Axes]:
-        shape = step.shape()
-        result = [step.labels.fresh(n) for n in shape]
-        for axis, target in zip(step.operands[0], step.params["broadcast_dimensions"], strict=True):
-            if len(axis) == shape[target]:
-                result[target] = axis
-        return [tuple(result)]
-
+class _Broadcast(_Arrange):
     def resize(self, eqn: Any, operands: Sequence[Any], kept: Kept) -> list[Any]:
         return _compat.bind(eqn, operands, {**eqn.params, "shape": kept.shape()})
 

@@ -6,7 +6,7 @@ not know is frozen, with a reason.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -15,20 +15,19 @@ from jaxcompress import tree
 from jaxcompress.graph.dims._found import Dims, Level, Product
 from jaxcompress.graph.dims._known import (
     Fact,
-    Facts,
     compared,
     fact_after,
-    fact_of,
     fact_of_constant,
+    fact_of_literal,
 )
 from jaxcompress.graph.dims._labels import Axis, Labels
 from jaxcompress.graph.dims._rule import Axes, Step, concrete, dims_rule
-from jaxcompress.graph.program import _compat
 from jaxcompress.graph.program._compat import Program
-from jaxcompress.graph.program._constructs import Body, construct
+from jaxcompress.graph.program._constructs import Role
+from jaxcompress.graph.program._interpret import Domain, Frame, Place, Position, interpret
+from jaxcompress.graph.program._live import equation_steps, live, variables
 from jaxcompress.graph.sites._sites import contraction_flops
 from jaxcompress.graph.sites._trace import Traced, capture
-from jaxcompress.graph.sites._walk import Position
 
 _PASSES = 3
 """How often a program is walked at most."""
@@ -36,11 +35,20 @@ _OPEN = frozenset({"cond", "jit", "remat2", "scan", "while"})
 """Constructs that take cells in whole, whatever is differentiated."""
 
 
-def dims(fn: Callable[..., Any], params: tree.Params, *inputs: Any, **kwargs: Any) -> Dims:
+class Known(NamedTuple):
+    """What the walk knows of a variable: the labels of its axes, and what it is before fn runs."""
+
+    axes: Axes
+    fact: Fact = Fact()
+
+
+def dims(
+    fn: Callable[..., Any] | Traced, params: tree.Params = None, *inputs: Any, **kwargs: Any
+) -> Dims:
     """Find which indices of the leaves are the same index, so that they live and die together.
 
     Args:
-        fn: `fn(params, *inputs, **kwargs) -> outputs`, pure.
+        fn: `fn(params, *inputs, **kwargs) -> outputs`, pure; or a `Traced`, without arguments.
         params: Any pytree of arrays; shapes are enough.
         *inputs: fn's other arguments; shapes are enough.
         **kwargs: fn's keyword arguments.
@@ -62,27 +70,41 @@ def dims(fn: Callable[..., Any], params: tree.Params, *inputs: Any, **kwargs: An
         >>> str(found.reasons[found.labels.find(found.leaves["up"][0])[0]])
         'it is tied to axis 1 of input 0'
     """
-    return dims_of(capture(fn, params, inputs, kwargs))
+    traced = capture(fn, params, *inputs, **kwargs)
+    return traced.derive("dims", lambda: _labelled(traced))
 
 
-def dims_of(traced: Traced) -> Dims:
+def state_outputs(traced: Traced) -> Mapping[int, str]:
+    """Find which outputs of a captured call are new state, made from leaves of params.
+
+    Args:
+        traced: The call.
+
+    Returns:
+        `{number of the output: path of the leaf}` of the outputs with the path and shape of a leaf
+        whose indices are the leaf's own. An activation that is as large as a leaf is none.
+    """
+    return dims(traced).state if _mirrors(traced) else {}
+
+
+def _labelled(traced: Traced) -> Dims:
     labels = Labels()
     leaves = {
         path: tuple(labels.fresh(n) for n in concrete(leaf.shape))
         for path, leaf in traced.leaves.items()
     }
-    result = Walker(traced, labels).whole(leaves)
+    result = Labelling(traced, labels).whole(leaves)
     for _ in range(_PASSES - 1):
         if not labels.conflicts:
             break
         # What was learned late may show how to split an axis that was met early.
         labels.frozen, labels.frozen_else, labels.conflicts = [], [], 0
-        result = Walker(traced, labels).whole(leaves)
+        result = Labelling(traced, labels).whole(leaves)
     return result
 
 
-class Walker:
-    """One pass over a program.
+class Labelling(Domain[Known]):
+    """One pass over a program that gives labels.
 
     Args:
         traced: The captured call.
@@ -92,9 +114,6 @@ class Walker:
 
     def __init__(self, traced: Traced, labels: Labels, *, closed: bool = False):
         self._traced, self._labels = traced, labels
-        self.programs: dict[Position, tuple[Program, dict[Any, Axes]]] = {}
-        self.scans: dict[Position, tuple[int, ...]] = {}
-        self.facts: dict[Position, Facts] = {}
         self._levels: list[Level] = []
         self._uniform: list[Axis] = []
         self._products: list[Product] = []
@@ -102,10 +121,12 @@ class Walker:
         self._carried: list[Axis] = []
         self._cuts: list[Axis] = []
         self._spread: set[int] = set()
-        self._closed = closed
-        self.dead: set[Position] = set()
+        self._scans: dict[Position, tuple[int, ...]] = {(): ()}
+        self._closed = {(): closed}
+        self._dead: set[Position] = set()
 
     def whole(self, leaves: Mapping[str, Axes]) -> Dims:
+        """Label the captured call; `leaves` are the labels of its leaves."""
         traced, labels, program = self._traced, self._labels, self._traced.program
         args: list[Axes] = []
         for path, leaf in traced.leaves.items():
@@ -121,19 +142,35 @@ class Walker:
             for k, axis in enumerate(axes):
                 labels.freeze(axis, f"it is tied to axis {k} of input {path}")
             args.append(axes)
-        outs = self.walk(program, args, (), (), 1, ())
+        walked = self.walk(program, [Known(axes) for axes in args])
+        outs = walked.pop("results")
         # New state is made from the old: its indices are the leaf's by fn itself.
         alike = lambda axes, path: all(
             np.array_equal(labels.rows(a), labels.rows(b))
             for a, b in zip(axes, leaves[path], strict=True)
         )
-        state = {k: path for k, path in _mirrors(traced).items() if alike(outs[k], path)}
+        state = {k: path for k, path in _mirrors(traced).items() if alike(outs[k].axes, path)}
         paths = jax.tree_util.tree_flatten_with_path(traced.outputs)[0]
-        for number, ((keypath, _), axes) in enumerate(zip(paths, outs, strict=True)):
+        for number, ((keypath, _), out) in enumerate(zip(paths, outs, strict=True)):
             name = tree.path_str(keypath) or "0"
-            for k, axis in enumerate(axes if number not in state else ()):
+            for k, axis in enumerate(out.axes if number not in state else ()):
                 labels.freeze(axis, f"it is axis {k} of output {name}")
-        return self._result(leaves, state)
+        return self._result(walked, leaves, state)
+
+    def walk(self, program: Program, args: Sequence[Known]) -> dict[str, Any]:
+        """Label a program; gives what `Dims` says of its bodies, and the results."""
+        walk = interpret(program, args, self)
+        bodies = walk.bodies.items()
+        return {
+            "programs": {
+                at: (body.program, {var: x.axes for var, x in body.values.items()})
+                for at, body in bodies
+            },
+            "facts": {at: {v: x.fact for v, x in body.values.items()} for at, body in bodies},
+            "scans": dict(self._scans),
+            "dead": frozenset(self._dead),
+            "results": walk.results,
+        }
 
     def _outer(self, shape: Sequence[Any], reason: str | None) -> Axes:
         axes = tuple(self._labels.fresh(n) for n in concrete(shape))
@@ -141,24 +178,26 @@ class Walker:
             self._labels.freeze(axis, str(reason))
         return axes
 
-    def _result(self, leaves: Mapping[str, Axes], state: Mapping[int, str]) -> Dims:
+    def _result(
+        self, walked: dict[str, Any], leaves: Mapping[str, Axes], state: Mapping[int, str]
+    ) -> Dims:
         labels = self._labels
         reasons = np.full(len(labels), "", object)
         for axis, reason in reversed([*labels.frozen, *labels.frozen_else]):
             rows = labels.rows(axis)
             reasons[rows[rows >= 0]] = reason
-        levels, layers = tuple(self._levels), np.zeros(len(labels), np.int32)
+        levels = tuple(self._levels)
         first = [int(labels.find(level.axis)[0]) for level in levels]
         canonical = [first.index(label) for label in first]  # scans over the same layers are one
+        scans = {at: tuple(canonical[k] for k in inside) for at, inside in self._scans.items()}
+        layers = np.zeros(len(labels), np.int32)
         if levels:
-            layers = self._layers(canonical)
+            layers = self._layers(canonical, walked["programs"], scans)
         return Dims(
+            **{**walked, "scans": scans},
             traced=self._traced,
             labels=labels,
             leaves=leaves,
-            programs=self.programs,
-            facts=self.facts,
-            scans={prefix: tuple(canonical[k] for k in at) for prefix, at in self.scans.items()},
             reasons=reasons,
             layers=layers,
             levels=levels,
@@ -166,7 +205,6 @@ class Walker:
             summed=self._flags(self._summed),
             carried=self._flags(self._carried),
             cuts=tuple(self._cuts),
-            dead=frozenset(self.dead),
             state=state,
         )
 
@@ -177,14 +215,19 @@ class Walker:
             flags[rows[rows >= 0]] = True
         return flags
 
-    def _layers(self, canonical: Sequence[int]) -> np.ndarray:
+    def _layers(
+        self,
+        canonical: Sequence[int],
+        programs: Mapping[Position, tuple[Program, Mapping[Any, Axes]]],
+        scans: Mapping[Position, tuple[int, ...]],
+    ) -> np.ndarray:
         """Find the labels that occur only beside the layers of a scan, or inside it."""
         labels, levels = self._labels, self._levels
         layered = {k: labels.find(levels[k].axis) for k in canonical}
         names = {int(axis[0]): k for k, axis in layered.items()}
         allowed = np.full(len(labels), -1, np.int64)
-        for prefix, (_, env) in self.programs.items():
-            inside = sum(1 << k for k in {canonical[k] for k in self.scans[prefix]})
+        for prefix, (_, env) in programs.items():
+            inside = sum(1 << k for k in set(scans[prefix]))
             for axes in env.values():
                 beside = inside
                 for axis in axes:
@@ -202,66 +245,47 @@ class Walker:
             layers[(allowed & (1 << k) > 0) & (allowed >= 0)] = k + 1
         return layers
 
-    # --- walking --------------------------------------------------------------------------------
+    # --- equations ------------------------------------------------------------------------------
 
-    def walk(
-        self,
-        program: Program,
-        args: Sequence[Axes],
-        prefix: Position,
-        scans: tuple[int, ...],
-        repeats: int,
-        branch: tuple[tuple[Position, int], ...],
-        facts: Facts | None = None,
-    ) -> list[Axes]:
-        env: dict[Any, Axes] = dict(zip(program.invars, args, strict=True))
-        facts = self.facts[prefix] = {} if facts is None else facts
-        self.programs[prefix], self.scans[prefix] = (program, env), scans
-        for var, value in zip(program.constvars, program.consts, strict=True):
-            env[var] = self._outer(np.shape(value), None)
-            self._uniform += env[var]
-            facts[var] = fact_of_constant(value, env[var])
-        live = _live(program)
-        for number, eqn in enumerate(program.eqns):
-            here = (*prefix, number)
-            if number not in live:  # only shapes of it were used
-                self.dead.add(here)
-                env.update((var, self._outer(var.aval.shape, None)) for var in eqn.outvars)
-                continue
-            operands = tuple(self._read(atom, env) for atom in eqn.invars)
-            if eqn.primitive.name == "broadcast_in_dim":
-                self._spread.add(id(eqn.outvars[0]))
-            mine = tuple(fact_of(atom, facts) for atom in eqn.invars)
-            rule = construct(eqn.primitive.name)
-            if rule is not None:
-                bodies = rule.bodies(eqn)
-                results, after = self._construct(
-                    eqn, here, bodies, operands, scans, repeats, branch, mine
-                )
-            else:
-                results = self._follow(eqn, here, operands, mine, repeats, branch)
-                after = [fact_after(eqn, mine, results)] * len(results)
-            env.update(zip(eqn.outvars, results, strict=True))
-            facts.update(zip(eqn.outvars, after, strict=True))
-        return [self._read(atom, env) for atom in program.outvars]
+    def begin(self, program: Program, place: Place) -> None:
+        alive = set(live(equation_steps(program), variables(program.outvars)).numbers)
+        numbers = range(len(program.eqns))
+        self._dead |= {(*place.position, k) for k in numbers if k not in alive}
 
-    def _read(self, atom: Any, env: Mapping[Any, Axes]) -> Axes:
-        if isinstance(atom, _compat.Literal):
-            return tuple(self._labels.fresh(n) for n in np.shape(atom.val))
-        return env[atom]
+    def constant(self, var: Any, value: Any, place: Place) -> Known:
+        axes = self._outer(np.shape(value), None)
+        self._uniform += axes
+        return Known(axes, fact_of_constant(value, axes))
+
+    def literal(self, atom: Any) -> Known:
+        return Known(self._outer(np.shape(atom.val), None), fact_of_literal(atom))
+
+    def enters(self, eqn: Any, operands: Sequence[Known], here: Position) -> bool:
+        return here not in self._dead
+
+    def equation(
+        self, eqn: Any, operands: Sequence[Known], here: Position, place: Place
+    ) -> Sequence[Known]:
+        if here in self._dead:  # only shapes of it were used
+            return [Known(self._outer(var.aval.shape, None)) for var in eqn.outvars]
+        if eqn.primitive.name == "broadcast_in_dim":
+            self._spread.add(id(eqn.outvars[0]))
+        facts = [x.fact for x in operands]
+        results = self._follow(eqn, here, tuple(x.axes for x in operands), facts, place)
+        after = fact_after(eqn, facts, results)
+        return [Known(axes, after) for axes in results]
 
     def _follow(
         self,
         eqn: Any,
         here: Position,
         operands: tuple[Axes, ...],
-        known: tuple[Fact, ...],
-        repeats: int,
-        branch: tuple[tuple[Position, int], ...],
+        known: Sequence[Fact],
+        place: Place,
     ) -> list[Axes]:
         step = Step(eqn=eqn, operands=operands, known=tuple(fact.value for fact in known),
                     labels=self._labels, uniform=self._uniform.append,
-                    cut=self._cuts.append, by_layer=not self._closed)  # fmt: skip
+                    cut=self._cuts.append, by_layer=not self._closed[place.position])  # fmt: skip
         rule = dims_rule(eqn.primitive.name)
         if rule is None:
             reason = f"{eqn.primitive.name} has no rule"
@@ -273,7 +297,7 @@ class Walker:
         for axis in compared(eqn, known):
             self._labels.freeze(axis, "its positions are compared with values")
         if flops := contraction_flops(eqn):
-            self._contracts(eqn, here, operands, results[0], repeats, branch, flops)
+            self._contracts(eqn, here, operands, results[0], place, flops)
         elif eqn.primitive.name in ("add", "sub") and all(len(axes) for axes in operands):
             whole = [
                 axes
@@ -291,8 +315,7 @@ class Walker:
         here: Position,
         operands: tuple[Axes, ...],
         result: Axes,
-        repeats: int,
-        branch: tuple[tuple[Position, int], ...],
+        place: Place,
         flops: int,
     ) -> None:
         name = eqn.primitive.name
@@ -309,109 +332,77 @@ class Walker:
             sums, shared = tuple(operands[0][k] for k in contract), 0
         self._products.append(
             Product(position=here, axes=(*result, *sums), batch=shared, summed=len(sums),
-                    repeats=repeats, branch=branch, flops=flops * repeats)
+                    repeats=place.repeats, branch=place.branch, flops=flops * place.repeats)
         )  # fmt: skip
 
-    def _construct(
-        self,
-        eqn: Any,
-        here: Position,
-        bodies: Sequence[Body],
-        operands: tuple[Axes, ...],
-        scans: tuple[int, ...],
-        repeats: int,
-        branch: tuple[tuple[Position, int], ...],
-        known: tuple[Fact, ...],
-    ) -> tuple[list[Axes], list[Fact]]:
-        labels = self._labels
-        results: list[Axes | None] = [None] * len(eqn.outvars)
-        after: list[Fact | None] = [None] * len(eqn.outvars)
-        name, closed = eqn.primitive.name, self._closed
-        for number, body in enumerate(bodies):
-            condition = all(target is None for target, _ in body.results)
-            self._closed = closed or name not in _OPEN or condition
-            inner, level = scans, None
-            if name == "scan":
-                level = self._level(eqn, body, operands)
-                inner = (*scans, len(self._levels) - 1)
-            args, facts = [], Facts()
-            for (k, role), var in zip(body.inputs, body.program.invars, strict=True):
-                axes = operands[k][1:] if role == "slice" else operands[k]
-                args.append(self._fitted(axes, var.aval.shape, name))
-                facts[var] = known[k].through(role)
-                if role == "carry":
-                    self._carried += axes
-                if condition:  # it sees no layers
-                    self._uniform += axes
-            inside = branch
-            if body.branch:
-                inside = (*branch, (here, number))
-                for axis in operands[0]:
-                    labels.freeze(axis, "it chooses a branch")
-            outs = self.walk(
-                body.program, args, (*here, number), inner, repeats * body.repeats, inside, facts
-            )
-            carried = [i for i, (_, role) in enumerate(body.inputs) if role == "carry"]
-            returns = [i for i, (_, role) in enumerate(body.results) if role == "carry"]
-            for i, j in zip(carried, returns, strict=False):
-                for a, b in zip(args[i], outs[j], strict=True):
-                    labels.unify(a, b)
-            for (target, role), axes, atom in zip(
-                body.results, outs, body.program.outvars, strict=True
-            ):
-                if target is None:
-                    continue
-                fact = fact_of(atom, facts).through(role)._replace(value=None)
-                if body.branch:  # which of them it is depends on operand 0
-                    fact = fact.or_else(known[0]._replace(counts=()))
-                before = after[target]
-                after[target] = fact if before is None else before.or_else(fact)
-                if role == "slice" and level is not None:
-                    axes = (level.axis, *axes)
-                axes = self._fitted(axes, eqn.outvars[target].aval.shape, name)
-                earlier = results[target]
-                if earlier is not None:
-                    for a, b in zip(earlier, axes, strict=True):
-                        labels.unify(a, b)
-                results[target] = axes
-        self._closed = closed
-        assert all(axes is not None for axes in results), f"{name} gives a result of no body"
-        return [axes for axes in results if axes is not None], [fact or Fact() for fact in after]
+    # --- constructs -----------------------------------------------------------------------------
 
-    def _level(self, eqn: Any, body: Body, operands: Sequence[Axes]) -> Level:
-        length = int(eqn.params["length"])
-        sliced = [operands[k][0] for k, role in body.inputs if role == "slice" and operands[k]]
+    def enter(self, frame: Frame[Known]) -> None:
+        name, at, outside = frame.eqn.primitive.name, frame.place.position, frame.here[:-1]
+        self._closed[at] = self._closed[outside] or name not in _OPEN or _is_condition(frame)
+        self._scans[at] = self._scans[outside]
+        if name == "scan":
+            self._levels.append(self._level(frame))
+            self._scans[at] = (*self._scans[outside], len(self._levels) - 1)
+        if frame.body.branch:
+            for axis in frame.operands[0].axes:
+                self._labels.freeze(axis, "it chooses a branch")
+
+    def _level(self, frame: Frame[Known]) -> Level:
+        length = int(frame.eqn.params["length"])
+        operands = [frame.operands[k].axes for k, role in frame.body.inputs if role == "slice"]
+        sliced = [axes[0] for axes in operands if axes]
         axis = sliced[0] if sliced else self._labels.fresh(length)
         for other in sliced[1:]:
             self._labels.unify(axis, other)
         self._labels.freeze(axis, "a scan runs over it: drop_layers removes layers")
-        level = Level(axis=axis, length=length)
-        self._levels.append(level)
-        return level
+        return Level(axis=axis, length=length)
 
-    def _fitted(self, axes: Axes, shape: Sequence[Any], name: str) -> Axes:
+    def feed(self, value: Known, k: int, role: Role, frame: Frame[Known]) -> Known:
+        axes = value.axes[1:] if role == "slice" else value.axes
+        if role == "carry":
+            self._carried += axes
+        if _is_condition(frame):  # it sees no layers
+            self._uniform += axes
+        shape = frame.body.program.invars[k].aval.shape
+        return Known(self._fit(axes, shape, frame), value.fact.through(role))
+
+    def carry(self, before: Known, after: Known, frame: Frame[Known]) -> Known:
+        for a, b in zip(before.axes, after.axes, strict=True):
+            self._labels.unify(a, b)
+        return before
+
+    def give(self, value: Known, k: int, role: Role, frame: Frame[Known]) -> Known:
+        fact = value.fact.through(role)._replace(value=None)
+        if frame.body.branch:  # which of them it is depends on operand 0
+            fact = fact.or_else(frame.operands[0].fact._replace(counts=()))
+        axes, target = value.axes, frame.body.results[k][0]
+        assert target is not None
+        if role == "slice":
+            axes = (self._levels[self._scans[frame.place.position][-1]].axis, *axes)
+        return Known(self._fit(axes, frame.eqn.outvars[target].aval.shape, frame), fact)
+
+    def join(self, earlier: Known, later: Known, frame: Frame[Known]) -> Known:
+        for a, b in zip(earlier.axes, later.axes, strict=True):
+            self._labels.unify(a, b)
+        return Known(later.axes, earlier.fact.or_else(later.fact))
+
+    def _fit(self, axes: Axes, shape: Sequence[Any], frame: Frame[Known]) -> Axes:
         """Cut an axis off where a border changes its size: inside a `shard_map` it is a shard."""
         fitted = []
         for axis, n in zip(axes, concrete(shape), strict=True):
             if len(axis) == n:
                 fitted.append(axis)
                 continue
-            reason = f"{name} divides it among devices"
+            reason = f"{frame.eqn.primitive.name} divides it among devices"
             self._labels.freeze(axis, reason)
             fitted.append(self._labels.fresh(n))
             self._labels.freeze(fitted[-1], reason)
         return tuple(fitted)
 
 
-def _live(program: Program) -> set[int]:
-    """List the equations that results, or effects, depend on."""
-    needed = {atom for atom in program.outvars if not isinstance(atom, _compat.Literal)}
-    live = set()
-    for number, eqn in reversed(list(enumerate(program.eqns))):
-        if eqn.effects or any(var in needed for var in eqn.outvars):
-            live.add(number)
-            needed.update(a for a in eqn.invars if not isinstance(a, _compat.Literal))
-    return live
+def _is_condition(frame: Frame[Known]) -> bool:
+    return all(target is None for target, _ in frame.body.results)
 
 
 def _mirrors(traced: Traced) -> dict[int, str]:

@@ -34,13 +34,13 @@ class Calls(Generic[T]):
         Returns:
             It.
         """
-        flat, structure = jax.tree.flatten(args)
         try:
-            key = structure, tuple(jax.typeof(x) for x in flat), _compat.trace_context()
+            key = _compat.call_types(args)
             with self._lock:
                 made = self._made.pop(key, None)
         except (TypeError, ValueError):  # no array, or something static that cannot be compared
             return make()
+        structure = jax.tree.structure(args)
         if made is None and not (stays(made := make()) and _is_static(structure)):
             return made
         with self._lock:

@@ -12,6 +12,7 @@ import jax
 from jax._src import config as _config
 from jax._src import linear_util as lu
 from jax._src import source_info_util
+from jax._src.core import shaped_abstractify
 from jax._src.interpreters import partial_eval
 from jax._src.named_sharding import UNSPECIFIED
 from jax.custom_derivatives import SymbolicZero
@@ -39,7 +40,7 @@ class Program(NamedTuple):
     outvars: tuple[Any, ...]
 
 
-def program(jaxpr: Any) -> Program:
+def normalize(jaxpr: Any) -> Program:
     """Bring an open or closed jaxpr of any supported JAX into the normal form."""
     inner = jaxpr.jaxpr if hasattr(jaxpr, "jaxpr") else jaxpr
     return Program(
@@ -51,7 +52,7 @@ def program(jaxpr: Any) -> Program:
     )
 
 
-def capture(
+def capture_program(
     fn: Callable[..., Any], args: Sequence[Any], *, prune: bool = False
 ) -> tuple[Program, Any]:
     """Trace `fn(*args)`; arguments may be abstract.
@@ -65,18 +66,34 @@ def capture(
         The program over the flattened arguments, and the tree of the results' shapes.
     """
     jaxpr, shapes = jax.make_jaxpr(fn, return_shape=True)(*args)
-    captured = program(jaxpr)
+    captured = normalize(jaxpr)
     if not prune:
         return captured, shapes
     inner: Any = getattr(jaxpr, "jaxpr", jaxpr)
     live, _ = partial_eval.dce_jaxpr(inner, [True] * len(inner.outvars), instantiate=True)
-    live = program(live)
+    live = normalize(live)
     return captured._replace(eqns=live.eqns, outvars=live.outvars), shapes
 
 
 def trace_context() -> Hashable:
     """Give what a trace depends on beside its arguments: meshes, precision, x64, named axes."""
     return _config.trace_context()
+
+
+def call_types(args: Any) -> tuple[Hashable, Hashable, Hashable]:
+    """Describe a call by the structure and types of its arguments, and JAX's context.
+
+    Args:
+        args: Any pytree of arrays, numbers and `ShapeDtypeStruct`s, traced ones too.
+
+    Returns:
+        What is equal for calls that are traced alike.
+
+    Raises:
+        TypeError: If something in it is no array.
+    """
+    flat, structure = jax.tree.flatten(args)
+    return structure, tuple(map(shaped_abstractify, flat)), trace_context()
 
 
 def is_jaxpr(value: Any) -> bool:
@@ -177,7 +194,7 @@ def _derived(eqn: Any, values: Sequence[Any], derivative: Callable[..., Any]) ->
 
 def _with_consts(jaxpr: Any, consts: Sequence[Any]) -> Program:
     """Close a jaxpr over its constants, which are leading arguments in JAX 0.12."""
-    closed = program(jaxpr)._replace(consts=tuple(consts))
+    closed = normalize(jaxpr)._replace(consts=tuple(consts))
     if len(closed.constvars) != len(consts):
         cut = len(consts)
         closed = closed._replace(constvars=closed.invars[:cut], invars=closed.invars[cut:])

@@ -63,7 +63,7 @@ class Body:
         Returns:
             The body.
         """
-        program = _compat.program(jaxpr)
+        program = _compat.normalize(jaxpr)
         return cls(
             label=label,
             program=program,
@@ -225,7 +225,7 @@ class _Scan:
 
     def bodies(self, eqn: Any) -> list[Body]:
         consts, carry = _compat.scan_counts(eqn)
-        length, program = eqn.params["length"], _compat.program(eqn.params["jaxpr"])
+        length, program = eqn.params["length"], _compat.normalize(eqn.params["jaxpr"])
         roles = _roles(consts, carry, len(program.invars))
         results = _roles(0, carry, len(program.outvars))
         return [
@@ -276,14 +276,14 @@ class _While:
         return [
             Body(
                 label="while",
-                program=_compat.program(eqn.params["body_jaxpr"]),
+                program=_compat.normalize(eqn.params["body_jaxpr"]),
                 inputs=(*((n_cond + k, "same") for k in range(n_body)), *carried),
                 results=tuple((k, "carry") for k in range(n_carry)),
                 bounded=False,
             ),
             Body(
                 label="while condition",
-                program=_compat.program(eqn.params["cond_jaxpr"]),
+                program=_compat.normalize(eqn.params["cond_jaxpr"]),
                 inputs=(*((k, "same") for k in range(n_cond)), *carried),
                 results=((None, "same"),),
                 bounded=False,
@@ -316,7 +316,7 @@ class _Cond:
     def bodies(self, eqn: Any) -> list[Body]:
         bodies = []
         for k, jaxpr in enumerate(eqn.params["branches"]):
-            program = _compat.program(jaxpr)
+            program = _compat.normalize(jaxpr)
             bodies.append(
                 Body(
                     label=f"cond[{k}]",

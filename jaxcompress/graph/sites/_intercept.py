@@ -1,4 +1,8 @@
-"""`intercept`: handle sites with a state of their own, chosen once the sites are known."""
+"""`intercept`: handle sites with a state of their own, chosen once the sites are known.
+
+What is done at a site is a stack of layers around its equation; `tap`, `observe` and `perturb` are
+layers, too, so that one run of a captured call can do all of it.
+"""
 
 import functools
 from collections.abc import Callable, Mapping, Sequence
@@ -6,11 +10,80 @@ from typing import Any, NamedTuple, TypeAlias
 
 from jaxcompress import tree
 from jaxcompress.graph.program._constructs import Cells
-from jaxcompress.graph.sites._observe import check_states, named_sites, refuse_inside
-from jaxcompress.graph.sites._replay import Equation, Plan, SitesAt, Visit, execute, make_plan
+from jaxcompress.graph.program._interpret import Position
+from jaxcompress.graph.program._run import Equation, Visit
+from jaxcompress.graph.sites._replay import SitesAt, execute, make_plan
+from jaxcompress.graph.sites._select import check_states, named_sites, refuse_inside
 from jaxcompress.graph.sites._sites import Site
-from jaxcompress.graph.sites._trace import capture
-from jaxcompress.graph.sites._walk import Position
+from jaxcompress.graph.sites._trace import Traced, call_of, wraps
+
+Go: TypeAlias = Callable[[list[Any], Cells], tuple[list[Any], Cells]]
+"""`(operands, cells) -> (results, filled cells)`: the equation, with the layers inside."""
+Around: TypeAlias = Callable[[Equation, Site, Go, list[Any], Cells], tuple[list[Any], Cells]]
+"""`(equation, site, go, operands, cells) -> (results, filled cells)`."""
+
+
+class Layer(NamedTuple):
+    """What is done around the equation of a site.
+
+    Attributes:
+        around: What is done; it calls `go`, or does something else instead.
+        reads: The names of the cells that it reads.
+    """
+
+    around: Around
+    reads: tuple[str, ...] = ()
+
+
+UNREACHABLE = ("while condition", "custom_jvp", "custom_vjp")
+"""Constructs (as `Site.scope` names them) at whose sites nothing can be intercepted."""
+
+
+def run_layers(
+    traced: Traced,
+    args: Any,
+    layers: Mapping[str, Sequence[Layer]],
+    cells: Cells,
+    *,
+    fills: bool,
+) -> tuple[Any, Cells]:
+    """Run a captured call with layers around its sites.
+
+    Args:
+        traced: The call.
+        args: `(params, inputs, kwargs)`.
+        layers: `{Site.name: layers}`, the innermost first.
+        cells: The cells that layers read, with the lengths of the scans around as leading axes.
+        fills: Whether layers fill cells.
+
+    Returns:
+        fn's outputs and the cells that were filled.
+    """
+
+    def match(program: Any, sites: SitesAt) -> dict[Position, Visit]:
+        visit = functools.partial(_visit, layers)
+        return {p: visit for p, found in sites.items() if any(s.name in layers for s in found)}
+
+    reads = {name: [cell for one in mine for cell in one.reads] for name, mine in layers.items()}
+    plan = make_plan(traced, match, fills=fills, reads=reads)
+    return execute(traced, plan, args, cells)
+
+
+def _visit(
+    layers: Mapping[str, Sequence[Layer]],
+    equation: Equation,
+    operands: Sequence[Any],
+    cells: Cells,
+) -> tuple[list[Any], Cells]:
+    def bind(operands: list[Any], cells: Cells) -> tuple[list[Any], Cells]:
+        result = equation.bind(*operands)
+        return (list(result) if equation.primitive.multiple_results else [result]), {}
+
+    go: Go = bind
+    for site in equation.sites:
+        for layer in layers.get(site.name, ()):
+            go = functools.partial(layer.around, equation, site, go)
+    return go(list(operands), cells)
 
 
 class Interception(NamedTuple):
@@ -29,11 +102,11 @@ class Interception(NamedTuple):
 
 Decide: TypeAlias = Callable[[tuple[Site, ...]], Mapping[str, Interception]]
 """`sites -> {Site.name: what is done there}`; the sites in the order in which fn runs them."""
-UNREACHABLE = ("while condition", "custom_jvp", "custom_vjp")
-"""Constructs (as `Site.scope` names them) at whose sites nothing can be intercepted."""
 
 
-def intercept(fn: Callable[..., Any], decide: Decide) -> Callable[..., tuple[Any, dict[str, Any]]]:
+def intercept(
+    fn: Callable[..., Any] | Traced, decide: Decide
+) -> Callable[..., tuple[Any, dict[str, Any]]]:
     """Make a function that runs chosen sites through handlers with states: `replay` and `observe`.
 
     Gradients flow through what handlers do to operands and to states. Of an equation with
@@ -67,44 +140,34 @@ def intercept(fn: Callable[..., Any], decide: Decide) -> Callable[..., tuple[Any
         (True, 1)
     """
 
-    @functools.wraps(fn)
+    @wraps(fn)
     def intercepted(params: tree.Params, *inputs: Any, **kwargs: Any) -> tuple[Any, dict[str, Any]]:
-        traced = capture(fn, params, inputs, kwargs)
-        chosen = decide(tuple(found.site for found in traced.record.sites))
+        traced, args = call_of(fn, params, inputs, kwargs), (params, inputs, kwargs)
+        chosen = decide(traced.sites)
         if not chosen:
-            plan = Plan({}, {}, _never)
-            return execute(traced, plan, (params, inputs, kwargs), {})[0], {}
+            return run_layers(traced, args, {}, {}, fills=False)
         names = named_sites(traced, chosen, "decide")
         refuse_inside(traced, names, UNREACHABLE, "states and gradients do not reach inside")
         states = {name: chosen[name].state for name in names}
         check_states(traced, states, names)
-
-        def match(program: Any, sites: SitesAt) -> dict[Position, Visit]:
-            visits: dict[Position, Visit] = {}
-            for position, found in sites.items():
-                mine = next((s.name for s in found if s.name in chosen), None)
-                if mine is not None:
-                    visits[position] = functools.partial(_visit, mine, chosen[mine].handler)
-            return visits
-
-        plan = make_plan(traced.program, traced.record, traced.walker, match, fills=True)
-        outputs, filled = execute(traced, plan, (params, inputs, kwargs), states)
+        first: dict[Position, str] = {}
+        for found in traced.record.sites:
+            if found.site.name in names:
+                first.setdefault(found.position, found.site.name)
+        layers = {name: [_handling(chosen[name].handler)] for name in first.values()}
+        outputs, filled = run_layers(traced, args, layers, states, fills=True)
         return outputs, {name: filled.get(name, states[name]) for name in names}
 
     return intercepted
 
 
-def _visit(
-    name: str,
-    handler: Callable[..., Any],
-    equation: Equation,
-    operands: Sequence[Any],
-    cells: Cells,
-) -> tuple[list, Cells]:
-    result, state = handler(equation, cells[name], *operands)
-    results = list(result) if equation.primitive.multiple_results else [result]
-    return results, {name: state}
+def _handling(handler: Callable[..., tuple[Any, Any]]) -> Layer:
+    """Make a layer that a handler takes the place of the equation in."""
 
+    def around(
+        equation: Equation, site: Site, go: Go, operands: list[Any], cells: Cells
+    ) -> tuple[list[Any], Cells]:
+        result, state = handler(equation, cells[site.name], *operands)
+        return list(result) if equation.primitive.multiple_results else [result], {site.name: state}
 
-def _never(position: Position, program: Any) -> Plan:
-    raise AssertionError("a plan that visits nothing enters nothing")
+    return Layer(around)

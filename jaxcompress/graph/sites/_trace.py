@@ -1,52 +1,167 @@
-"""`trace`: fn as a graph, with every leaf accounted for."""
+"""`capture` and `trace`: a call of fn as a program, and as a graph: every leaf accounted for."""
 
+import functools
 import inspect
 from collections.abc import Callable
-from dataclasses import replace
-from typing import Any, NamedTuple
+from dataclasses import dataclass, field, replace
+from typing import Any, TypeVar
 
 import jax
+from jax.core import Tracer
+from jax.sharding import NamedSharding
 
 from jaxcompress import tree
 from jaxcompress.errors import ArgumentError, ArgumentTypeError
 from jaxcompress.graph.program import _compat
 from jaxcompress.graph.program._compat import Program
+from jaxcompress.graph.program._interpret import Walk
 from jaxcompress.graph.sites._graph import Graph, Use
+from jaxcompress.graph.sites._sites import Site
 from jaxcompress.graph.sites._views import parts_of
-from jaxcompress.graph.sites._walk import Found, Place, Record, Value, Walker
+from jaxcompress.graph.sites._walk import Found, Record, Sites, Value, costliest
+
+T = TypeVar("T")
 
 
-class Traced(NamedTuple):
-    """A captured call with what was found in it; what `replay` runs.
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Traced:
+    """A call of fn, traced once: what `trace`, `dims`, `affine`, `cost` and others take for fn.
 
     Attributes:
-        program: The program over the flat arguments.
-        record: What the walk found; sites have their final names.
-        values: The values of the program's results.
+        fn: The function.
+        program: Its program over the flat arguments.
         leaves: `{path: leaf}` of params.
         inputs: The paths of the arrays of fn's other arguments: the argument's number or name, then
             where it is in that.
         outputs: The tree of results as shapes.
-        walker: The walker, to go on with rules that are only known under differentiation.
+        args: The tree of `(params, inputs, kwargs)` as shapes, with shardings over a mesh.
+        record: What was found in it; sites have their final names.
+        walk: The values of its variables.
+        derived: What was derived from it, by name; see `derive`.
     """
 
-    program: Program
-    record: Record
-    values: list[Value]
-    leaves: dict[str, Any]
+    fn: Callable[..., Any]
+    program: Program = field(repr=False)
+    leaves: dict[str, Any] = field(repr=False)
     inputs: tuple[str, ...]
     outputs: Any
-    walker: Walker
+    args: Any = field(repr=False)
+    record: Record = field(repr=False)
+    walk: Walk[Value] = field(repr=False)
+    derived: dict[str, Any] = field(default_factory=dict, repr=False)
+
+    @property
+    def sites(self) -> tuple[Site, ...]:
+        """The sites, in the order in which fn runs them."""
+        return tuple(found.site for found in self.record.sites)
+
+    @property
+    def domain(self) -> Sites:
+        """What walks on through programs that are only known under differentiation."""
+        assert isinstance(self.walk.domain, Sites)
+        return self.walk.domain
+
+    @property
+    def lasts(self) -> bool:
+        """Whether it may be kept: none of its constants belongs to a trace around, and ends."""
+        bodies = self.walk.bodies.values()
+        return not any(isinstance(x, Tracer) for body in bodies for x in body.program.consts)
+
+    def derive(self, name: str, make: Callable[[], T]) -> T:
+        """Give what was derived from this call before, such as its labels, or derive it.
+
+        Args:
+            name: What it is.
+            make: Derives it.
+
+        Returns:
+            It.
+        """
+        if name not in self.derived:
+            self.derived[name] = make()
+        return self.derived[name]
+
+    def takes(self, params: tree.Params, inputs: Any, kwargs: Any) -> bool:
+        """Tell whether the program can be run on arguments.
+
+        Args:
+            params: Params.
+            inputs: A tuple of fn's other arguments.
+            kwargs: Its keyword arguments.
+
+        Returns:
+            Whether they have the structure, shapes and dtypes that it was captured for.
+        """
+        return _compat.call_types((params, inputs, kwargs))[:2] == self._types
+
+    @functools.cached_property
+    def _types(self) -> Any:
+        return _compat.call_types(self.args)[:2]
 
 
 def capture(
+    fn: Callable[..., Any] | Traced, params: tree.Params = None, *inputs: Any, **kwargs: Any
+) -> Traced:
+    """Trace a call of fn, once for all that is asked about it.
+
+    Nothing is computed: arrays may be `jax.ShapeDtypeStruct`s. `trace`, `dims`, `affine`, `cost`,
+    `remask` and `leaks` take the result in the place of fn, and then no arguments.
+
+    Args:
+        fn: `fn(params, *inputs, **kwargs) -> outputs`, pure; a `Traced` is given back.
+        params: Any pytree of arrays; a `LeafNode` such as a `QArray` counts as one leaf.
+        *inputs: fn's other arguments.
+        **kwargs: fn's keyword arguments, traced too.
+
+    Returns:
+        The call.
+
+    Raises:
+        ArgumentTypeError: If params holds something that is no array, or fn cannot be traced.
+        ArgumentError: If two leaves have one path, or a `Traced` comes with arguments.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> params = {"kernel": jnp.ones((3, 5))}
+        >>> traced = capture(lambda p, x: x @ p["kernel"], params, jnp.ones(3))
+        >>> traced.sites[0].path, trace(traced).flops, traced.outputs.shape
+        ('kernel', 30, (5,))
+    """
+    if not isinstance(fn, Traced):
+        return capture_call(fn, params, inputs, kwargs)
+    if params is not None or inputs or kwargs:
+        raise ArgumentError(
+            "fn",
+            got="a Traced, and arguments",
+            expected="a Traced alone, or a function and its arguments",
+            fix="Leave the arguments out: the Traced has them.",
+        )
+    return fn
+
+
+def wraps(fn: Callable[..., Any] | Traced) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Have a function look like fn, as `functools.wraps` does."""
+    return functools.wraps(fn.fn if isinstance(fn, Traced) else fn)
+
+
+def call_of(fn: Callable[..., Any] | Traced, params: Any, inputs: Any, kwargs: Any) -> Traced:
+    """Trace a call of fn; a `Traced` is given back, or traced again for other shapes."""
+    if isinstance(fn, Traced):
+        if fn.takes(params, inputs, kwargs):
+            return fn
+        fn = fn.fn
+    return capture_call(fn, params, inputs, kwargs)
+
+
+def capture_call(
     fn: Callable[..., Any], params: Any, inputs: Any, kwargs: Any, *, prune: bool = False
 ) -> Traced:
+    """Trace a call of fn; `prune` leaves out what no result depends on."""
     leaves = _checked_leaves(params)
     _check_inputs(inputs, kwargs)
     _check_call(fn, params, inputs, kwargs)
     try:
-        program, outputs = _compat.capture(
+        program, outputs = _compat.capture_program(
             lambda params, inputs, kwargs: fn(params, *inputs, **kwargs),
             (params, inputs, kwargs),
             prune=prune,
@@ -59,18 +174,36 @@ def capture(
             fix="Use jnp.where, lax.cond or lax.while_loop, or bind the argument with "
             "functools.partial.",
         ) from error
-    walker = Walker(leaves)
+    domain = Sites({path: jax.tree.map(_like, leaf) for path, leaf in leaves.items()})
     args = [
-        Value((view,), False, walker.fresh())
+        Value((view,), False, domain.fresh())
         for path, leaf in leaves.items()
         for view in parts_of(path, leaf)
     ]
-    args += [Value((), True, walker.fresh()) for _ in program.invars[len(args) :]]
-    record, values = walker.walk(program, args, Place())
-    record.sites = _named(record, walker)
+    args += [Value((), True, domain.fresh()) for _ in program.invars[len(args) :]]
+    record, walk = domain.walk(program, args)
+    record.sites = _named(record, domain)
     named = jax.tree_util.tree_flatten_with_path((inputs, kwargs))[0]
-    paths = tuple(tree.path_str(keypath[1:]) for keypath, _ in named)
-    return Traced(program, record, values, leaves, paths, outputs, walker)
+    return Traced(
+        fn=fn,
+        program=program,
+        leaves=leaves,
+        inputs=tuple(tree.path_str(keypath[1:]) for keypath, _ in named),
+        outputs=outputs,
+        args=jax.tree.map(_like, (params, inputs, kwargs)),
+        record=record,
+        walk=walk,
+    )
+
+
+def _like(x: Any) -> Any:
+    """Describe an array, and how it is sharded over a mesh; numbers stay."""
+    if isinstance(x, jax.ShapeDtypeStruct) or not hasattr(x, "dtype"):
+        return x
+    where = getattr(x, "sharding", None)
+    where = where if isinstance(where, NamedSharding) else None
+    weak = getattr(jax.typeof(x), "weak_type", False)
+    return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where, weak_type=weak)
 
 
 def _check_inputs(inputs: Any, kwargs: Any) -> None:
@@ -123,7 +256,7 @@ def _checked_leaves(params: Any) -> dict[str, Any]:
     return leaves
 
 
-def _named(record: Record, walker: Walker) -> list[Found]:
+def _named(record: Record, domain: Sites) -> list[Found]:
     """Give sites unique names: the leaf's path, then `path#1`, `path#2`, ..."""
     count: dict[str, int] = {}
     names: dict[int, str] = {}
@@ -139,7 +272,7 @@ def _named(record: Record, walker: Walker) -> list[Found]:
             site=replace(
                 found.site,
                 name=names[found.number],
-                upstream=tuple(names[n] for n in walker.upstream(found.number) if n in names),
+                upstream=tuple(names[n] for n in domain.upstream(found.number) if n in names),
                 beside=tuple(n for n in at[found.position] if n != names[found.number]),
             )
         )
@@ -149,13 +282,15 @@ def _named(record: Record, walker: Walker) -> list[Found]:
 
 def no_sites(record: Record) -> str:
     """Say why there is nothing to select, for a message."""
-    inside = list(dict.fromkeys(scope[-1] for scope in record.opaque))
+    inside = list(dict.fromkeys(scope[-1] for _, scope in record.opaque))
     if inside:
         return f"fn has no sites; what {', '.join(inside)} contracts inside cannot be seen."
     return "fn has no sites: it contracts none of its params."
 
 
-def trace(fn: Callable[..., Any], params: tree.Params, *inputs: Any, **kwargs: Any) -> Graph:
+def trace(
+    fn: Callable[..., Any] | Traced, params: tree.Params = None, *inputs: Any, **kwargs: Any
+) -> Graph:
     """Find where fn contracts its leaves, and account for every other use of them.
 
     Nothing is computed: arrays may be `jax.ShapeDtypeStruct`s, so that a model of any size can
@@ -165,7 +300,7 @@ def trace(fn: Callable[..., Any], params: tree.Params, *inputs: Any, **kwargs: A
     `scan`, `while`, `cond`, `shard_map` and code that `vmap` has batched.
 
     Args:
-        fn: `fn(params, *inputs, **kwargs) -> outputs`, pure.
+        fn: `fn(params, *inputs, **kwargs) -> outputs`, pure; or a `Traced`, without arguments.
         params: Any pytree of arrays; a `LeafNode` such as a `QArray` counts as one leaf.
         *inputs: fn's other arguments.
         **kwargs: fn's keyword arguments, traced too.
@@ -187,34 +322,34 @@ def trace(fn: Callable[..., Any], params: tree.Params, *inputs: Any, **kwargs: A
         >>> dict(graph.uses), graph.unreached
         ({'bias': (Use(primitive='add', scope=(), repeats=1),)}, ('spare',))
     """
-    traced = capture(fn, params, inputs, kwargs)
+    traced = capture(fn, params, *inputs, **kwargs)
     record = traced.record
-    uses: dict[str, list[Use]] = {}
-    for path, use in record.uses:
-        uses.setdefault(path, []).append(use)
+    uses: dict[str, dict[Use, None]] = {}
+    for _, path, use in record.uses:
+        uses.setdefault(path, {})[use] = None
     returned = []
-    for value in traced.values:
+    for value in traced.walk.results:
         for view in value.views:
             if not view.through:
                 returned.append(view.path)
-            elif Use(primitive="output") not in uses.setdefault(view.path, []):
-                uses[view.path].append(Use(primitive="output"))
+            else:
+                uses.setdefault(view.path, {})[Use(primitive="output")] = None
     seen = {found.site.path for found in record.sites} | set(uses) | set(returned)
     return Graph(
         leaves=traced.leaves,
-        sites=tuple(found.site for found in record.sites),
+        sites=traced.sites,
         uses={path: tuple(uses[path]) for path in traced.leaves if path in uses},
         returned=tuple(dict.fromkeys(returned)),
         unreached=tuple(path for path in traced.leaves if path not in seen),
-        elsewhere=tuple(record.elsewhere),
-        opaque=tuple(record.opaque),
-        flops=record.flops,
+        elsewhere=tuple(contraction for _, contraction in record.elsewhere),
+        opaque=tuple(scope for _, scope in record.opaque),
+        flops=int(costliest((branch, flops) for _, branch, flops in record.flops)),
         outputs=traced.outputs,
     )
 
 
 def contraction_axes(
-    fn: Callable[..., Any], params: tree.Params, *inputs: Any, **kwargs: Any
+    fn: Callable[..., Any] | Traced, params: tree.Params = None, *inputs: Any, **kwargs: Any
 ) -> dict[str, tuple[int, ...]]:
     """Find which axes of each leaf are summed over, whatever the library's layout.
 
@@ -223,7 +358,7 @@ def contraction_axes(
     attention kernels, as they do in Flax's.
 
     Args:
-        fn: `fn(params, *inputs, **kwargs) -> outputs`, pure.
+        fn: `fn(params, *inputs, **kwargs) -> outputs`, pure; or a `Traced`, without arguments.
         params: Any pytree of arrays; shapes are enough.
         *inputs: fn's other arguments.
         **kwargs: fn's keyword arguments.

@@ -12,6 +12,8 @@ from typing import Any, NamedTuple, TypeAlias
 import jax
 import numpy as np
 
+from jaxcompress.graph.program._primitives import ELEMENTWISE, arrange
+
 
 class Factor(NamedTuple):
     """A run of one axis.
@@ -154,30 +156,7 @@ def _shape(atom: Any) -> tuple[int, ...]:
     return tuple(atom.aval.shape)
 
 
-_ELEMENTWISE_NAMES = """
-    abs add and atan2 bitcast_convert_type cbrt ceil clamp convert_element_type copy cos
-    custom_lin device_put div eq erf erf_inv erfc exp exp2 expm1 floor ge gt imag integer_pow
-    is_finite layout_constraint le log log1p log2 logistic lt max min mul name ne neg
-    nextafter not one_minus_square or pbroadcast pow pvary real reduce_precision rem reshard
-    round rsqrt sharding_constraint shift_left shift_right_arithmetic
-    shift_right_logical sign sin sqrt square stop_gradient sub tan tanh xor
-"""
-MOVES = frozenset(
-    {
-        "broadcast_in_dim",
-        "convert_element_type",
-        "copy",
-        "reshape",
-        "squeeze",
-        "stop_gradient",
-        "transpose",
-    }
-)
-"""Primitives that cast, rearrange or repeat the entries of one array."""
-ELEMENTWISE = frozenset(_ELEMENTWISE_NAMES.split())
-
-
-@register_view(*ELEMENTWISE)
+@register_view(*ELEMENTWISE, "bitcast_convert_type")
 def _elementwise(eqn: Any, views: Sequence[View | None], k: int) -> list[View | None]:
     """Follow operands of full shape; what only scales or shifts them is used here, and ends."""
     shape = _shape(eqn.outvars[k])
@@ -240,22 +219,8 @@ def fitted(view: View, shape: Sequence[int]) -> View:
     return view if axes == view.axes else replace(view, axes=axes)
 
 
-def _transpose(eqn: Any, view: View) -> list[AxisFactors]:
-    return [view.axes[k] for k in eqn.params["permutation"]]
-
-
-def _squeeze(eqn: Any, view: View) -> list[AxisFactors]:
-    gone = {k % len(view.axes) for k in eqn.params["dimensions"]}
-    return [axis for k, axis in enumerate(view.axes) if k not in gone]
-
-
-def _broadcast(eqn: Any, view: View) -> list[AxisFactors]:
-    shape, source = _shape(eqn.outvars[0]), _shape(eqn.invars[0])
-    axes: list[AxisFactors] = [() if n == 1 else (Factor((), n),) for n in shape]
-    for k, target in enumerate(eqn.params["broadcast_dimensions"]):
-        if source[k] == shape[target]:
-            axes[target] = view.axes[k]
-    return axes
+def _arrange(eqn: Any, view: View) -> Sequence[AxisFactors] | None:
+    return arrange(eqn, view.axes, lambda n: () if n == 1 else (Factor((), n),))
 
 
 def _reshape(eqn: Any, view: View) -> list[AxisFactors] | None:
@@ -317,9 +282,7 @@ def _reduce(eqn: Any, view: View) -> list[AxisFactors]:
     return [axis for k, axis in enumerate(view.axes) if k not in eqn.params["axes"]]
 
 
-register_view("transpose")(_single(_transpose))
-register_view("squeeze")(_single(_squeeze))
-register_view("broadcast_in_dim")(_single(_broadcast))
+register_view("broadcast_in_dim", "squeeze", "transpose")(_single(_arrange))
 register_view("reshape")(_single(_reshape))
 register_view("slice", "dynamic_slice", "pad")(_single(_same_rank))
 register_view("rev")(_single(_reversed))

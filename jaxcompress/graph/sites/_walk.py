@@ -1,4 +1,4 @@
-"""The walk over a jaxpr that follows leaves to their sites and records every use of them."""
+"""The walk that follows leaves to their sites and records every use of them."""
 
 import functools
 import itertools
@@ -6,20 +6,19 @@ import math
 import operator
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, NamedTuple
 
 import jax
 
 from jaxcompress import tree
 from jaxcompress.graph.program import _compat
 from jaxcompress.graph.program._compat import Program
-from jaxcompress.graph.program._constructs import Body, construct
+from jaxcompress.graph.program._constructs import Role
+from jaxcompress.graph.program._interpret import Domain, Frame, Place, Position, Walk, interpret
+from jaxcompress.graph.program._primitives import MOVES, PASSES
 from jaxcompress.graph.sites._graph import Contraction, Use
 from jaxcompress.graph.sites._sites import Axes, Layout, Site, contraction_flops, site_rule, struct
-from jaxcompress.graph.sites._views import MOVES, View, elements, fitted, view_rule
-
-Position: TypeAlias = tuple[int, ...]
-"""An equation's address: equation and body numbers in turn, from the outermost jaxpr in."""
+from jaxcompress.graph.sites._views import View, elements, fitted, view_rule
 
 
 class Value(NamedTuple):
@@ -46,115 +45,108 @@ class Found(NamedTuple):
     number: int
 
 
-@dataclass(frozen=True)
-class Place:
-    """Where in the nest of constructs the walk is; the attributes are those of `Site`."""
-
-    position: Position = ()
-    scope: tuple[str, ...] = ()
-    stack: tuple[int, ...] = ()
-    repeats: int = 1
-    bounded: bool = True
-
-    def inside(self, eqn_number: int, body_number: int, body: Body) -> "Place":
-        return Place(
-            position=(*self.position, eqn_number, body_number),
-            scope=(*self.scope, body.label),
-            stack=(*self.stack, *body.stack),
-            repeats=self.repeats * body.repeats,
-            bounded=self.bounded and body.bounded,
-        )
-
-
 @dataclass
 class Record:
-    """What a walk found, in order.
+    """What a walk found, in order, with the position of each.
 
     Attributes:
-        sites: The sites; `named` gives them their final names.
-        uses: `(path, use)` pairs, each once, in order.
+        sites: The sites.
+        uses: What consumes a leaf outside any site: `(position, path, use)`.
         elsewhere: Contractions without a leaf.
         opaque: The primitives that run jaxprs and are no constructs, with the scope of each.
-        operands: The operands of each construct.
-        flops: Of all contractions.
+        flops: Of each contraction, with the branches that it is in.
     """
 
     sites: list[Found] = field(default_factory=list)
-    uses: dict[tuple[str, Use], None] = field(default_factory=dict)
-    elsewhere: list[Contraction] = field(default_factory=list)
-    opaque: list[tuple[str, ...]] = field(default_factory=list)
-    operands: dict[Position, list[Value]] = field(default_factory=dict)
-    flops: int = 0
+    uses: list[tuple[Position, str, Use]] = field(default_factory=list)
+    elsewhere: list[tuple[Position, Contraction]] = field(default_factory=list)
+    opaque: list[tuple[Position, tuple[str, ...]]] = field(default_factory=list)
+    flops: list[tuple[Position, tuple[Any, ...], int]] = field(default_factory=list)
 
-    def take(self, other: "Record", *, flops: bool = True) -> None:
-        self.sites += other.sites
-        self.uses |= other.uses
-        self.elsewhere += other.elsewhere
-        self.opaque += other.opaque
-        self.operands |= other.operands
-        self.flops += other.flops if flops else 0
+    def forget(self, position: Position) -> None:
+        """Drop what was found in the body at a position."""
+        outside = lambda entry: entry[0][: len(position)] != position
+        for entries in vars(self).values():
+            entries[:] = filter(outside, entries)
 
 
-class Walker:
-    """Walks programs and records what it finds; `leaves` give the bytes of weights."""
+def costliest(parts: Iterable[tuple[tuple[Any, ...], float]]) -> float:
+    """Add up numbers, of alternative branches only the largest.
+
+    Args:
+        parts: Pairs of `Place.branch` and a number.
+
+    Returns:
+        The sum.
+
+    Example:
+        >>> cond = (3,)
+        >>> costliest([((), 10), (((cond, 0),), 5), (((cond, 1),), 7)])
+        17
+    """
+    total: float = 0
+    inside: dict[Any, dict[Any, list[Any]]] = {}
+    for branch, number in parts:
+        if not branch:
+            total += number
+        else:
+            (position, alternative), *rest = branch
+            inside.setdefault(position, {}).setdefault(alternative, []).append((rest, number))
+    return total + sum(max(map(costliest, each.values())) for each in inside.values())
+
+
+class Sites(Domain[Value]):
+    """Follows leaves, and records where they go; `leaves` give the bytes of weights."""
 
     def __init__(self, leaves: dict[str, Any]):
-        self._leaves = leaves
+        self._leaves, self._record = leaves, Record()
         self._bytes = {path: tree.nbytes({"": leaf}) for path, leaf in leaves.items()}
         self._idents, self._numbers = itertools.count(), itertools.count()
         self._reached: dict[int, int] = {}  # all sites before each site, as bits
         self._known: dict[Any, int] = {}  # one ident per pure equation on the same operands
 
+    def walk(self, program: Program, args: Sequence[Value]) -> tuple[Record, Walk[Value]]:
+        """Walk a program; of the same walker several, as one goes on from another's values."""
+        self._record = Record()
+        walk = interpret(program, args, self)
+        return self._record, walk
+
     def fresh(self) -> int:
         return next(self._idents)
 
-    def walk(self, program: Program, args: Sequence[Value], place: Place) -> tuple[Record, list]:
-        """Walk one program; returns what it found and the values of its results."""
-        record, env = Record(), {}
-        for var in program.constvars:
-            env[var] = Value(ident=self.fresh())
-        env.update(zip(program.invars, args, strict=True))
+    def constant(self, var: Any, value: Any, place: Place) -> Value:
+        return Value(ident=self.fresh())
 
-        def read(atom: Any) -> Value:
-            return Value(ident=self.fresh()) if isinstance(atom, _compat.Literal) else env[atom]
+    def literal(self, atom: Any) -> Value:
+        return Value(ident=self.fresh())
 
-        for number, eqn in enumerate(program.eqns):
-            operands = [read(atom) for atom in eqn.invars]
-            env.update(
-                zip(eqn.outvars, self._equation(eqn, number, operands, place, record), strict=True)
-            )
-        return record, [read(atom) for atom in program.outvars]
-
-    def _equation(
-        self, eqn: Any, number: int, operands: list[Value], place: Place, record: Record
-    ) -> list[Value]:
-        entered = construct(eqn.primitive.name)
-        if entered is not None:
-            return self._construct(eqn, number, entered.bodies(eqn), operands, place, record)
-        if eqn.primitive.name == "optimization_barrier":
+    def equation(
+        self, eqn: Any, operands: Sequence[Value], here: Position, place: Place
+    ) -> Sequence[Value]:
+        if eqn.primitive.name in PASSES:
             return operands
         if _compat.has_subprograms(eqn):
-            record.opaque.append((*place.scope, eqn.primitive.name))
+            self._record.opaque.append((here, (*place.scope, eqn.primitive.name)))
         if not any(value.views for value in operands):
-            self._count_elsewhere(eqn, place, record)
+            self._count_elsewhere(eqn, here, place)
             return self._results(eqn, operands)
-        at_site, after = self._sites(eqn, number, operands, place, record)
+        at_site, after = self._sites(eqn, operands, here, place)
         if any(at_site):
             for value, done in zip(operands, at_site, strict=True):
-                self._use(eqn, () if done else value.views, place, record)
+                self._use(eqn, () if done else value.views, here, place)
             return [value._replace(after=after) for value in self._results(eqn, operands)]
         if contraction_flops(eqn):
-            self._count_elsewhere(eqn, place, record)
+            self._count_elsewhere(eqn, here, place)
         return [
             value._replace(views=views)
             for value, views in zip(
                 self._results(eqn, operands),
-                self._follow(eqn, operands, place, record),
+                self._follow(eqn, operands, here, place),
                 strict=True,
             )
         ]
 
-    def _results(self, eqn: Any, operands: list[Value]) -> list[Value]:
+    def _results(self, eqn: Any, operands: Sequence[Value]) -> list[Value]:
         name = eqn.primitive.name
         varies, after = any(value.varies for value in operands), _union(operands)
         if name not in MOVES:  # cheap, and written anew by each layer that reads it
@@ -165,7 +157,7 @@ class Walker:
     # --- leaves at an equation -----------------------------------------------------------------
 
     def _sites(
-        self, eqn: Any, number: int, operands: list[Value], place: Place, record: Record
+        self, eqn: Any, operands: Sequence[Value], here: Position, place: Place
     ) -> tuple[list[bool], int]:
         """Record the sites of an equation.
 
@@ -194,8 +186,8 @@ class Walker:
             after |= 1 << mine
             site = self._site(eqn, k, operands, view, layout, place)
             site = replace(site, flops=site.flops * share[0] // share[1])
-            record.sites.append(Found((*place.position, number), site, mine))
-        record.flops += flops * place.repeats
+            self._record.sites.append(Found(here, site, mine))
+        self._record.flops.append((here, place.branch, flops * place.repeats))
         return found, after
 
     def _shares(self, paths: Sequence[str]) -> list[tuple[int, int]]:
@@ -212,7 +204,7 @@ class Walker:
         return parents[::-1]
 
     def _site(
-        self, eqn: Any, k: int, operands: list[Value], view: View, layout: Layout, place: Place
+        self, eqn: Any, k: int, operands: Sequence[Value], view: View, layout: Layout, place: Place
     ) -> Site:
         other = layout.activation
         weight, output = struct(eqn.invars[k]), struct(eqn.outvars[0])
@@ -250,13 +242,13 @@ class Walker:
         )
 
     def _follow(
-        self, eqn: Any, operands: list[Value], place: Place, record: Record
+        self, eqn: Any, operands: Sequence[Value], here: Position, place: Place
     ) -> list[tuple[View, ...]]:
         """Follow leaves into an equation's results; where that ends, record the use."""
         rule = view_rule(eqn.primitive.name)
         if rule is None or any(value.varies for value in operands):
             for value in operands:
-                self._use(eqn, value.views, place, record)
+                self._use(eqn, value.views, here, place)
             return [()] * len(eqn.outvars)
         kept: list[dict[tuple[str, str], View]] = [{} for _ in eqn.outvars]
         for views in itertools.product(*[value.views or (None,) for value in operands]):
@@ -268,106 +260,40 @@ class Walker:
         # A leaf that goes on by way of another operand is not lost: a scale, a mask of its own.
         followed = {path for results in kept for path, _ in results}
         lost = [v for value in operands for v in value.views if v.path not in followed]
-        self._use(eqn, lost, place, record)
+        self._use(eqn, lost, here, place)
         return [_widest(results.values()) for results in kept]
 
-    def _use(self, eqn: Any, views: Sequence[View], place: Place, record: Record) -> None:
+    def _use(self, eqn: Any, views: Sequence[View], position: Position, place: Place) -> None:
         use = Use(primitive=eqn.primitive.name, scope=place.scope, repeats=place.repeats)
-        for view in views:
-            record.uses[view.path, use] = None
+        self._record.uses += [(position, view.path, use) for view in views]
 
-    def _count_elsewhere(self, eqn: Any, place: Place, record: Record) -> None:
+    def _count_elsewhere(self, eqn: Any, here: Position, place: Place) -> None:
         flops = contraction_flops(eqn)
         if not flops:
             return
         operands, output = tuple(map(struct, eqn.invars)), struct(eqn.outvars[0])
-        record.flops += flops * place.repeats
-        record.elsewhere.append(
-            Contraction(
-                primitive=eqn.primitive.name,
-                operands=operands,
-                output=output,
-                repeats=place.repeats,
-                bounded=place.bounded,
-                scope=place.scope,
-                flops=flops * place.repeats,
-                bytes=sum(map(_nbytes, (*operands, output))) * place.repeats,
-            )
+        found = Contraction(
+            primitive=eqn.primitive.name,
+            operands=operands,
+            output=output,
+            repeats=place.repeats,
+            bounded=place.bounded,
+            scope=place.scope,
+            flops=flops * place.repeats,
+            bytes=sum(map(_nbytes, (*operands, output))) * place.repeats,
         )
+        self._record.flops.append((here, place.branch, found.flops))
+        self._record.elsewhere.append((here, found))
 
     # --- constructs ----------------------------------------------------------------------------
 
-    def _construct(
-        self,
-        eqn: Any,
-        number: int,
-        bodies: list[Body],
-        operands: list[Value],
-        place: Place,
-        record: Record,
-    ) -> list[Value]:
-        record.operands[(*place.position, number)] = operands
-        results: list[Value | None] = [None] * len(eqn.outvars)
-        branches = 0
-        operands = list(operands)
-        for k, body in enumerate(bodies):
-            inside = place.inside(number, k, body)
-            found, outs, unchanged = self._body(eqn, body, operands, inside)
-            branches = max(branches, found.flops) if body.branch else branches
-            record.take(found, flops=not body.branch)
-            for (target, role), value in zip(body.results, outs, strict=True):
-                if target is None:
-                    continue
-                if role != "same" and value.ident in unchanged:  # handed back as it came
-                    results[target] = unchanged[value.ident]
-                else:
-                    self._join(eqn, results, target, role, value, inside, record)
-        record.flops += branches
-        chosen = bodies[0].branch and operands[0].varies
-        joined = [value or Value(ident=self.fresh()) for value in results]
-        return [v._replace(varies=v.varies or (chosen and not v.views)) for v in joined]
-
-    def _body(
-        self, eqn: Any, body: Body, operands: list[Value], inside: Place
-    ) -> tuple[Record, list[Value], dict[int, Value]]:
-        """Walk a body until what it carries round is what it was given.
-
-        Returns:
-            What it found, the values of its results, and the operands that it may hand back,
-            by the ident that they have inside.
-        """
-        args = [
-            self._fed(operands[k], role, var.aval, len(inside.stack) - 1)
-            for (k, role), var in zip(body.inputs, body.program.invars, strict=True)
-        ]
-        carried = [i for i, (_, role) in enumerate(body.inputs) if role == "carry"]
-        returns = [i for i, (_, role) in enumerate(body.results) if role == "carry"]
-        while True:
-            record, outs = self.walk(body.program, args, inside)
-            settled = True
-            for i, j in zip(carried, returns, strict=False):
-                before, after = args[i], outs[j]
-                views = before.views if before.views == after.views else ()
-                varies = before.varies or after.varies
-                if (views, varies) != (before.views, before.varies):
-                    settled = False
-                    args[i] = before._replace(views=views, varies=varies)
-            if settled:
-                break
-        handed = zip(args, body.inputs, strict=True)
-        unchanged = {a.ident: operands[k] for a, (k, role) in handed if role != "same"}
-        for i in carried:
-            k = body.inputs[i][0]
-            self._use(eqn, () if args[i].views else operands[k].views, inside, record)
-            # A condition reads what is carried in the end, not only what it began with.
-            operands[k] = operands[k]._replace(views=args[i].views, varies=args[i].varies)
-        return record, outs, unchanged
-
-    def _fed(self, value: Value, role: str, aval: Any, depth: int) -> Value:
+    def feed(self, value: Value, k: int, role: Role, frame: Frame[Value]) -> Value:
+        aval = frame.body.program.invars[k].aval
         if role == "same":
-            return value._replace(views=_fitted(value.views, aval))
+            return value._replace(views=_fit(value.views, aval))
         if role == "carry":
             return value._replace(ident=self.fresh())
+        depth = len(frame.place.stack) - 1
         views = tuple(
             replace(
                 view,
@@ -387,36 +313,62 @@ class Walker:
                 return [(axis, depth)] if whole else []
         return []
 
-    def _join(
-        self,
-        eqn: Any,
-        results: list[Value | None],
-        target: int,
-        role: str,
-        value: Value,
-        inside: Place,
-        record: Record,
-    ) -> None:
-        """Merge a body's result into the construct's: branches must agree on what they show."""
+    def carry(self, before: Value, after: Value, frame: Frame[Value]) -> Value:
+        views = before.views if before.views == after.views else ()
+        varies = before.varies or after.varies
+        if (views, varies) == (before.views, before.varies):
+            return before
+        return before._replace(views=views, varies=varies)
+
+    def again(self, frame: Frame[Value]) -> None:
+        self._record.forget(frame.place.position)
+
+    def leave(self, frame: Frame[Value]) -> None:
+        for i, _ in frame.carries:
+            if not frame.args[i].views:
+                views = frame.operands[frame.body.inputs[i][0]].views
+                self._use(frame.eqn, views, frame.place.position, frame.place)
+
+    def give(self, value: Value, k: int, role: Role, frame: Frame[Value]) -> Value:
+        if role != "same" and (operand := self._handed_back(value, k, role, frame)) is not None:
+            return frame.operands[operand]
         if role == "slice":  # stacked anew: not followed
-            self._use(eqn, value.views, inside, record)
-            value = value._replace(views=(), ident=self.fresh())
-        elif role == "carry":
+            self._use(frame.eqn, value.views, frame.place.position, frame.place)
+            value = value._replace(views=())
+        if role != "same":
             value = value._replace(ident=self.fresh())
-        value = value._replace(views=_fitted(value.views, eqn.outvars[target].aval))
-        before = results[target]
-        if before is not None:
-            agree = before.views == value.views
-            if not agree:
-                self._use(eqn, (*before.views, *value.views), inside, record)
-            same = before.ident if before.ident == value.ident else self.fresh()
-            value = Value(
-                before.views if agree else (),
-                before.varies or value.varies,
-                same,
-                before.after | value.after,
-            )
-        results[target] = value
+        target = frame.body.results[k][0]
+        assert target is not None
+        value = value._replace(views=_fit(value.views, frame.eqn.outvars[target].aval))
+        return _chosen(value, frame)
+
+    def _handed_back(self, value: Value, k: int, role: Role, frame: Frame[Value]) -> int | None:
+        """Find the operand that a result of a loop is: carried round or stacked as it came."""
+        same = {j: i for i, j in frame.carries}
+        for i, (arg, (operand, mine)) in enumerate(zip(frame.args, frame.body.inputs, strict=True)):
+            if arg.ident == value.ident and mine == role:
+                return operand if role == "slice" or same.get(k) == i else None
+        return None
+
+    def join(self, earlier: Value, later: Value, frame: Frame[Value]) -> Value:
+        """Branches must agree on what they show."""
+        agree = earlier.views == later.views
+        if not agree:
+            views = (*earlier.views, *later.views)
+            self._use(frame.eqn, views, frame.place.position, frame.place)
+        value = Value(
+            earlier.views if agree else (),
+            earlier.varies or later.varies,
+            earlier.ident if earlier.ident == later.ident else self.fresh(),
+            earlier.after | later.after,
+        )
+        return _chosen(value, frame)
+
+
+def _chosen(value: Value, frame: Frame[Value]) -> Value:
+    """Have a value vary that is one of several, chosen by what varies, unless it shows a leaf."""
+    chosen = frame.body.branch and frame.operands[0].varies
+    return value._replace(varies=value.varies or (chosen and not value.views))
 
 
 def _unseen(axes: Axes, shape: Sequence[int]) -> tuple[int, ...]:
@@ -442,7 +394,7 @@ def _union(values: Sequence[Value]) -> int:
     return functools.reduce(operator.or_, (value.after for value in values), 0)
 
 
-def _fitted(views: Sequence[View], aval: Any) -> tuple[View, ...]:
+def _fit(views: Sequence[View], aval: Any) -> tuple[View, ...]:
     """Cut views to the size of a variable: inside a `shard_map` it is a shard."""
     return tuple(fitted(view, aval.shape) for view in views)
 

@@ -11,8 +11,18 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from jaxcompress.graph.program import _compat
-from jaxcompress.graph.program._compat import Program
+from jaxcompress.graph.program import (
+    NOTHING,
+    Literal,
+    Program,
+    capture_program,
+    equation_steps,
+    is_jaxpr,
+    live,
+    normalize,
+    variables,
+)
+from jaxcompress.graph.program import run as run_program
 
 _CUSTOM = ("custom_jvp_call", "custom_vjp_call")
 
@@ -70,7 +80,7 @@ class Keys:
             return tuple(var.aval for var in atoms)
 
         def read(atom: Any) -> Hashable:
-            return self.literal(atom) if isinstance(atom, _compat.Literal) else names[atom]
+            return self.literal(atom) if isinstance(atom, Literal) else names[atom]
 
         key: list[Hashable] = [
             define(program.constvars),
@@ -88,8 +98,8 @@ class Keys:
         return "literal", atom.aval, np.asarray(atom.val).tobytes()
 
     def _value(self, value: Any) -> Hashable:
-        if _compat.is_jaxpr(value):
-            return "jaxpr", self.program(_compat.program(value))
+        if is_jaxpr(value):
+            return "jaxpr", self.program(normalize(value))
         if isinstance(value, tuple | list):
             return type(value), tuple(map(self._value, value))
         if isinstance(value, dict):
@@ -157,7 +167,7 @@ class Shared:
         inputs: list[int] = []
 
         def name(atom: Any) -> Any:
-            if isinstance(atom, _compat.Literal):
+            if isinstance(atom, Literal):
                 return atom
             if atom not in names:
                 names[atom] = len(names)
@@ -186,13 +196,13 @@ class Shared:
         return Compiled(self.functions[key], tuple(inputs))
 
     def _ref(self, atom: Any) -> Hashable:
-        return self.keys.literal(atom) if isinstance(atom, _compat.Literal) else atom
+        return self.keys.literal(atom) if isinstance(atom, Literal) else atom
 
     def call(
         self, f: Callable[..., Any], *args: Any, sharding: jax.sharding.Sharding | None = None
     ) -> Any:
         """Call `f(*args)` jitted, compiled once for all functions that do the same."""
-        program, shapes = _compat.capture(f, args)
+        program, shapes = capture_program(f, args)
         given = jax.tree.leaves(args)
         op = program_op(self.keys, program, range(len(given)), range(len(given), 10**9))
         compiled = self.compile([op], op.outputs, lambda k: jax.typeof(given[k]), sharding=sharding)
@@ -208,47 +218,29 @@ def _run(
 ) -> list[Any]:
     env = dict(zip(taken, args, strict=True))
     for op, read, made in rows:
-        operands = [a.val if isinstance(a, _compat.Literal) else env[a] for a in read]
+        operands = [a.val if isinstance(a, Literal) else env[a] for a in read]
         env.update(zip(made, op.run(operands), strict=True))
     return [env[name] for name in results]
 
 
-def program_op(keys: Keys, program: Program, inputs: Sequence[Any], fresh: Sequence[int]) -> Op:
+def program_op(keys: Keys, program: Program, inputs: Sequence[Any], numbers: Sequence[int]) -> Op:
     """Make one step of a program, without the equations and arguments that nothing needs."""
-    program, used = _pruned(program)
-    outputs = tuple(fresh[k] for k in range(len(program.outvars)))
-    run = functools.partial(_interpret, program)
+    program, used = _prune(program)
+    outputs = tuple(numbers[k] for k in range(len(program.outvars)))
+    run = lambda args: run_program(program, args, NOTHING, {})[0]
     return Op(keys.program(program), run, tuple(inputs[k] for k in used), outputs)
 
 
-def _pruned(program: Program) -> tuple[Program, list[int]]:
+def _prune(program: Program) -> tuple[Program, list[int]]:
     """Drop dead equations and arguments; returns the program and the arguments kept."""
-    needed = {v for v in program.outvars if not isinstance(v, _compat.Literal)}
-    kept = []
-    for eqn in reversed(program.eqns):
-        if eqn.effects or needed.intersection(eqn.outvars):
-            kept.append(eqn)
-            needed.update(v for v in eqn.invars if not isinstance(v, _compat.Literal))
+    alive, needed = live(equation_steps(program), variables(program.outvars))
     consts = [(v, c) for v, c in zip(program.constvars, program.consts, strict=True) if v in needed]
     used = [k for k, var in enumerate(program.invars) if var in needed]
     pruned = Program(
         invars=tuple(program.invars[k] for k in used),
         constvars=tuple(v for v, _ in consts),
         consts=tuple(c for _, c in consts),
-        eqns=tuple(kept[::-1]),
+        eqns=tuple(program.eqns[number] for number in alive),
         outvars=program.outvars,
     )
     return pruned, used
-
-
-def _interpret(program: Program, args: Sequence[Any]) -> list[Any]:
-    env: dict[Any, Any] = dict(zip(program.constvars, program.consts, strict=True))
-    env.update(zip(program.invars, args, strict=True))
-
-    def read(atom: Any) -> Any:
-        return atom.val if isinstance(atom, _compat.Literal) else env[atom]
-
-    for eqn in program.eqns:
-        results = _compat.bind(eqn, [read(atom) for atom in eqn.invars])
-        env.update(zip(eqn.outvars, results, strict=True))
-    return [read(atom) for atom in program.outvars]

@@ -15,12 +15,16 @@ import numpy as np
 from jax import lax
 
 from jaxcompress import tree
-from jaxcompress.graph.program import _compat
-from jaxcompress.graph.program._compat import Program
-from jaxcompress.graph.program._constructs import construct
-from jaxcompress.graph.sites._sites import Site
-from jaxcompress.graph.sites._trace import Traced
-from jaxcompress.graph.sites._walk import Position
+from jaxcompress.graph import Site, Traced
+from jaxcompress.graph.program import (
+    Literal,
+    Position,
+    Program,
+    bind,
+    construct,
+    normalize,
+    scan_counts,
+)
 from jaxcompress.stats.stages._canonical import Keys, Op
 
 _INLINED = frozenset({"custom_jvp_call", "custom_vjp_call", "jit", "remat2"})
@@ -110,7 +114,7 @@ class Flat:
         """List the variables to keep for the sake of these."""
         found: set[int] = set()
         for atom in atoms:
-            if not isinstance(atom, _compat.Literal):
+            if not isinstance(atom, Literal):
                 found |= self.roots[atom]
         return found
 
@@ -227,7 +231,7 @@ class _Flattener:
             env[var] = self._constant(value, var.aval)
 
         def read(atom: Any) -> Any:
-            return atom if isinstance(atom, _compat.Literal) else env[atom]
+            return atom if isinstance(atom, Literal) else env[atom]
 
         for number, eqn in enumerate(program.eqns):
             operands = [read(atom) for atom in eqn.invars]
@@ -256,7 +260,7 @@ class _Flattener:
         picks = name == "dynamic_slice" or (name == "gather" and here not in self._lookups)
         outputs = self._emit(
             self._keys.equation(eqn),
-            lambda values: _compat.bind(eqn, values),
+            lambda values: bind(eqn, values),
             operands,
             [var.aval for var in eqn.outvars],
             reads=operands[:1] if picks else None,
@@ -311,9 +315,9 @@ class _Flattener:
         """Note which index of a leaf a value shows, as in the `kernel[i]` of a loop of Python."""
         found: set[Pick] = set()
         for atom in operands:
-            if not isinstance(atom, _compat.Literal):
+            if not isinstance(atom, Literal):
                 found |= self._slices.get(atom, frozenset())
-        base = None if isinstance(operands[0], _compat.Literal) else self.flat.base.get(operands[0])
+        base = None if isinstance(operands[0], Literal) else self.flat.base.get(operands[0])
         if eqn.primitive.name == "slice" and isinstance(base, Leaf):
             start, limit = eqn.params["start_indices"], eqn.params["limit_indices"]
             path, leaf = self._parts[base.number]
@@ -330,10 +334,10 @@ class _Flattener:
 
         Without any, it is a loop over time, not over layers: it is not written out.
         """
-        consts, carry = _compat.scan_counts(eqn)
+        consts, carry = scan_counts(eqn)
         stacked = {(s.path, axis) for s in self._below[here] for axis in s.axes.stacked}
         found: dict[int, list[tuple[str, int]]] = {}
-        for k, value in enumerate(self._traced.record.operands[here]):
+        for k, value in enumerate(self._traced.walk.operands(here)):
             for view in value.views if k >= consts + carry else ():
                 leaf = self._traced.leaves[view.path]
                 factors = view.axes[0]
@@ -356,25 +360,24 @@ class _Flattener:
         cuts: Mapping[int, Sequence[tuple[str, int]]],
     ) -> list[Any]:
         """Write a scan out, iteration by iteration."""
-        n_consts, n_carry = _compat.scan_counts(eqn)
-        program, length = _compat.program(eqn.params["jaxpr"]), eqn.params["length"]
+        n_consts, n_carry = scan_counts(eqn)
+        body, length = normalize(eqn.params["jaxpr"]), eqn.params["length"]
         n_xs = n_consts + n_carry
         consts, carry, xs = operands[:n_consts], operands[n_consts:n_xs], operands[n_xs:]
         steps = range(length)[::-1] if eqn.params["reverse"] else range(length)
-        collected: list[list[Any]] = [[None] * length for _ in program.outvars[n_carry:]]
+        collected: list[list[Any]] = [[None] * length for _ in body.outvars[n_carry:]]
         for i in steps:
             picks = [(path, axis, i) for leaves in cuts.values() for path, axis in leaves]
             inside = _Frame((*frame.iteration, (here, i)), (*frame.picks, *picks))
-            slots = zip(program.invars[n_consts:n_xs], program.outvars, strict=False)
+            slots = zip(body.invars[n_consts:n_xs], body.outvars, strict=False)
             carry = [
                 atom if entry is left else self._carried(atom, entry.aval)
                 for atom, (entry, left) in zip(carry, slots, strict=True)
             ]
             slices = [
-                self._slice(x, i, var.aval)
-                for x, var in zip(xs, program.invars[n_xs:], strict=True)
+                self._slice(x, i, var.aval) for x, var in zip(xs, body.invars[n_xs:], strict=True)
             ]
-            results = self.block(program, [*consts, *carry, *slices], (*here, 0), inside)
+            results = self.block(body, [*consts, *carry, *slices], (*here, 0), inside)
             carry = results[:n_carry]
             for rows, y in zip(collected, results[n_carry:], strict=True):
                 rows[i] = y

@@ -17,12 +17,16 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxcompress import tree
-from jaxcompress.graph.program import _compat
-from jaxcompress.graph.program._constructs import Cells, construct
-from jaxcompress.graph.sites._observe import Observer, chosen_sites, refuse_inside
-from jaxcompress.graph.sites._replay import Entry, Equation, make_plan
-from jaxcompress.graph.sites._sites import Axes, Site
-from jaxcompress.graph.sites._trace import Traced, capture
+from jaxcompress.graph import Axes, Equation, Site, Traced
+from jaxcompress.graph.program import Cells, Literal, Program, capture_program, construct, rebuild
+from jaxcompress.graph.sites import (
+    CONDITION,
+    Observer,
+    call_of,
+    chosen_sites,
+    make_plan,
+    refuse_inside,
+)
 from jaxcompress.stats.stages._canonical import Compiled, Keys, Op, Shared, program_op
 from jaxcompress.stats.stages._flat import Constant, Flat, Halt, Leaf, Visit, flatten
 
@@ -63,7 +67,7 @@ class Stages:
     """A function cut at the sites that `where` selects.
 
     Args:
-        fn: `fn(params, *inputs) -> outputs`, pure.
+        fn: `fn(params, *inputs) -> outputs`, pure; or a `Traced` of a call of it.
         where: Leaves at whose sites to stop; see `tree.matches`.
         host: Keep what batches carry between stages as NumPy arrays.
         sharding: Where the cells of observers live, if not wherever the compiler likes.
@@ -71,7 +75,7 @@ class Stages:
 
     def __init__(
         self,
-        fn: Callable[..., Any],
+        fn: Callable[..., Any] | Traced,
         where: tree.Where,
         *,
         host: bool = False,
@@ -95,11 +99,9 @@ class Stages:
         leaves, structure = jax.tree.flatten(tuple(inputs))
         key = structure, tuple(jax.typeof(x) for x in leaves)
         if key not in self._courses:
-            traced = capture(self._fn, params, tuple(inputs), {})
+            traced = call_of(self._fn, params, tuple(inputs), {})
             names = chosen_sites(traced, self._where)
-            refuse_inside(
-                traced, names, ("while condition",), "nothing can leave the condition of a loop"
-            )
+            refuse_inside(traced, names, CONDITION, "nothing can leave the condition of a loop")
             self._courses[key] = Course(
                 traced, names, self._shared, host=self._host, sharding=self._sharding
             )
@@ -110,6 +112,7 @@ class Course:
     """The stages for inputs of one set of shapes.
 
     Attributes:
+        traced: The captured call.
         stops: The stops, in order; stage k leads to stop k.
     """
 
@@ -122,11 +125,11 @@ class Course:
         host: bool,
         sharding: jax.sharding.Sharding | None,
     ):
-        self._traced, self._shared, self._host, self._sharding = traced, shared, host, sharding
+        self.traced, self._shared, self._host, self._sharding = traced, shared, host, sharding
         self._flat = flatten(traced, names, shared.keys)
         self._fresh = itertools.count(len(self._flat.avals))
         self._stages = self._cut(self._flat)
-        self._programs: dict[Any, tuple[_compat.Program, list[Any]]] = {}
+        self._programs: dict[Any, tuple[Program, list[Any]]] = {}
         self._watches: dict[int, list[_Watch]] = {}
         self.stops = tuple(_stop(halt) for halt in self._flat.halts)
 
@@ -174,7 +177,7 @@ class Course:
         left += [a for op in further for a in op.inputs]
         while left:
             atom = left.pop()
-            number = None if isinstance(atom, _compat.Literal) else flat.maker.get(atom)
+            number = None if isinstance(atom, Literal) else flat.maker.get(atom)
             if number is not None and number not in needed and flat.recomputed(flat.ops[number]):
                 needed.add(number)
                 left += flat.ops[number].inputs
@@ -204,11 +207,11 @@ class Course:
 
     def _watch(self, visit: Visit, observers: Mapping[str, Observer], cells: Cells) -> _Watch:
         key = visit.position, tuple((name, observers[name]) for name in cells)
-        variables = [a for a in visit.operands if not isinstance(a, _compat.Literal)]
+        variables = [a for a in visit.operands if not isinstance(a, Literal)]
         if key not in self._programs:  # iterations of a scan share it
-            observe = functools.partial(_observed, self._traced, visit, observers)
+            observe = functools.partial(_observed, self.traced, visit, observers)
             shapes = [_struct(self._flat.avals[v]) for v in variables]
-            program, _ = _compat.capture(observe, (cells, shapes))
+            program, _ = capture_program(observe, (cells, shapes))
             self._programs[key] = program, jax.tree.leaves(cells)
         program, flat_cells = self._programs[key]
         states = [next(self._fresh) for _ in flat_cells]
@@ -228,7 +231,7 @@ def _observed(
 ) -> Cells:
     """Run an equation for the sake of the observers at it or in it; returns their cells."""
     given = iter(variables)
-    operands = [a.val if isinstance(a, _compat.Literal) else next(given) for a in visit.operands]
+    operands = [a.val if isinstance(a, Literal) else next(given) for a in visit.operands]
 
     def run(equation: Equation, operands: Sequence[Any], cells: Cells) -> tuple[list, Cells]:
         results, filled = equation.bind(*operands), {}
@@ -243,17 +246,11 @@ def _observed(
     rule = construct(eqn.primitive.name)
     if rule is None:
         return run(Equation(eqn.primitive, eqn.params, visit.sites, eqn), operands, cells)[1]
-    plan = make_plan(
-        traced.program,
-        traced.record,
-        traced.walker,
-        lambda program, sites: {
-            p: run for p, found in sites.items() if any(s.name in cells for s in found)
-        },
-        fills=True,
-    )
-    enter = Entry(functools.partial(rule.bodies, eqn), plan, visit.position)
-    return rule.rebuild(eqn, operands, cells, enter)[1]
+    match = lambda program, sites: {
+        p: run for p, found in sites.items() if any(s.name in cells for s in found)
+    }
+    plan = make_plan(traced, match, fills=True)
+    return rebuild(plan, visit.position, eqn, operands, cells)[1]
 
 
 class Flight:
