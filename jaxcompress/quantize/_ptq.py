@@ -90,17 +90,18 @@ def ptq(
         True
     """
     first, stream = opened(batches)
-    plan = make_plan(graph.trace(fn, params, *first), params, policy, strict=strict)
+    traced = graph.capture(fn, params, *first)
+    plan = make_plan(graph.trace(traced), params, policy, strict=strict)
     works = {path: Work(task, leaf) for path, task, leaf in _with_leaves(plan, params)}
     stream = itertools.chain([first], matching(stream, first))
     replaces = any(task.method.sequential for task in plan.tasks.values())
     try:
         if replaces or any(task.is_indexed for task in plan.tasks.values()):
             _in_sequence(
-                fn, params, stream, plan, works, replaces=replaces, host=host, progress=progress
+                traced, params, stream, plan, works, replaces=replaces, host=host, progress=progress
             )
         else:
-            _in_one_pass(fn, params, stream, plan, works, progress=progress)
+            _in_one_pass(traced, params, stream, plan, works, progress=progress)
     except NonFiniteError as error:  # its advice is for those who call `stats`
         raise NonFiniteError(
             error.argument,
@@ -111,7 +112,7 @@ def ptq(
     done = {path: work.finish() for path, work in works.items()}
     quantized = tree.map_with_path(lambda path, x: done.get(path, x), params)
     if any(task.mean_key for task in plan.tasks.values()):
-        quantized = _corrected(fn, params, quantized, first, works)
+        quantized = _correct(traced, quantized, works)
     return QResult(params=quantized, report=_report(fn, params, quantized, first, plan, works))
 
 
@@ -136,7 +137,7 @@ def _require_finite(path: str, leaf: Any) -> None:
 
 
 def _in_one_pass(
-    fn: Callable[..., Any],
+    traced: graph.Traced,
     params: tree.Params,
     batches: Iterable[Any],
     plan: Plan,
@@ -150,7 +151,7 @@ def _in_one_pass(
     if wanted:
         where = lambda path, _: path in wanted
         collected = stats.collect(
-            fn, params, batches, plan.statistics, where=where, progress=progress
+            traced, params, batches, plan.statistics, where=where, progress=progress
         )
     for path, work in works.items():
         task = plan.tasks[path]
@@ -161,7 +162,7 @@ def _in_one_pass(
 
 
 def _in_sequence(
-    fn: Callable[..., Any],
+    traced: graph.Traced,
     params: tree.Params,
     batches: Iterable[Any],
     plan: Plan,
@@ -199,7 +200,7 @@ def _in_sequence(
         return replaced if replaces else {}
 
     stats.sequential(
-        fn,
+        traced,
         started,
         batches,
         plan.statistics,
@@ -213,15 +214,11 @@ def _in_sequence(
 # --- Bias correction ----------------------------------------------------------------------------
 
 
-def _corrected(
-    fn: Callable[..., Any],
-    params: tree.Params,
-    quantized: tree.Params,
-    first: tuple[Any, ...],
-    works: Mapping[str, Work],
+def _correct(
+    traced: graph.Traced, quantized: tree.Params, works: Mapping[str, Work]
 ) -> tree.Params:
     """Take the mean errors of outputs out of what is added to them."""
-    chains = graph.affine(fn, params, *first)
+    chains = graph.affine(traced)
     for work in works.values():
         if work.task.mean_key is None:
             continue

@@ -203,7 +203,7 @@ def _observe_shapes(traced: Traced, names: Sequence[str]) -> dict[str, Seen]:
 
     layers = {name: [observing(look)] for name in names}
     cells = dict.fromkeys(names, ())
-    check_observers(traced, layers, cells)
+    check_observers(traced, dict.fromkeys(names, look), cells)
     args = [var.aval for var in traced.program.invars]
     jax.eval_shape(lambda *args: run_layers(traced, args, layers, cells, fills=True)[1], *args)
     return {name: seen[name] for name in names}

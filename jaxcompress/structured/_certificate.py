@@ -164,7 +164,7 @@ def random_like(inputs: Any, *, seed: int = 0) -> Any:
         seed: Seeds the draw.
 
     Returns:
-        A tree of arrays like it, sharded alike. Random keys, and what is no array, stay as they are.
+        A tree of arrays like it, sharded alike. Random keys, and what is no array, stay.
     """
     rng = np.random.default_rng(seed)
 

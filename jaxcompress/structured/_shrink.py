@@ -159,8 +159,8 @@ def shrink(
     """
     if not isinstance(keep, Keep):
         keep = make_keep(find_groups(fn, params, *inputs, whole_heads=False, **kwargs), keep)
-    known = keep.traced is not None and keep.traced.fn is fn
-    traced = capture_exactly(keep.traced if known else fn, params, inputs, kwargs)
+    known = keep.traced if keep.traced is not None and keep.traced.fn is fn else fn
+    traced = capture_exactly(known, params, inputs, kwargs)
     smaller = slice_params(params, keep)
     small = graph.resize(traced, keep.leaves, keep.shapes)
     given = distances_on = None

@@ -167,3 +167,31 @@ def test_a_grad_inside_fn_is_traced_too():
 
     found = graph.trace(fn, {"w": array(4, 5)}, X)
     assert [s.axes.contract for s in found.sites] == [(0,), (1,)]  # forward, then backward
+
+
+@pytest.mark.parametrize("loop", ["scan", "while"])
+def test_leaves_that_change_places_in_a_loop_are_not_followed(loop):
+    """After two swaps a carry is the leaf that it began with, after three the other."""
+    swap = lambda c: (c[1], c[0])
+
+    def fn(p, x):
+        if loop == "scan":
+            a, b = lax.scan(lambda c, _: (swap(c), None), (p["a"], p["b"]), None, length=2)[0]
+        else:
+            done = lambda c: c[0] < 2
+            _, (a, b) = lax.while_loop(
+                done, lambda c: (c[0] + 1, swap(c[1])), (0, (p["a"], p["b"]))
+            )
+        return x @ a + b.sum()
+
+    found = graph.trace(fn, {"a": jnp.ones((3, 3)), "b": jnp.ones((3, 3))}, jnp.ones((2, 3)))
+    assert not found.sites and {u.primitive for u in found.uses["a"]} == {loop}
+
+
+def test_a_leaf_that_a_scan_stacks_is_not_followed_but_one_that_it_hands_on_is():
+    stacked = lambda p, x: x @ lax.scan(lambda c, _: (c, c), p["a"], None, length=3)[1][1]
+    found = graph.trace(stacked, {"a": jnp.ones((3, 3))}, jnp.ones((2, 3)))
+    assert not found.sites and "a" in found.uses
+    handed = lambda p, x: x @ lax.scan(lambda c, w: (c, w), x, p["a"])[1][1]
+    (site,) = graph.trace(handed, {"a": jnp.ones((2, 3, 4))}, jnp.ones((2, 3))).sites
+    assert site.axes.contract == (1,)

@@ -34,6 +34,41 @@ def test_an_output_with_the_path_and_shape_of_a_leaf_is_no_state():
     assert small(fewer, x[:3])[0].shape == (3, 8)
 
 
+@pytest.mark.parametrize("batch", [5, 8])
+def test_an_output_as_large_as_a_leaf_is_no_state_of_dropped_layers(batch):
+    *params, x = drawn((8, 8), (8, 8), (8, 8), (8, 8), (batch, 8))
+
+    def fn(p, x):
+        a = jnp.tanh(x @ p[0])
+        h = x + a @ p[1]
+        h = h + jnp.tanh(h @ p[2]) @ p[3]
+        return a, h.sum(-1)
+
+    small, fewer, certificate = structured.drop_layers(fn, params, "0+1", x)
+    a, b = small(fewer, x)
+    expected = jnp.tanh(x @ params[0]), (x + jnp.tanh(x @ params[2]) @ params[3]).sum(-1)
+    np.testing.assert_allclose(a, expected[0], rtol=1e-6)
+    np.testing.assert_allclose(b, expected[1], rtol=1e-5, atol=1e-6)
+    assert certificate.holds
+
+
+def test_state_of_dropped_layers_goes_with_them():
+    """New state is told from an activation by its indices: the leaf's own."""
+    up, down, mean, x = drawn((8, 6), (6, 8), (6,), (6, 8))
+    params = {"a": {"up": up, "down": down, "mean": mean}, "b": {"up": up, "down": down}}
+
+    def fn(p, x):
+        h = x @ p["a"]["up"]
+        state = 0.9 * p["a"]["mean"] + 0.1 * h.mean(0)
+        x = x + jnp.tanh(h - state) @ p["a"]["down"]
+        x = x + jnp.tanh(x @ p["b"]["up"]) @ p["b"]["down"]
+        return x, {"a": {"mean": state}}
+
+    small, fewer, certificate = structured.drop_layers(fn, params, "a", x)
+    assert set(fewer) == {"b"} and certificate.holds
+    assert not jax.tree.leaves(small(fewer, x)[1])
+
+
 def layered(params, x):
     block = lambda c, leaves: (c + jnp.tanh(c @ leaves["up"]) @ leaves["down"], None)
     order = np.array([0, 2, 1])

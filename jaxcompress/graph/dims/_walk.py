@@ -122,7 +122,7 @@ class Labelling(Domain[Known]):
         self._cuts: list[Axis] = []
         self._spread: set[int] = set()
         self._scans: dict[Position, tuple[int, ...]] = {(): ()}
-        self._closed = {(): closed}
+        self._closed: dict[Position, bool] = {(): closed}
         self._dead: set[Position] = set()
 
     def whole(self, leaves: Mapping[str, Axes]) -> Dims:
