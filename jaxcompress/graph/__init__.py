@@ -7,12 +7,12 @@ whichever library wrote it; `replay` runs it with chosen equations handled by yo
 from jaxcompress.graph.affine._affine import affine as affine
 from jaxcompress.graph.affine._bypass import bypass as bypass
 from jaxcompress.graph.affine._chain import Chain as Chain
-from jaxcompress.graph.cost._cost import Compiled as Compiled
-from jaxcompress.graph.cost._cost import Cost as Cost
-from jaxcompress.graph.cost._cost import SiteCost as SiteCost
 from jaxcompress.graph.cost._cost import cost as cost
-from jaxcompress.graph.cost._figures import Figure as Figure
-from jaxcompress.graph.cost._figures import Memory as Memory
+from jaxcompress.graph.cost._found import Compiled as Compiled
+from jaxcompress.graph.cost._found import Cost as Cost
+from jaxcompress.graph.cost._found import Figure as Figure
+from jaxcompress.graph.cost._found import Memory as Memory
+from jaxcompress.graph.cost._found import SiteCost as SiteCost
 from jaxcompress.graph.cost._targets import Target as Target
 from jaxcompress.graph.cost._targets import cuda_options as cuda_options
 from jaxcompress.graph.dims._found import Dims as Dims

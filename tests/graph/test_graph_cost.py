@@ -16,7 +16,7 @@ from jaxcompress.graph import Target, cost
 from jaxcompress.graph.cost import _aot_loops as loops
 from jaxcompress.graph.cost._aot import _required
 from jaxcompress.graph.cost._aot_text import expanded_bytes
-from jaxcompress.graph.cost._table import SHOWN
+from jaxcompress.graph.cost._found import SHOWN
 from jaxcompress.numerics import Format, PerChannel, PerGroup, int4, int8
 
 ORIGINS = {

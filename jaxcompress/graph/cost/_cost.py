@@ -2,24 +2,22 @@
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
 from typing import Any
-
-import rich.console
 
 from jaxcompress import tree
 from jaxcompress.errors import ArgumentError
-from jaxcompress.graph._text import plain
-from jaxcompress.graph.cost import _table as _cost_table
 from jaxcompress.graph.cost._aot import Outcome, compile_for
 from jaxcompress.graph.cost._aot_text import expanded_bytes
-from jaxcompress.graph.cost._figures import (
+from jaxcompress.graph.cost._found import (
     COUNTED,
     PROGRAM,
     ROOFLINE,
     TPU_ESTIMATE,
+    Compiled,
+    Cost,
     Figure,
     Memory,
+    SiteCost,
 )
 from jaxcompress.graph.cost._targets import Target, resolve
 from jaxcompress.graph.sites._graph import Contraction, Graph, stored
@@ -27,159 +25,6 @@ from jaxcompress.graph.sites._replay import call
 from jaxcompress.graph.sites._sites import Site
 from jaxcompress.graph.sites._trace import Traced, capture, trace
 from jaxcompress.tree import LeafNode, bits_of
-
-
-@dataclass(frozen=True, kw_only=True)
-class SiteCost:
-    """What one site costs, counted from the jaxpr.
-
-    Attributes:
-        name: The site's name.
-        primitive: The primitive's name.
-        shape: The leaf's shape.
-        stored: How the leaf is stored: a dtype, or the integer and scale dtypes of a `QArray`.
-        params: Entries of the leaf; a leaf with several sites is listed at each.
-        param_bytes: Bytes of the leaf as stored.
-        flops: Floating point operations over all repeats, 2 per multiply-add.
-        bytes: Bytes over all repeats: weight, activation and result.
-        repeats: How often it runs in one call.
-    """
-
-    name: str
-    primitive: str
-    shape: tuple[int, ...]
-    stored: str
-    params: int
-    param_bytes: int
-    flops: int
-    bytes: int
-    repeats: int
-
-
-@dataclass(frozen=True, kw_only=True)
-class Compiled:
-    """What a target's compiler made of a function. Figures are for one device.
-
-    Attributes:
-        target: What it was compiled for.
-        devices: How many devices run the program together.
-        memory: Bytes by kind.
-        flops: Operations that the program executes, loop bodies as often as they run; `None` where
-            the compiler does not say, or scans are inside a `shard_map` or on explicit axes.
-        bytes: Bytes that the program moves to and from memory; where the compiler does not say, a
-            lower bound: each argument read once, each result written once, each `expanded` weight
-            written and read.
-        seconds: Time of one call: the TPU compiler's estimate, elsewhere the roofline
-            `max(flops / peak rate, bytes / bandwidth)`. Neither is a measurement. `None` where
-            the target has no published figures.
-        fits: Whether the program fits the target's memory; `None` where that is not known.
-        refusal: What the compiler said if it does not fit.
-        expanded: `{path: bytes}` of quantized leaves that the program dequantizes to a whole float
-            array in memory (one layer of it at a time if scanned) rather than inside the matmul.
-        program: The `jax.stages.Compiled` itself, for `as_text()`; `None` if it was refused.
-    """
-
-    target: Target
-    devices: int
-    memory: Memory
-    flops: Figure | None
-    bytes: Figure | None
-    seconds: Figure | None
-    fits: bool | None
-    refusal: str
-    expanded: Mapping[str, Figure]
-    program: Any = field(repr=False, compare=False)
-
-    def as_dict(self) -> dict[str, Any]:
-        """Give everything but the program as plain values.
-
-        Returns:
-            A mapping that `json.dumps` takes; every figure has its unit and origin beside it.
-        """
-        return {
-            "target": self.target.name,
-            "devices": self.devices,
-            "memory": self.memory.as_dict(),
-            "flops": _plain(self.flops),
-            "bytes": _plain(self.bytes),
-            "seconds": _plain(self.seconds),
-            "fits": self.fits,
-            "refusal": self.refusal,
-            "expanded": {path: figure.as_dict() for path, figure in self.expanded.items()},
-            "peaks": {
-                "rates": dict(self.target.rates),
-                "bandwidth": self.target.bandwidth,
-                "memory": self.target.memory,
-                "source": self.target.source,
-            },
-        }
-
-
-def _plain(figure: Figure | None) -> dict[str, Any] | None:
-    return None if figure is None else figure.as_dict()
-
-
-@dataclass(frozen=True, kw_only=True)
-class Cost:
-    """What a function costs. Its own figures are jaxpr counts; `compiled` has the compiler's.
-
-    Attributes:
-        params: Entries of all leaves, each leaf once.
-        param_bytes: Bytes of all leaves as stored; int4 takes half a byte.
-        flops: Of all contractions, 2 per multiply-add; a `cond` counts its costliest branch, a
-            `while` loop of unknown length one iteration.
-        bytes: Bytes that all contractions read and write if nothing stays in cache between them.
-        sites: One entry per site, in the order in which they run.
-        elsewhere_flops: The part of `flops` without a leaf: attention scores.
-        bounded: `False` if a `while` loop of unknown length was counted once.
-        compiled: What the target's compiler says; `None` without a target.
-    """
-
-    params: int
-    param_bytes: int
-    flops: int
-    bytes: int
-    sites: tuple[SiteCost, ...]
-    elsewhere_flops: int
-    bounded: bool
-    compiled: Compiled | None = None
-
-    @property
-    def seconds(self) -> float | None:
-        """The estimated seconds of one call; `compiled.seconds` says whose estimate that is."""
-        figure = self.compiled and self.compiled.seconds
-        return figure.value if figure else None
-
-    @property
-    def fits(self) -> bool | None:
-        """Whether it fits the target's memory; `None` if that is not known."""
-        return self.compiled.fits if self.compiled else None
-
-    def as_dict(self) -> dict[str, Any]:
-        """Give everything as plain values.
-
-        Returns:
-            A mapping that `json.dumps` takes; every total has its unit and origin beside it.
-        """
-        totals = {
-            "params": Figure(value=self.params, unit="entries", origin=COUNTED),
-            "param_bytes": Figure(value=self.param_bytes, unit="B", origin=COUNTED),
-            "flops": Figure(value=self.flops, unit="FLOP", origin=COUNTED),
-            "elsewhere_flops": Figure(value=self.elsewhere_flops, unit="FLOP", origin=COUNTED),
-            "bytes": Figure(value=self.bytes, unit="B", origin=COUNTED),
-        }
-        return {
-            **{key: figure.as_dict() for key, figure in totals.items()},
-            "bounded": self.bounded,
-            "sites": [{**vars(site), "shape": list(site.shape)} for site in self.sites],
-            "compiled": self.compiled.as_dict() if self.compiled else None,
-        }
-
-    def __rich__(self) -> rich.console.Group:
-        return _cost_table.draw(self)
-
-    def __str__(self) -> str:
-        return plain(self)
 
 
 def cost(
