@@ -80,10 +80,8 @@ def _walk(jaxpr: Any, outer: int, depth: int) -> Iterator[Loop]:
             loop = _loop(eqn, outer, depth)
             yield loop
             inside, deeper = outer * loop.length, depth + 1
-        for value in eqn.params.values():
-            for one in value if isinstance(value, tuple | list) else (value,):
-                if _compat.is_jaxpr(one):
-                    yield from _walk(one, inside, deeper)
+        for one in _compat.subjaxprs(eqn):
+            yield from _walk(one, inside, deeper)
 
 
 def _loop(eqn: Any, outer: int, depth: int) -> Loop:
@@ -108,28 +106,16 @@ def stepped(jaxpr: Any, loop: Loop, steps: int) -> Callable[..., Any]:
 
 
 def _rewrite(jaxpr: Any, loop: Loop, steps: int, outer: int, depth: int) -> Any:
-    inner = getattr(jaxpr, "jaxpr", jaxpr)  # in JAX 0.12 a jaxpr is its own
-    if inner is not jaxpr:
-        return jaxpr.replace(jaxpr=_rewrite(inner, loop, steps, outer, depth))
-    return jaxpr.replace(eqns=[_rewrite_eqn(eqn, loop, steps, outer, depth) for eqn in jaxpr.eqns])
+    def change(eqn: Any) -> Any:
+        inside, deeper = outer, depth
+        if eqn.primitive.name == "scan":
+            own = _loop(eqn, outer, depth)
+            if own == loop:
+                return _steps(eqn, steps)
+            inside, deeper = outer * own.length, depth + 1
+        return _compat.map_subjaxprs(eqn, lambda one: _rewrite(one, loop, steps, inside, deeper))
 
-
-def _rewrite_eqn(eqn: Any, loop: Loop, steps: int, outer: int, depth: int) -> Any:
-    inside, deeper = outer, depth
-    if eqn.primitive.name == "scan":
-        own = _loop(eqn, outer, depth)
-        if own == loop:
-            return _steps(eqn, steps)
-        inside, deeper = outer * own.length, depth + 1
-
-    def enter(value: Any) -> Any:
-        if isinstance(value, tuple | list) and any(map(_compat.is_jaxpr, value)):
-            return type(value)(map(enter, value))
-        return _rewrite(value, loop, steps, inside, deeper) if _compat.is_jaxpr(value) else value
-
-    params = {key: enter(value) for key, value in eqn.params.items()}
-    changed = any(params[key] is not value for key, value in eqn.params.items())
-    return eqn.replace(params=params) if changed else eqn
+    return _compat.map_equations(jaxpr, change)
 
 
 def _steps(eqn: Any, count: int) -> Any:

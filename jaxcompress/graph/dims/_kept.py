@@ -7,7 +7,7 @@ from typing import Any, TypeAlias
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import PartitionSpec
+from jax.sharding import AxisType, PartitionSpec
 
 Mask: TypeAlias = np.ndarray | None
 """Which indices of an axis are kept: (size,) bool, (layers, size) where layers differ, or `None`
@@ -121,7 +121,7 @@ def take(x: Any, indices: np.ndarray, axis: int) -> Any:
     """
     place = jax.typeof(x).sharding
     spec = list(place.spec)
-    if not place.mesh._any_axis_explicit or all(name is None for name in spec):
+    if AxisType.Explicit not in place.mesh.axis_types or all(name is None for name in spec):
         return jnp.take(x, indices, axis=axis)
     names = spec[axis] if isinstance(spec[axis], tuple) else (spec[axis],)
     parts = math.prod(place.mesh.shape[name] for name in names if name is not None)

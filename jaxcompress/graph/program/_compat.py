@@ -100,13 +100,31 @@ def is_jaxpr(value: Any) -> bool:
     return hasattr(value, "eqns") and hasattr(value, "outvars")
 
 
-def has_subprograms(eqn: Any) -> bool:
-    """Tell whether a parameter of the equation holds a jaxpr, whatever its name."""
-    return any(
-        is_jaxpr(one)
-        for value in eqn.params.values()
-        for one in (value if isinstance(value, tuple | list) else (value,))
-    )
+def subjaxprs(eqn: Any) -> list[Any]:
+    """List the jaxprs among the parameters of an equation, whatever their names."""
+    several = (v if isinstance(v, tuple | list) else (v,) for v in eqn.params.values())
+    return [one for values in several for one in values if is_jaxpr(one)]
+
+
+def map_equations(jaxpr: Any, change: Callable[[Any], Any]) -> Any:
+    """Make an open or closed jaxpr with each of its own equations replaced by `change(eqn)`."""
+    inner = getattr(jaxpr, "jaxpr", jaxpr)  # in JAX 0.12 a jaxpr is its own
+    if inner is not jaxpr:
+        return jaxpr.replace(jaxpr=map_equations(inner, change))
+    return jaxpr.replace(eqns=[change(eqn) for eqn in jaxpr.eqns])
+
+
+def map_subjaxprs(eqn: Any, change: Callable[[Any], Any]) -> Any:
+    """Make an equation with each jaxpr among its parameters replaced by `change(jaxpr)`."""
+
+    def enter(value: Any) -> Any:
+        if isinstance(value, tuple | list) and any(map(is_jaxpr, value)):
+            return type(value)(map(enter, value))
+        return change(value) if is_jaxpr(value) else value
+
+    params = {key: enter(value) for key, value in eqn.params.items()}
+    changed = any(params[key] is not value for key, value in eqn.params.items())
+    return eqn.replace(params=params) if changed else eqn
 
 
 def function_name(eqn: Any) -> str | None:

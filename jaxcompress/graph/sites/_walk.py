@@ -125,7 +125,7 @@ class Sites(Domain[Value]):
     ) -> Sequence[Value]:
         if eqn.primitive.name in PASSES:
             return operands
-        if _compat.has_subprograms(eqn):
+        if _compat.subjaxprs(eqn):
             self._record.opaque.append((here, (*place.scope, eqn.primitive.name)))
         if not any(value.views for value in operands):
             self._count_elsewhere(eqn, here, place)
