@@ -3,13 +3,10 @@
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
-
-import rich.console
+from typing import TYPE_CHECKING, Any
 
 from jaxcompress import tree
 from jaxcompress.errors import ArgumentError
-from jaxcompress.graph import _cost_table
 from jaxcompress.graph._aot import Outcome, compile_for
 from jaxcompress.graph._aot_text import expanded_bytes
 from jaxcompress.graph._cost_figures import (
@@ -26,6 +23,9 @@ from jaxcompress.graph._targets import Target, resolve
 from jaxcompress.graph._text import plain
 from jaxcompress.graph._trace import trace
 from jaxcompress.tree import LeafNode, bits_of
+
+if TYPE_CHECKING:
+    import rich.console
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -174,7 +174,9 @@ class Cost:
             "compiled": self.compiled.as_dict() if self.compiled else None,
         }
 
-    def __rich__(self) -> rich.console.Group:
+    def __rich__(self) -> "rich.console.Group":
+        from jaxcompress.graph import _cost_table  # loads rich
+
         return _cost_table.draw(self)
 
     def __str__(self) -> str:
