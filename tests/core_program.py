@@ -6,7 +6,6 @@ import sys
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 
 from jaxcompress import export, graph, quantize, sparsity, structured, train, tree
 
@@ -47,7 +46,7 @@ loaded = export.load(file).params
 assert jnp.array_equal(jax.jit(quantize.execute(fn))(loaded, x), rounded)
 
 assert list(tree.select(params, quantize.learnable(params))) == tree.paths(params)
-tx = sparsity.sparsify(optax.adamw(0.1), schedule=0.5, every=1)
+tx = sparsity.sparsify(train.optimizer("adamw", learning_rate=0.1), schedule=0.5, every=1)
 step = train.make_step(lambda params, x, key: (fn(params, x) ** 2).sum(-1), tx)
 state = train.init(params, tx, key=jax.random.key(0))
 data = train.Batches(np.asarray(x), batch_size=5)

@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 import numpy as np
+import optax
 import rich.console
 
 from jaxcompress import adapters, distill, export, quantize, report, sparsity, train, tree
@@ -148,14 +149,8 @@ class _Stages:
             soft = distill.kl(logits, fn(teacher, batch.images), temperature=_TEMPERATURE)
             return distill.mix(task, soft, weight=_DISTIL_WEIGHT)
 
-        tx = train.optimizer(
-            train.OptimizerConfig(
-                learning_rate=2e-3,
-                schedule=train.schedules.Cosine(steps=steps),
-                weight_decay=1e-2,
-                clip_norm=1.0,
-            )
-        )
+        rate = optax.cosine_decay_schedule(2e-3, steps)
+        tx = train.optimizer("adamw", learning_rate=rate, weight_decay=1e-2, clip_norm=1.0)
         if schedule is not None:
             every = max(1, steps // 40)
             tx = sparsity.sparsify(tx, schedule=schedule, every=every, within=within)
