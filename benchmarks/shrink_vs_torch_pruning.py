@@ -29,6 +29,7 @@ import time
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 from safetensors.numpy import load_file
 
 sys.path.insert(0, str(pathlib.Path(__file__).parents[1] / "examples"))
@@ -92,13 +93,8 @@ class Ours:
                 train.Aux(state=updates),
             )
 
-        config = train.OptimizerConfig(
-            method=train.Nesterov(momentum=0.9),
-            learning_rate=settings["learning_rate"],
-            schedule=train.schedules.Cosine(steps=steps),
-            clip_norm=settings["clip_norm"],
-        )
-        tx = train.optimizer(config)
+        schedule = optax.cosine_decay_schedule(settings["learning_rate"], steps)
+        tx = train.optimizer("nesterov", learning_rate=schedule, clip_norm=settings["clip_norm"])
         if (fn, steps) not in self.compiled:
             self.compiled[fn, steps] = train.make_step(loss, tx)
         step, state = self.compiled[fn, steps], train.init(params, tx, key=jax.random.key(seed))

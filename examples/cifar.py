@@ -104,13 +104,8 @@ def distil(
         target = teacher.forward(teacher.params, images)
         return distill.kl(logits, target, temperature=TEMPERATURE), train.Aux(state=updates)
 
-    config = train.OptimizerConfig(
-        method=train.Nesterov(momentum=0.9),
-        learning_rate=learning_rate,
-        schedule=train.schedules.Cosine(steps=steps),
-        clip_norm=5.0,
-    )
-    tx = wrap(train.optimizer(config))
+    schedule = optax.cosine_decay_schedule(learning_rate, steps)
+    tx = wrap(train.optimizer("nesterov", learning_rate=schedule, clip_norm=5.0))
     state = train.init(params, tx, key=jax.random.key(seed))
     state, _ = train.fit(state, train.make_step(loss, tx), data, steps=steps)
     return state

@@ -16,6 +16,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import tyro
 from models.llama import Llama, LlamaConfig
 from side_by_side import SideBySide, remarks
@@ -102,15 +103,10 @@ def fit(fn: Any, params: Any, text: Text, config: Config, *, steps: int, rate: f
         losses = metrics.cross_entropy(logits.reshape(-1, text.vocab), batch[:, 1:].ravel())
         return losses.reshape(len(batch), -1).mean(axis=1)
 
-    tx = train.optimizer(
-        train.OptimizerConfig(
-            learning_rate=rate,
-            schedule=train.schedules.Cosine(steps=steps, final=0.05),
-            warmup=steps // 20,
-            weight_decay=0.1,
-            clip_norm=1.0,
-        )
-    )
+    warmup = steps // 20
+    share = optax.warmup_cosine_decay_schedule(0.0, 1.0, warmup, steps + warmup, 0.05)
+    schedule = lambda step: rate * share(step)
+    tx = train.optimizer("adamw", learning_rate=schedule, weight_decay=0.1, clip_norm=1.0)
     data = train.Batches(text.windows(), batch_size=config.batch_size, seed=config.seed)
     state = train.init(params, tx, key=jax.random.key(config.seed))
     show = lambda state, row: print(

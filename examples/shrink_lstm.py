@@ -17,6 +17,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import tyro
 from cifar import data_folder
 from shakespeare import WARM, WINDOW, counted, load_model, read_text, spread
@@ -77,14 +78,8 @@ def distil(
         target = whole(dense, batch["x"])
         return distill.kl(fn(params, batch["x"]), target).mean(-1)  # (windows, time) -> (windows,)
 
-    tx = train.optimizer(
-        train.OptimizerConfig(
-            method=train.Adam(),
-            learning_rate=config.learning_rate,
-            schedule=train.schedules.Cosine(steps=config.steps),
-            clip_norm=1.0,
-        )
-    )
+    schedule = optax.cosine_decay_schedule(config.learning_rate, config.steps)
+    tx = train.optimizer("adam", learning_rate=schedule, clip_norm=1.0)
     state = train.init(params, tx, key=jax.random.key(config.seed))
     state, _ = train.fit(state, train.make_step(loss, tx), data, steps=config.steps)
     return state.params

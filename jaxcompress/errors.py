@@ -3,6 +3,8 @@
 A message names the argument, says what came, what was expected, and how to mend it.
 """
 
+import contextlib
+from collections.abc import Iterator
 from typing import Any
 
 
@@ -43,16 +45,44 @@ class FileError(ArgumentError):
 
 
 class MissingExtraError(JaxCompressError, ImportError):
-    """A feature needs an optional dependency that is not installed.
+    """A feature needs a package that cannot be imported.
 
     Args:
         feature: What was asked for, in words.
         package: The package that is missing.
-        extra: The jaxcompress extra that brings it.
+        extra: The jaxcompress extra that brings it; `None` if it is installed by itself.
     """
 
-    def __init__(self, feature: str, *, package: str, extra: str):
+    def __init__(self, feature: str, *, package: str, extra: str | None = None):
+        wanted = package if extra is None else f"'jaxcompress[{extra}]'"
         super().__init__(
             f"{feature} needs `{package}`, which is not installed. "
-            f"Install it with: pip install 'jaxcompress[{extra}]'"
+            f"Install it with: pip install {wanted}"
         )
+
+
+@contextlib.contextmanager
+def explain_missing(feature: str, *, package: str, extra: str | None = None) -> Iterator[None]:
+    """Say what an import is for, and how to install what it misses.
+
+    Args:
+        feature: What needs the import, in words.
+        package: The package, as it is installed.
+        extra: The jaxcompress extra that brings it; `None` if it is installed by itself.
+
+    Yields:
+        Nothing; the body imports.
+
+    Raises:
+        MissingExtraError: If the body finds no module of some name.
+
+    Example:
+        >>> with explain_missing("Plotting", package="matplotlib", extra="report"):
+        ...     import matplotlib_that_is_not_there
+        Traceback (most recent call last):
+        jaxcompress.errors.MissingExtraError: Plotting needs `matplotlib`, which is not installed...
+    """
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        raise MissingExtraError(feature, package=package, extra=extra) from error

@@ -51,15 +51,19 @@ CALLS = {
 }
 
 
+def exports(module):
+    return {name: getattr(module, name) for name in dir(module) if not name.startswith("_")}
+
+
 def shaped_functions():
     """Collect the public functions whose signature says a shape."""
     found = {}
     for info in pkgutil.iter_modules(jaxcompress.__path__):
         top = importlib.import_module(f"jaxcompress.{info.name}")
-        below = [m for n, m in vars(top).items() if inspect.ismodule(m) and not n.startswith("_")]
+        below = filter(inspect.ismodule, exports(top).values())
         for module in [top, *(m for m in below if m.__name__.startswith(f"{top.__name__}."))]:
-            for name, value in vars(module).items():
-                if name.startswith("_") or not inspect.isfunction(value):
+            for name, value in exports(module).items():
+                if not inspect.isfunction(value):
                     continue
                 if value.__module__.startswith(module.__name__) and any(
                     "jaxtyping." in str(hint) and "Callable" not in str(hint)

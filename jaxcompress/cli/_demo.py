@@ -7,10 +7,12 @@ from typing import Any
 
 import jax
 import numpy as np
+import optax
 import rich.console
 
 from jaxcompress import adapters, distill, export, quantize, report, sparsity, train, tree
-from jaxcompress.cli._models import MODELS, ModelName, Split, load_digits
+from jaxcompress.cli._commands import Demo
+from jaxcompress.cli._models import MODELS, Split, load_digits
 from jaxcompress.errors import ArgumentError, JaxCompressError
 from jaxcompress.quantize import presets
 from jaxcompress.train import metrics
@@ -23,25 +25,6 @@ _DISTIL_WEIGHT = 0.9
 
 class DemoError(JaxCompressError):
     """A packed file did not come back as what was saved."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Demo:
-    """Train, prune, distil, quantize and pack a model of scikit-learn's digits; no download.
-
-    Attributes:
-        out: Where to write the report, the plots, the results and the packed models.
-        seed: Seeds the split, the initial weights and the order of the data.
-        model: The teacher: a small convolutional net, or a small vision transformer.
-        sparsity: The fraction of weights to prune, from 0 to 1.
-        steps: Training steps of the dense teacher; every later stage takes half as many.
-    """
-
-    out: pathlib.Path = pathlib.Path("jaxcompress-demo")
-    seed: int = 0
-    model: ModelName = "conv"
-    sparsity: float = 0.8
-    steps: int = 800
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -166,14 +149,8 @@ class _Stages:
             soft = distill.kl(logits, fn(teacher, batch.images), temperature=_TEMPERATURE)
             return distill.mix(task, soft, weight=_DISTIL_WEIGHT)
 
-        tx = train.optimizer(
-            train.OptimizerConfig(
-                learning_rate=2e-3,
-                schedule=train.schedules.Cosine(steps=steps),
-                weight_decay=1e-2,
-                clip_norm=1.0,
-            )
-        )
+        rate = optax.cosine_decay_schedule(2e-3, steps)
+        tx = train.optimizer("adamw", learning_rate=rate, weight_decay=1e-2, clip_norm=1.0)
         if schedule is not None:
             every = max(1, steps // 40)
             tx = sparsity.sparsify(tx, schedule=schedule, every=every, within=within)

@@ -1,24 +1,9 @@
 """What is in a packed file, leaf by leaf."""
 
-import pathlib
-from dataclasses import dataclass
-from typing import Annotated
-
 import rich.console
-import tyro
 
 from jaxcompress import export, report
-
-
-@dataclass(frozen=True, kw_only=True)
-class Inspect:
-    """List what a file written by `export.save` holds: every leaf, its format and its bytes.
-
-    Attributes:
-        path: The file; its content hash is checked.
-    """
-
-    path: Annotated[pathlib.Path, tyro.conf.Positional]
+from jaxcompress.cli._commands import Inspect
 
 
 def run(inspect: Inspect) -> None:

@@ -1,19 +1,11 @@
 """The `jaxcompress` command."""
 
 import sys
-from typing import Annotated
 
 import tyro
 
-from jaxcompress.cli import _demo, _inspect
-from jaxcompress.cli._demo import Demo
-from jaxcompress.cli._inspect import Inspect
+from jaxcompress.cli._commands import Command, Demo, Inspect
 from jaxcompress.errors import JaxCompressError
-
-Command = (
-    Annotated[Demo, tyro.conf.subcommand("demo")]
-    | Annotated[Inspect, tyro.conf.subcommand("inspect")]
-)
 
 
 def main(args: list[str] | None = None) -> int:
@@ -27,8 +19,20 @@ def main(args: list[str] | None = None) -> int:
     """
     command = tyro.cli(Command, prog="jaxcompress", args=args)  # pyright: ignore[reportArgumentType, reportCallIssue]
     try:
-        _demo.run(command) if isinstance(command, Demo) else _inspect.run(command)
+        _run(command)
     except (JaxCompressError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     return 0
+
+
+def _run(command: Demo | Inspect) -> None:
+    """Load what the command needs, and no more."""
+    if isinstance(command, Demo):
+        from jaxcompress.cli import _demo
+
+        _demo.run(command)
+    else:
+        from jaxcompress.cli import _inspect
+
+        _inspect.run(command)

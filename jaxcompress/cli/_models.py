@@ -1,14 +1,15 @@
 """The demo's data and teachers: scikit-learn's digits, a small convolutional net or ViT."""
 
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
-import flax.linen as nn
 import jax
 import numpy as np
 
-from jaxcompress.errors import MissingExtraError
+from jaxcompress.cli._commands import ModelName
+from jaxcompress.errors import explain_missing
 
-ModelName = Literal["conv", "vit"]
+with explain_missing("The demo", package="flax"):
+    import flax.linen as nn
 
 
 class ConvNet(nn.Module):
@@ -81,10 +82,8 @@ def load_digits(seed: int) -> tuple[Split, Split]:
     Raises:
         MissingExtraError: If scikit-learn is not installed.
     """
-    try:
+    with explain_missing("The demo", package="scikit-learn", extra="demo"):
         from sklearn import datasets, model_selection
-    except ImportError as error:
-        raise MissingExtraError("The demo", package="scikit-learn", extra="demo") from error
     pixels, labels = datasets.load_digits(return_X_y=True)
     images = (pixels.reshape(-1, 8, 8, 1) / 16).astype(np.float32)
     train, test = model_selection.train_test_split(

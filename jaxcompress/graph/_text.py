@@ -2,11 +2,10 @@
 
 import io
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import rich.box
-import rich.console
-import rich.table
+if TYPE_CHECKING:
+    import rich.table
 
 
 def scaled(value: float, unit: str) -> str:
@@ -36,7 +35,7 @@ def scaled(value: float, unit: str) -> str:
     return f"{value:,.{digits}f} {prefixes[power]}{unit}".strip()
 
 
-def grid(left: Sequence[str], right: Sequence[str]) -> rich.table.Table:
+def grid(left: Sequence[str], right: Sequence[str]) -> "rich.table.Table":
     """Make an empty table in the house style.
 
     Args:
@@ -46,6 +45,9 @@ def grid(left: Sequence[str], right: Sequence[str]) -> rich.table.Table:
     Returns:
         The table.
     """
+    import rich.box
+    import rich.table
+
     table = rich.table.Table(box=rich.box.SIMPLE_HEAD, pad_edge=False, show_edge=False)
     for title in left:
         table.add_column(title, overflow="fold")
@@ -63,6 +65,8 @@ def plain(renderable: Any) -> str:
     Returns:
         Lines without trailing blanks.
     """
+    import rich.console
+
     console = rich.console.Console(file=io.StringIO(), width=10_000, color_system=None)
     with console.capture() as capture:
         console.print(renderable)

@@ -5,10 +5,6 @@ import io
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-import rich.box
-import rich.console
-import rich.table
-
 from jaxcompress import tree
 
 
@@ -105,6 +101,10 @@ class LowRankReport:
 
     def __str__(self) -> str:
         """Draw the table."""
+        import rich.box
+        import rich.console
+        import rich.table
+
         table = rich.table.Table(box=rich.box.SIMPLE_HEAD, pad_edge=False)
         for name in ("leaf", "method"):
             table.add_column(name)

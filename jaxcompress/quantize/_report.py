@@ -6,10 +6,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-import rich.box
-import rich.console
-import rich.table
-
 from jaxcompress import tree
 from jaxcompress.numerics import Format
 from jaxcompress.quantize._execute import SiteKernel
@@ -110,6 +106,10 @@ class QReport:
 
     def __str__(self) -> str:
         """Draw the table."""
+        import rich.box
+        import rich.console
+        import rich.table
+
         table = rich.table.Table(box=rich.box.SIMPLE_HEAD, pad_edge=False)
         for name in ("leaf", "format", "activations", "method", "kernel"):
             table.add_column(name)

@@ -4,8 +4,9 @@ Tables need nothing beyond the core; plots and the page need the extra `report`.
 is also written as JSON.
 """
 
-from jaxcompress.report._graph_plot import plot_graph as plot_graph
-from jaxcompress.report._group_plot import plot_group as plot_group
+from typing import TYPE_CHECKING
+
+from jaxcompress import lazy
 from jaxcompress.report._latency import Latency as Latency
 from jaxcompress.report._latency import latency as latency
 from jaxcompress.report._leaves import Leaf as Leaf
@@ -26,3 +27,11 @@ from jaxcompress.report._units import MILLISECONDS as MILLISECONDS
 from jaxcompress.report._units import PERCENT as PERCENT
 from jaxcompress.report._units import SECONDS as SECONDS
 from jaxcompress.report._units import Unit as Unit
+
+if TYPE_CHECKING:
+    from jaxcompress.report._graph_plot import plot_graph as plot_graph
+    from jaxcompress.report._group_plot import plot_group as plot_group
+else:
+    __getattr__, __dir__ = lazy.attach(
+        __name__, names={"_graph_plot": ["plot_graph"], "_group_plot": ["plot_group"]}
+    )

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 from jaxcompress import files
-from jaxcompress.errors import ArgumentTypeError, MissingExtraError
+from jaxcompress.errors import ArgumentTypeError, explain_missing
 from jaxcompress.report._plot import INK, Plot
 from jaxcompress.report._table import Table
 
@@ -58,10 +58,8 @@ def page(
         ...     page(f"{folder}/report.html", [result], title="Digits").name
         'report.html'
     """
-    try:
+    with explain_missing("The HTML page", package="jinja2", extra="report"):
         import jinja2
-    except ImportError as error:
-        raise MissingExtraError("The HTML page", package="jinja2", extra="report") from error
     source = importlib.resources.files("jaxcompress.report").joinpath("page.html.jinja").read_text()
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined)
     drawn, plots = [], 0

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from jaxcompress import files
-from jaxcompress.errors import ArgumentError, MissingExtraError
+from jaxcompress.errors import ArgumentError, explain_missing
 from jaxcompress.report._table import plain
 
 INK, FAINT = "#24292f", "#8c959f"
@@ -100,12 +100,10 @@ class Plot:
         Raises:
             MissingExtraError: If matplotlib is not installed.
         """
-        try:
+        with explain_missing("Plotting", package="matplotlib", extra="report"):
             import matplotlib
             from matplotlib.backends.backend_agg import FigureCanvasAgg
             from matplotlib.figure import Figure
-        except ImportError as error:
-            raise MissingExtraError("Plotting", package="matplotlib", extra="report") from error
         # A Figure of its own, without pyplot: no global state, no backend, no window.
         with matplotlib.rc_context(STYLE):
             figure = Figure(figsize=self.size, layout="constrained")

@@ -1,5 +1,8 @@
 """Pruning: scores, patterns, masks, schedules, and sparse training as an optax transformation."""
 
+from typing import TYPE_CHECKING
+
+from jaxcompress import lazy
 from jaxcompress.sparsity import schedules as schedules
 from jaxcompress.sparsity._apply import Sparsity as Sparsity
 from jaxcompress.sparsity._apply import apply as apply
@@ -22,7 +25,13 @@ from jaxcompress.sparsity._scores import random as random
 from jaxcompress.sparsity._scores import saliency as saliency
 from jaxcompress.sparsity._scores import taylor as taylor
 from jaxcompress.sparsity._scores import update_scores as update_scores
-from jaxcompress.sparsity._sparsify import SparsifyState as SparsifyState
-from jaxcompress.sparsity._sparsify import check as check
-from jaxcompress.sparsity._sparsify import get_mask as get_mask
-from jaxcompress.sparsity._sparsify import sparsify as sparsify
+
+if TYPE_CHECKING:  # what builds on optax
+    from jaxcompress.sparsity._sparsify import SparsifyState as SparsifyState
+    from jaxcompress.sparsity._sparsify import check as check
+    from jaxcompress.sparsity._sparsify import get_mask as get_mask
+    from jaxcompress.sparsity._sparsify import sparsify as sparsify
+else:
+    __getattr__, __dir__ = lazy.attach(
+        __name__, names={"_sparsify": ["SparsifyState", "check", "get_mask", "sparsify"]}
+    )

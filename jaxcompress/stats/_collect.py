@@ -8,8 +8,6 @@ from typing import Any
 
 import jax
 import numpy as np
-import rich.console
-import rich.progress
 
 from jaxcompress import tree
 from jaxcompress.errors import ArgumentError, ArgumentTypeError, NonFiniteError, StructureError
@@ -227,8 +225,13 @@ def replicated(arrays: Any) -> jax.sharding.Sharding | None:
 
 
 def with_progress(stream: Iterator[Any], total: int | None, progress: bool) -> Iterator[Any]:
+    if not progress:
+        return stream
+    import rich.console
+    import rich.progress
+
     console = rich.console.Console(stderr=True)
-    if not (progress and console.is_terminal):
+    if not console.is_terminal:
         return stream
     return iter(rich.progress.track(stream, "Collecting statistics", total=total, console=console))
 

@@ -1,8 +1,7 @@
-"""Training: optimizer chains, a jitted and sharded step, a fit loop that resumes bit for bit."""
+"""Training: optimizers by name, a jitted and sharded step, a fit loop that resumes bit for bit."""
 
 from jaxcompress.train import augment as augment
 from jaxcompress.train import metrics as metrics
-from jaxcompress.train import schedules as schedules
 from jaxcompress.train._checkpoint import Checkpoints as Checkpoints
 from jaxcompress.train._checkpoint import restore as restore
 from jaxcompress.train._data import Batches as Batches
@@ -11,17 +10,6 @@ from jaxcompress.train._evaluate import evaluate as evaluate
 from jaxcompress.train._fit import fit as fit
 from jaxcompress.train._ledger import EarlyStopping as EarlyStopping
 from jaxcompress.train._log import Row as Row
-from jaxcompress.train._optimizer import GD as GD
-from jaxcompress.train._optimizer import SGD as SGD
-from jaxcompress.train._optimizer import Adagrad as Adagrad
-from jaxcompress.train._optimizer import Adam as Adam
-from jaxcompress.train._optimizer import AdamW as AdamW
-from jaxcompress.train._optimizer import Lion as Lion
-from jaxcompress.train._optimizer import Momentum as Momentum
-from jaxcompress.train._optimizer import Muon as Muon
-from jaxcompress.train._optimizer import Nesterov as Nesterov
-from jaxcompress.train._optimizer import OptimizerConfig as OptimizerConfig
-from jaxcompress.train._optimizer import RMSProp as RMSProp
 from jaxcompress.train._optimizer import optimizer as optimizer
 from jaxcompress.train._precision import Precision as Precision
 from jaxcompress.train._sharding import shard as shard

@@ -4,14 +4,14 @@ import collections
 import contextlib
 import os
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
 from jaxcompress.errors import ArgumentError
-from jaxcompress.train._checkpoint import Checkpoints, Store
+from jaxcompress.train._checkpoint import Checkpoints
 from jaxcompress.train._data import Data, prefetched
 from jaxcompress.train._evaluate import evaluate as evaluate_on
 from jaxcompress.train._ledger import EarlyStopping, Ledger
@@ -19,6 +19,9 @@ from jaxcompress.train._log import Bar, Log, Row
 from jaxcompress.train._sharding import shard
 from jaxcompress.train._state import State
 from jaxcompress.tree import Params
+
+if TYPE_CHECKING:
+    from jaxcompress.train._store import Store
 
 
 def fit(
@@ -95,7 +98,7 @@ def fit(
 
     with contextlib.ExitStack() as stack:
         stack.enter_context(_using_mesh_of(step))
-        store = saving and stack.enter_context(Store(saving.directory, keep=saving.keep))
+        store = stack.enter_context(_open_store(saving)) if saving else None
         best: State | None = None
         ledger = Ledger()
         if store and store.steps():
@@ -188,6 +191,12 @@ def _as_checkpoints(
     return Checkpoints(directory=checkpoints)
 
 
+def _open_store(saving: Checkpoints) -> "Store":
+    from jaxcompress.train._store import Store  # loads orbax
+
+    return Store(saving.directory, keep=saving.keep)
+
+
 def _on_mesh_of(step: Any, state: State) -> State:
     """Place the state where the step wants it, before anything is restored in its likeness."""
     mesh = getattr(step, "mesh", None)
@@ -205,13 +214,13 @@ def _identity(data: Data) -> dict[str, Any]:
     return {name: getattr(data, name) for name in names if hasattr(data, name)}
 
 
-def _save(store: Store, state: State, best: State | None, ledger: Ledger, data: Data) -> None:
+def _save(store: "Store", state: State, best: State | None, ledger: Ledger, data: Data) -> None:
     trees = {"state": state} if best is None else {"state": state, "best": best}
     book = {"ledger": ledger.to_json(), "data": _identity(data)}
     store.save(int(state.step), trees, book)
 
 
-def _resume(store: Store, like: State, data: Data) -> tuple[State, State | None, Ledger]:
+def _resume(store: "Store", like: State, data: Data) -> tuple[State, State | None, Ledger]:
     latest = store.steps()[-1]
     book = store.book(latest)
     if book["data"] != _identity(data):

@@ -1,259 +1,178 @@
-"""Optimizer chains from a small frozen config; every piece is optax's own."""
+"""Optimizers by name: optax's own, behind clipping, with weight decay on chosen leaves."""
 
-from collections.abc import Callable
-from dataclasses import dataclass, field
-from typing import TypeAlias
+import difflib
+import functools
+import inspect
+from collections.abc import Callable, Mapping
+from typing import Any, Literal, TypeAlias, get_args
 
 import optax
 import optax.contrib
 
 from jaxcompress import tree
 from jaxcompress.errors import ArgumentError
-from jaxcompress.train import schedules
 from jaxcompress.tree import Params, Where
 
+Method: TypeAlias = Literal[
+    "gd",
+    "sgd",
+    "momentum",
+    "nesterov",
+    "adagrad",
+    "rmsprop",
+    "adam",
+    "adamw",
+    "lion",
+    "muon",
+]
+"""The name of an update rule."""
 
-@dataclass(frozen=True, kw_only=True)
-class GD:
-    """Gradient descent: give it the whole data set as one batch. The update rule is SGD's."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class SGD:
-    """Stochastic gradient descent without momentum, `p - lr * g` on minibatches."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Momentum:
-    """SGD with heavy-ball momentum.
-
-    Attributes:
-        momentum: The decay of the trace, in [0, 1).
-    """
-
-    momentum: float = 0.9
-
-
-@dataclass(frozen=True, kw_only=True)
-class Nesterov:
-    """SGD with Nesterov's momentum.
-
-    Attributes:
-        momentum: The decay of the trace, in [0, 1).
-    """
-
-    momentum: float = 0.9
-
-
-@dataclass(frozen=True, kw_only=True)
-class Adagrad:
-    """Adagrad (Duchi et al., JMLR 2011).
-
-    Attributes:
-        initial: What the sum of squares starts from.
-        eps: Added to it under the root.
-    """
-
-    initial: float = 0.1
-    eps: float = 1e-7
-
-
-@dataclass(frozen=True, kw_only=True)
-class RMSProp:
-    """RMSProp (Tieleman and Hinton, 2012).
-
-    Attributes:
-        decay: The decay of the mean square, in [0, 1).
-        eps: Added to it under the root.
-    """
-
-    decay: float = 0.9
-    eps: float = 1e-8
-
-
-@dataclass(frozen=True, kw_only=True)
-class Adam:
-    """Adam as published, with bias correction (arXiv:1412.6980).
-
-    Attributes:
-        b1: The decay of the mean, in [0, 1).
-        b2: The decay of the mean square, in [0, 1).
-        eps: Added to the root.
-    """
-
-    b1: float = 0.9
-    b2: float = 0.999
-    eps: float = 1e-8
-
-
-@dataclass(frozen=True, kw_only=True)
-class AdamW:
-    """Adam with decoupled weight decay (arXiv:1711.05101).
-
-    Attributes:
-        b1: The decay of the mean, in [0, 1).
-        b2: The decay of the mean square, in [0, 1).
-        eps: Added to the root.
-    """
-
-    b1: float = 0.9
-    b2: float = 0.999
-    eps: float = 1e-8
-
-
-@dataclass(frozen=True, kw_only=True)
-class Lion:
-    """Lion, with decoupled weight decay (arXiv:2302.06675).
-
-    Attributes:
-        b1: The weight of the mean in the update, in [0, 1).
-        b2: The decay of the mean, in [0, 1).
-    """
-
-    b1: float = 0.9
-    b2: float = 0.99
-
-
-@dataclass(frozen=True, kw_only=True)
-class Muon:
-    """Muon on the matrices and Adam on the rest, with decoupled weight decay on both.
-
-    As in `optax.contrib.muon`, a leaf with other than two axes (a convolution, a stack of layers)
-    is one of "the rest".
-
-    Attributes:
-        beta: The decay of the momentum, in [0, 1).
-        steps: Newton-Schulz iterations.
-        b1: Adam's decay of the mean.
-        b2: Adam's decay of the mean square.
-    """
-
-    beta: float = 0.95
-    steps: int = 5
-    b1: float = 0.9
-    b2: float = 0.999
-
-
-Method: TypeAlias = GD | SGD | Momentum | Nesterov | Adagrad | RMSProp | Adam | AdamW | Lion | Muon
-"""Any of the update rules."""
-
-_DECOUPLED = (AdamW, Lion, Muon)
-
-
-@dataclass(frozen=True, kw_only=True)
-class OptimizerConfig:
-    """What `optimizer` builds a chain from: clip, decay, method, schedule.
-
-    Attributes:
-        method: The update rule with its own hyperparameters.
-        learning_rate: The peak learning rate.
-        schedule: The learning rate over time, as a fraction of the peak.
-        warmup: Steps of linear warm-up from 0 before the schedule begins.
-        clip_value: Clip each gradient entry to `[-clip_value, clip_value]`, first of all.
-        clip_norm: Scale the gradient down to this global norm, after `clip_value`.
-        weight_decay: Decoupled, `p - lr * weight_decay * p`, for AdamW, Lion and Muon. For the
-            others the classical L2 term, `g + weight_decay * p` after clipping, which adaptive
-            methods then rescale.
-    """
-
-    method: Method = field(default_factory=AdamW)
-    learning_rate: float = 1e-3
-    schedule: schedules.Schedule = field(default_factory=schedules.Constant)
-    warmup: int = 0
-    clip_value: float | None = None
-    clip_norm: float | None = None
-    weight_decay: float = 0.0
-
-    def __post_init__(self):
-        for name in ("learning_rate", "clip_value", "clip_norm"):
-            value = getattr(self, name)
-            if value is not None and not value > 0:
-                fix = "Try 1e-3." if name == "learning_rate" else "Use None not to clip."
-                raise ArgumentError(name, got=value, expected="a positive number", fix=fix)
-        for name in {"momentum", "decay", "b1", "b2", "beta"} & vars(self.method).keys():
-            value = getattr(self.method, name)
-            if not 0 <= value < 1:
-                raise ArgumentError(
-                    f"method.{name}", got=value, expected="a decay in [0, 1)", fix="0.9 is usual."
-                )
-        if not self.weight_decay >= 0:
-            raise ArgumentError(
-                "weight_decay", got=self.weight_decay, expected="0 or more", fix="Use 0 for none."
-            )
+_BUILD: Mapping[Method, Callable[..., optax.GradientTransformation]] = {
+    "gd": optax.sgd,
+    "sgd": optax.sgd,
+    "momentum": functools.partial(optax.sgd, momentum=0.9),
+    "nesterov": functools.partial(optax.sgd, momentum=0.9, nesterov=True),
+    "adagrad": optax.adagrad,
+    "rmsprop": optax.rmsprop,
+    "adam": optax.adam,
+    "adamw": optax.adamw,
+    "lion": optax.lion,
+    "muon": optax.contrib.muon,
+}
+_OURS = {
+    "mask": "decayed",
+    "weight_decay_mask": "decayed",
+    "adam_weight_decay": "weight_decay",
+    "adam_learning_rate": "learning_rate",
+}
+"""Arguments of optax's functions, and the one of `optimizer` that says the same."""
+_DECAYS = {"momentum", "decay", "b1", "b2", "beta", "adam_b1", "adam_b2"}
 
 
 def optimizer(
-    config: OptimizerConfig, *, decay: Where = tree.weights
+    method: Method,
+    *,
+    learning_rate: optax.ScalarOrSchedule,
+    weight_decay: float = 0.0,
+    decayed: Where = tree.weights,
+    clip_norm: float | None = None,
+    clip_value: float | None = None,
+    **options: Any,
 ) -> optax.GradientTransformationExtraArgs:
-    """Build the optax chain that a config describes.
+    """Build one of optax's optimizers by name, with clipping and weight decay.
+
+    What `train` and `sparsity` do, they do with any optax transformation. This function is for
+    programs that choose by a name, and for decaying some leaves and not others by a `where`.
 
     Args:
-        config: The update rule, its learning rate over time, clipping and weight decay.
-        decay: Which leaves `config.weight_decay` pulls to zero; by default the weights, so not
-            biases and norm scales. If the decay is not 0, it must select something.
+        method: `"gd"` (give it the whole data set as one batch), `"sgd"`, `"momentum"`,
+            `"nesterov"` (both 0.9 by default), `"adagrad"`, `"rmsprop"`, `"adam"`
+            (bias-corrected, arXiv:1412.6980), `"adamw"` (arXiv:1711.05101), `"lion"`
+            (arXiv:2302.06675), or `"muon"` on the matrices with Adam on the rest.
+        learning_rate: A positive number, or an optax schedule, `step -> learning rate`.
+        weight_decay: Decoupled, `p - learning_rate * weight_decay * p`, for adamw, lion and muon.
+            For the others the classical L2 term, `g + weight_decay * p` after clipping, which
+            adaptive methods then rescale. 0 for none, whatever optax's default is.
+        decayed: Which leaves `weight_decay` pulls to zero; by default the weights, so not
+            biases and norm scales. With a weight decay, it must select something.
+        clip_norm: Scale the gradient down to this global norm, after `clip_value`.
+        clip_value: Clip each gradient entry to `[-clip_value, clip_value]`, first of all.
+        **options: Further arguments of optax's function, by its names: `b1`, `eps`,
+            `mu_dtype`, `momentum`, `ns_steps`, ...
 
     Returns:
-        An optax transformation. `make_step` hands it the loss as `value`, which `Plateau` reads.
+        An optax transformation. `make_step` hands it the loss as `value`, for whatever is chained
+        behind it, such as `optax.contrib.reduce_on_plateau`.
 
     Raises:
-        ArgumentError: If the schedule or the warm-up cannot be used.
+        ArgumentError: If the method or an option is unknown, or a number is out of range.
 
     Example:
         >>> import jax.numpy as jnp
-        >>> config = OptimizerConfig(method=Momentum(), learning_rate=0.1, clip_norm=1.0)
-        >>> tx = optimizer(config)
+        >>> schedule = optax.schedules.cosine_decay_schedule(0.1, decay_steps=1000)
+        >>> tx = optimizer("momentum", learning_rate=schedule, clip_norm=1.0, momentum=0.95)
         >>> params, grads = {"w": jnp.zeros(())}, {"w": jnp.full((), 2.0)}
         >>> updates, _ = tx.update(grads, tx.init(params), params)
         >>> round(float(updates["w"]), 3)
         -0.1
     """
-    rate = schedules.learning_rate(config.learning_rate, config.schedule, warmup=config.warmup)
-
-    def decayed(params: Params) -> Params:
-        chosen = tree.select(params, decay)
-        return tree.map_with_path(lambda path, _: path in chosen, params)
-
+    if method not in _BUILD:
+        raise ArgumentError(
+            "method",
+            got=repr(method),
+            expected="the name of an update rule",
+            fix=_nearest(str(method), get_args(Method)),
+        )
+    _check_numbers(learning_rate, weight_decay, clip_norm, clip_value)
+    _check_options(method, options)
+    build = functools.partial(_BUILD[method], **options)
+    mask = functools.partial(_mask, decayed) if weight_decay else None
     links = []
-    if config.clip_value is not None:
-        links.append(optax.clip(config.clip_value))
-    if config.clip_norm is not None:
-        links.append(optax.clip_by_global_norm(config.clip_norm))
-    if config.weight_decay and not isinstance(config.method, _DECOUPLED):
-        links.append(optax.add_decayed_weights(config.weight_decay, decayed))
-    links.append(_method(config.method, rate, config.weight_decay, decayed))
-    if isinstance(config.schedule, schedules.Plateau):
-        links.append(config.schedule.transformation(warmup=config.warmup))
+    if clip_value is not None:
+        links.append(optax.clip(clip_value))
+    if clip_norm is not None:
+        links.append(optax.clip_by_global_norm(clip_norm))
+    if method in ("adamw", "lion"):
+        links.append(build(learning_rate, weight_decay=weight_decay, mask=mask))
+    elif method == "muon":
+        # optax.contrib.muon cannot mask the decay of its Adam half, so decay comes after both.
+        decay = optax.add_decayed_weights(-weight_decay, mask)
+        rate = optax.scale_by_learning_rate(learning_rate, flip_sign=False)
+        links += [build(1.0), decay, rate]
+    else:
+        if weight_decay:
+            links.append(optax.add_decayed_weights(weight_decay, mask))
+        links.append(build(learning_rate))
     return optax.with_extra_args_support(optax.chain(*links))
 
 
-def _method(
-    method: Method,
-    rate: optax.Schedule,
+def _mask(decayed: Where, params: Params) -> Params:
+    chosen = tree.select(params, decayed)
+    return tree.map_with_path(lambda path, _: path in chosen, params)
+
+
+def _check_numbers(
+    learning_rate: optax.ScalarOrSchedule,
     weight_decay: float,
-    decayed: Callable[[Params], Params],
-) -> optax.GradientTransformation:
-    mask = decayed if weight_decay else None
-    match method:
-        case GD() | SGD():
-            return optax.sgd(rate)
-        case Momentum(momentum=momentum):
-            return optax.sgd(rate, momentum)
-        case Nesterov(momentum=momentum):
-            return optax.sgd(rate, momentum, nesterov=True)
-        case Adagrad(initial=initial, eps=eps):
-            return optax.adagrad(rate, initial, eps)
-        case RMSProp(decay=smoothing, eps=eps):
-            return optax.rmsprop(rate, smoothing, eps)
-        case Adam(b1=b1, b2=b2, eps=eps):
-            return optax.adam(rate, b1, b2, eps)
-        case AdamW(b1=b1, b2=b2, eps=eps):
-            return optax.adamw(rate, b1, b2, eps, weight_decay=weight_decay, mask=mask)
-        case Lion(b1=b1, b2=b2):
-            return optax.lion(rate, b1, b2, weight_decay=weight_decay, mask=mask)
-        case Muon():
-            # optax.contrib.muon cannot mask the decay of its Adam half, so decay comes after both.
-            direction = optax.contrib.muon(
-                1.0, beta=method.beta, ns_steps=method.steps, adam_b1=method.b1, adam_b2=method.b2
+    clip_norm: float | None,
+    clip_value: float | None,
+) -> None:
+    if isinstance(learning_rate, int | float) and not learning_rate > 0:
+        raise ArgumentError(
+            "learning_rate",
+            got=learning_rate,
+            expected="a positive number, or an optax schedule",
+            fix="Try 1e-3.",
+        )
+    for name, value in (("clip_norm", clip_norm), ("clip_value", clip_value)):
+        if value is not None and not value > 0:
+            raise ArgumentError(
+                name, got=value, expected="a positive number", fix="Use None not to clip."
             )
-            decay = optax.add_decayed_weights(-weight_decay, mask)
-            return optax.chain(direction, decay, optax.scale_by_schedule(rate))
+    if not weight_decay >= 0:
+        raise ArgumentError(
+            "weight_decay", got=weight_decay, expected="0 or more", fix="Use 0 for none."
+        )
+
+
+def _check_options(method: Method, options: Mapping[str, Any]) -> None:
+    accepted = inspect.signature(_BUILD[method]).parameters.keys()
+    accepted = accepted - {"learning_rate", "weight_decay"} - _OURS.keys()
+    named = accepted | {"learning_rate", "weight_decay", "decayed", "clip_norm", "clip_value"}
+    for name, value in options.items():
+        if name not in accepted:
+            raise ArgumentError(
+                name,
+                got=repr(value),
+                expected=f"an option of {method!r}",
+                fix=f"Use `{_OURS[name]}`." if name in _OURS else _nearest(name, named),
+            )
+        if name in _DECAYS and isinstance(value, int | float) and not 0 <= value < 1:
+            raise ArgumentError(name, got=value, expected="a decay in [0, 1)", fix="Try 0.9.")
+
+
+def _nearest(name: str, known: Any) -> str:
+    near = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
+    if near:
+        return f"Did you mean {' or '.join(map(repr, near))}?"
+    return f"There are {', '.join(map(repr, sorted(known)))}."

@@ -2,13 +2,12 @@
 
 import functools
 
-import dm_pix
 import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 from jaxtyping import Array, Shaped
 
-from jaxcompress.errors import ArgumentError
+from jaxcompress.errors import ArgumentError, explain_missing
 
 
 def pad_crop_flip(
@@ -28,6 +27,7 @@ def pad_crop_flip(
 
     Raises:
         ArgumentError: If images do not have four axes, or `pad` is negative.
+        MissingExtraError: If dm-pix is not installed.
 
     Example:
         >>> images = jnp.ones((8, 6, 6, 3))
@@ -54,6 +54,9 @@ def _pad_crop_flip(key: jax.Array, images: Array, value: Array, pad: int) -> Arr
     batch, height, width, channels = images.shape
     canvas = jnp.broadcast_to(value, (batch, height + 2 * pad, width + 2 * pad, channels))
     canvas = canvas.at[:, pad : pad + height, pad : pad + width].set(images)
+
+    with explain_missing("Augmentation", package="dm-pix"):
+        import dm_pix
 
     def crop_flip(key: jax.Array, image: Array) -> Array:
         crop_key, flip_key = jax.random.split(key)

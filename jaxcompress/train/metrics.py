@@ -16,7 +16,7 @@ from jax.core import Tracer
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float, Int
 
-from jaxcompress.errors import ArgumentError, MissingExtraError
+from jaxcompress.errors import ArgumentError, explain_missing
 from jaxcompress.train._precision import widened
 
 
@@ -374,7 +374,5 @@ def _checked(logits: ArrayLike, labels: ArrayLike) -> tuple[Array, Array]:
 
 
 def _sklearn(feature: str) -> Any:
-    try:
+    with explain_missing(feature, package="scikit-learn", extra="demo"):
         return importlib.import_module("sklearn.metrics")
-    except ImportError as error:
-        raise MissingExtraError(feature, package="scikit-learn", extra="demo") from error

@@ -16,7 +16,7 @@ from zoo_sequences import LLAMA
 
 from jaxcompress import structured, tree
 from jaxcompress.errors import ArgumentError, ArgumentTypeError
-from jaxcompress.structured._fields import MOST_TRIALS, search
+from jaxcompress.structured.module._fields import MOST_TRIALS, search
 
 sys.path.insert(0, str(pathlib.Path(__file__).parents[2] / "examples"))
 from models.char_lstm import CharLSTM

@@ -38,6 +38,7 @@ def train_once(folder: pathlib.Path) -> None:
     import jax
     import jax.numpy as jnp
     import numpy as np
+    import optax
 
     from jaxcompress import quantize, sparsity, train, tree
 
@@ -61,9 +62,7 @@ def train_once(folder: pathlib.Path) -> None:
     def evaluate(params, batch):
         return {"loss": loss(params, batch, jax.random.key(0))[0]}
 
-    inner = train.optimizer(
-        train.OptimizerConfig(learning_rate=1e-2, schedule=train.schedules.Cosine(steps=STEPS))
-    )
+    inner = train.optimizer("adamw", learning_rate=optax.cosine_decay_schedule(1e-2, STEPS))
     schedule = sparsity.schedules.cubic(0.8, end=STEPS // 2)
     tx = sparsity.sparsify(inner, schedule=schedule, every=3)
     batches = train.Batches(arrays, batch_size=16, seed=3)

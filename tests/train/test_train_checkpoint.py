@@ -8,7 +8,7 @@ from jax.sharding import PartitionSpec as P
 
 from jaxcompress import train
 from jaxcompress.errors import ArgumentError, FileError, StructureError
-from jaxcompress.train._checkpoint import Store
+from jaxcompress.train._store import Store
 
 KEY = jax.random.key(3)
 

@@ -16,10 +16,9 @@ from jaxcompress.train import _log
 from jaxcompress.train._ledger import Ledger
 
 KEY = jax.random.key(0)
-CONFIG = train.OptimizerConfig(
-    learning_rate=1e-2, schedule=train.schedules.Cosine(steps=20), weight_decay=1e-2
+TX = train.optimizer(
+    "adamw", learning_rate=optax.cosine_decay_schedule(1e-2, 20), weight_decay=1e-2
 )
-TX = train.optimizer(CONFIG)
 
 
 class InterruptedRunError(Exception):

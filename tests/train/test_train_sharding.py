@@ -36,8 +36,8 @@ def train_on(problem, batch, tx, loss, **kwargs):
 def sparse_qat(problem):
     """A loss with fake-quantized weights and an optimizer that prunes: `(loss, tx)`."""
     schedule = sparsity.schedules.linear(0.75, end=4)
-    config = train.OptimizerConfig(learning_rate=1e-2, weight_decay=1e-2, clip_norm=1.0)
-    tx = sparsity.sparsify(train.optimizer(config), schedule=schedule, every=2)
+    inner = train.optimizer("adamw", learning_rate=1e-2, weight_decay=1e-2, clip_norm=1.0)
+    tx = sparsity.sparsify(inner, schedule=schedule, every=2)
 
     def loss(params, batch, key):
         quantized = quantize.fake_quant(params, quantize.presets.int8_weights)

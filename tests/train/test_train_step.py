@@ -3,6 +3,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import optax.contrib
 import pytest
 from flax import nnx
 from hypothesis import given, settings
@@ -294,8 +295,8 @@ def test_frozen_leaves_stay(problem, batch):
 
 
 def test_the_loss_reaches_the_optimizer_as_value(problem, batch):
-    schedule = train.schedules.Plateau(patience=1)
-    tx = train.optimizer(train.OptimizerConfig(method=train.SGD(), schedule=schedule))
+    plateau = optax.contrib.reduce_on_plateau(patience=1)
+    tx = optax.chain(train.optimizer("sgd", learning_rate=1e-3), plateau)
     state = train.init(problem.params, tx, key=KEY)
     state, metrics = train.make_step(problem.loss, tx)(state, batch)
     assert optax.tree.get(state.opt_state, "best_value") == metrics["loss"]

@@ -2,15 +2,15 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
-from typing import Any
-
-import rich.console
-import rich.table
-import rich.text
+from typing import TYPE_CHECKING, Any
 
 from jaxcompress.graph._text import grid, plain, scaled
 from jaxcompress.graph.cost._aot import Outcome
 from jaxcompress.graph.cost._targets import Target
+
+if TYPE_CHECKING:
+    import rich.console
+    import rich.table
 
 COUNTED = "jaxpr count"
 TPU_ESTIMATE = "TPU compiler estimate"
@@ -255,7 +255,7 @@ class Cost:
             "compiled": self.compiled.as_dict() if self.compiled else None,
         }
 
-    def __rich__(self) -> rich.console.Group:
+    def __rich__(self) -> "rich.console.Group":
         return _draw(self)
 
     def __str__(self) -> str:
@@ -268,8 +268,11 @@ SHOWN = 16
 """The table lists so many sites, the costliest; the others are summed in one row."""
 
 
-def _draw(cost: Cost) -> rich.console.Group:
+def _draw(cost: Cost) -> "rich.console.Group":
     """Draw a cost: its sites, its totals, and what the compiler says."""
+    import rich.console
+    import rich.text
+
     parts: list[Any] = [_sites(cost), rich.text.Text()]
     parts.append(_totals(cost))
     if not cost.bounded:
@@ -279,7 +282,9 @@ def _draw(cost: Cost) -> rich.console.Group:
     return rich.console.Group(*parts)
 
 
-def _sites(cost: Cost) -> rich.table.Table:
+def _sites(cost: Cost) -> "rich.table.Table":
+    import rich.text
+
     table = grid(["site"], ["shape", "stored", "times", "params", "size", "FLOPs", "share"])
     order = sorted(cost.sites, key=lambda site: -site.flops)
     shown = set(order[:SHOWN]) if len(order) > SHOWN + 1 else set(order)
@@ -311,7 +316,7 @@ def _sites(cost: Cost) -> rich.table.Table:
     return table
 
 
-def _totals(cost: Cost) -> rich.table.Table:
+def _totals(cost: Cost) -> "rich.table.Table":
     table = grid(["figure"], ["value", "origin"])
     table.add_row("FLOPs", scaled(cost.flops, "FLOP"), "jaxpr count")
     table.add_row("bytes of all contractions", scaled(cost.bytes, "B"), "jaxpr count")

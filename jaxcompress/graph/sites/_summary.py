@@ -3,12 +3,7 @@
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
-
-import rich.box
-import rich.console
-import rich.table
-import rich.text
+from typing import TYPE_CHECKING, Any
 
 from jaxcompress import tree
 from jaxcompress.errors import ArgumentError
@@ -16,6 +11,9 @@ from jaxcompress.graph._text import grid, plain, scaled
 from jaxcompress.graph.sites._graph import Graph, stored
 from jaxcompress.graph.sites._sites import Axes
 from jaxcompress.graph.sites._trace import trace
+
+if TYPE_CHECKING:
+    import rich.table
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,7 +82,9 @@ class Summary:
             rows.append({**vars(row), "shape": list(row.shape), **shares})
         return {**totals, "rows": rows}
 
-    def __rich__(self) -> rich.table.Table:
+    def __rich__(self) -> "rich.table.Table":
+        import rich.text
+
         table = grid(
             ["site or leaf", "what", "axes", "shape", "dtype"],
             ["times", "params", "share", "FLOPs", "share", "bytes", "share"],

@@ -9,9 +9,9 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from fractions import Fraction
 from typing import Any, TypeAlias
 
-import flax.linen as nn
 import numpy as np
-from flax import nnx
+
+from jaxcompress.structured.module._flax import nn, nnx
 
 Place: TypeAlias = tuple[str | int, ...]
 """Where a number is: names of fields and keywords, positions in tuples."""

@@ -5,13 +5,10 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NoReturn
 
-import flax.linen as nn
 import jax
-from flax import nnx
 
 from jaxcompress import graph, tree
 from jaxcompress.errors import ArgumentError
-from jaxcompress.structured._builders import Builder, builder_of, is_near
 from jaxcompress.structured._certificate import (
     Distance,
     distance,
@@ -19,7 +16,11 @@ from jaxcompress.structured._certificate import (
     random_like,
     tolerance_of,
 )
-from jaxcompress.structured._fields import (
+from jaxcompress.structured._keep import Keep
+from jaxcompress.structured._literals import WidthLiteral, width_literals, with_epsilons
+from jaxcompress.structured._shrink import rebuild, slice_params
+from jaxcompress.structured.module._builders import Builder, builder_of, is_near
+from jaxcompress.structured.module._fields import (
     Place,
     Settings,
     Shapes,
@@ -28,9 +29,7 @@ from jaxcompress.structured._fields import (
     place_str,
     search,
 )
-from jaxcompress.structured._keep import Keep
-from jaxcompress.structured._literals import WidthLiteral, width_literals, with_epsilons
-from jaxcompress.structured._shrink import rebuild, slice_params
+from jaxcompress.structured.module._flax import nn, nnx
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -124,9 +123,10 @@ def to_module(
     Raises:
         ArgumentError: If no fields give the shrunk shapes, or outputs differ.
         ArgumentTypeError: If module is neither a Linen module nor builds an NNX module.
+        MissingExtraError: If flax is not installed.
 
     Example:
-        >>> import jax.numpy as jnp
+        >>> import flax.linen as nn, jax.numpy as jnp
         >>> from jaxcompress import adapters, structured
         >>> class Mlp(nn.Module):
         ...     hidden: int = 8

@@ -4,14 +4,13 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
-import flax.linen as nn
 import jax
-from flax import nnx
 
 from jaxcompress import adapters, tree
 from jaxcompress.errors import ArgumentTypeError
-from jaxcompress.structured._fields import Call, Settings, Shapes, having
 from jaxcompress.structured._literals import WidthLiteral
+from jaxcompress.structured.module._fields import Call, Settings, Shapes, having
+from jaxcompress.structured.module._flax import nn, nnx
 
 
 def is_near(a: float, b: float) -> bool:
