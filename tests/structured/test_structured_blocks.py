@@ -7,7 +7,7 @@ from depth_models import X, draw, scanned, stacked_params, unrolled, unrolled_pa
 from zoo import ZOO
 
 from jaxcompress import structured, tree
-from jaxcompress.structured._residuals import layers_of, names_of
+from jaxcompress.structured.depth._residuals import layers_of, names_of
 
 # By hand, from the models' source: the blocks of each model, and its layers.
 FOUND = {

@@ -21,8 +21,8 @@ from jaxcompress.errors import (
     SelectionError,
     StructureError,
 )
-from jaxcompress.structured._blocks import analyse
-from jaxcompress.structured._gated import run_gated
+from jaxcompress.structured.depth._blocks import analyse
+from jaxcompress.structured.depth._gated import run_gated
 
 KEY = jax.random.key(0)
 # One of each model; a layer of a stack where there is one.

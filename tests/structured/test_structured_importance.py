@@ -26,8 +26,8 @@ from by_hand import (
 )
 
 from jaxcompress import adapters, errors, numerics, structured, tree
-from jaxcompress.structured._fpgm import distances_to_others
-from jaxcompress.structured._lamp import lamp
+from jaxcompress.structured.importance._fpgm import distances_to_others
+from jaxcompress.structured.importance._lamp import lamp
 
 BATCHES = [normal(5, 3), normal(2, 3)]
 CASES = {

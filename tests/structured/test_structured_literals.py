@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from jaxcompress import graph
-from jaxcompress.structured._literals import WidthLiteral, width_literals, with_epsilons
+from jaxcompress.structured.module._literals import WidthLiteral, width_literals, with_epsilons
 
 X = jnp.ones((5, 3))
 PARAMS = {"in": jnp.ones((3, 8)), "s": jnp.ones(8), "out": jnp.ones((8, 2))}

@@ -8,9 +8,9 @@ import jax
 
 from jaxcompress import adapters, tree
 from jaxcompress.errors import ArgumentTypeError
-from jaxcompress.structured._literals import WidthLiteral
 from jaxcompress.structured.module._fields import Call, Settings, Shapes, having
 from jaxcompress.structured.module._flax import nn, nnx
+from jaxcompress.structured.module._literals import WidthLiteral
 
 
 def is_near(a: float, b: float) -> bool:

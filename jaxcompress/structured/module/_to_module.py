@@ -17,7 +17,6 @@ from jaxcompress.structured._certificate import (
     tolerance_of,
 )
 from jaxcompress.structured._keep import Keep
-from jaxcompress.structured._literals import WidthLiteral, width_literals, with_epsilons
 from jaxcompress.structured._shrink import rebuild, slice_params
 from jaxcompress.structured.module._builders import Builder, builder_of, is_near
 from jaxcompress.structured.module._fields import (
@@ -30,6 +29,7 @@ from jaxcompress.structured.module._fields import (
     search,
 )
 from jaxcompress.structured.module._flax import nn, nnx
+from jaxcompress.structured.module._literals import WidthLiteral, width_literals, with_epsilons
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -13,7 +13,6 @@ from jaxcompress.errors import ArgumentError
 from jaxcompress.graph import capture
 from jaxcompress.graph.program import Calls, Position, run
 from jaxcompress.graph.sites import call as run_call
-from jaxcompress.structured._blocks import Analysis, abstract, analyse
 from jaxcompress.structured._certificate import (
     Certificate,
     Distances,
@@ -24,11 +23,12 @@ from jaxcompress.structured._certificate import (
     size_of,
     tolerance_of,
 )
-from jaxcompress.structured._dropped import Chosen, Dropped, choose, described, zeroed
-from jaxcompress.structured._flow import Flow
-from jaxcompress.structured._gated import run_gated
-from jaxcompress.structured._surgery import Kept, Surgery, operate, plan_of, take
-from jaxcompress.structured._without import GONE, without
+from jaxcompress.structured.depth._blocks import Analysis, abstract, analyse
+from jaxcompress.structured.depth._dropped import Chosen, Dropped, choose, described, zeroed
+from jaxcompress.structured.depth._flow import Flow
+from jaxcompress.structured.depth._gated import run_gated
+from jaxcompress.structured.depth._surgery import Kept, Surgery, operate, plan_of, take
+from jaxcompress.structured.depth._without import GONE, without
 
 
 def drop_layers(

@@ -10,8 +10,14 @@ from jaxtyping import Int
 
 from jaxcompress import linalg, tree
 from jaxcompress.structured._groups import Group, Member
-from jaxcompress.structured._penalties import Figure, check_figure, figure_at, needed, wide
-from jaxcompress.structured._units import learned_members, spread, unit_size, unit_sums
+from jaxcompress.structured.importance._units import learned_members, spread, unit_size, unit_sums
+from jaxcompress.structured.regularize._penalties import (
+    Figure,
+    check_figure,
+    figure_at,
+    needed,
+    wide,
+)
 
 
 class GroupLassoState(NamedTuple):

@@ -10,8 +10,8 @@ from jaxtyping import ArrayLike
 from jaxcompress import graph, tree
 from jaxcompress.errors import ArgumentError
 from jaxcompress.structured._groups import Group, Member
-from jaxcompress.structured._method import Given, Method
-from jaxcompress.structured._units import learned_members, unit_sums
+from jaxcompress.structured.importance._method import Given, Method
+from jaxcompress.structured.importance._units import learned_members, unit_sums
 
 _NAMES = ("scale", "gamma", "weight")
 

@@ -11,11 +11,11 @@ from jaxtyping import Float, Int
 
 from jaxcompress import tree
 from jaxcompress.errors import ArgumentError
-from jaxcompress.structured._blocks import analyse
-from jaxcompress.structured._depth_units import Level, block_gates, gate_shapes, units_of
-from jaxcompress.structured._dropped import check_leaves
-from jaxcompress.structured._gated import run_gated
-from jaxcompress.structured._influence import checked_scores
+from jaxcompress.structured.depth._blocks import analyse
+from jaxcompress.structured.depth._dropped import check_leaves
+from jaxcompress.structured.depth._gated import run_gated
+from jaxcompress.structured.depth._influence import checked_scores
+from jaxcompress.structured.depth._units import Level, block_gates, gate_shapes, units_of
 
 
 def gate(

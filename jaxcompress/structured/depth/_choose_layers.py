@@ -8,10 +8,10 @@ import jax
 from jaxcompress import graph, tree
 from jaxcompress.budget import Budget, Bytes, Flops, Params, Seconds, fewest_steps
 from jaxcompress.errors import ArgumentError, ArgumentTypeError
-from jaxcompress.structured._blocks import Analysis, abstract, analyse
-from jaxcompress.structured._depth import decide, rebuild_layers
-from jaxcompress.structured._dropped import collected, something_stays
-from jaxcompress.structured._influence import checked_scores
+from jaxcompress.structured.depth._blocks import Analysis, abstract, analyse
+from jaxcompress.structured.depth._drop import decide, rebuild_layers
+from jaxcompress.structured.depth._dropped import collected, something_stays
+from jaxcompress.structured.depth._influence import checked_scores
 
 
 def choose_layers(

@@ -9,7 +9,7 @@ import jax
 from jaxcompress import tree
 from jaxcompress.graph import Traced
 from jaxcompress.graph.sites import call_of
-from jaxcompress.structured._residuals import (
+from jaxcompress.structured.depth._residuals import (
     Residual,
     Residuals,
     Stack,
@@ -18,7 +18,7 @@ from jaxcompress.structured._residuals import (
     prefix_of,
     residuals_of,
 )
-from jaxcompress.structured._surgery import operate
+from jaxcompress.structured.depth._surgery import operate
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -11,8 +11,8 @@ from jaxtyping import ArrayLike
 
 from jaxcompress.graph.sites import replicated
 from jaxcompress.structured._groups import Group, Member
-from jaxcompress.structured._method import Given, Method
-from jaxcompress.structured._units import unit_entries
+from jaxcompress.structured.importance._method import Given, Method
+from jaxcompress.structured.importance._units import unit_entries
 
 
 def distances_to_others(rows: jax.Array) -> jax.Array:

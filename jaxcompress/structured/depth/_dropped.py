@@ -20,10 +20,10 @@ from jaxcompress.errors import (
     SelectionError,
     StructureError,
 )
-from jaxcompress.structured._blocks import Analysis, Block, Layer
-from jaxcompress.structured._residuals import closest
-from jaxcompress.structured._surgery import take
-from jaxcompress.structured._without import GONE, without
+from jaxcompress.structured.depth._blocks import Analysis, Block, Layer
+from jaxcompress.structured.depth._residuals import closest
+from jaxcompress.structured.depth._surgery import take
+from jaxcompress.structured.depth._without import GONE, without
 
 Chosen: TypeAlias = (
     str | Block | Layer | Mapping[str, Sequence[int]] | Sequence[str | Block | Layer]

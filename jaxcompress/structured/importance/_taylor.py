@@ -11,8 +11,8 @@ from jaxcompress import tree
 from jaxcompress.errors import ArgumentError
 from jaxcompress.stats._collect import matching, opened
 from jaxcompress.structured._groups import Group
-from jaxcompress.structured._method import Given, Method
-from jaxcompress.structured._slopes import Slopes, differentiated, slopes
+from jaxcompress.structured.importance._method import Given, Method
+from jaxcompress.structured.importance._slopes import Slopes, differentiated, slopes
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from jaxcompress import tree
 from jaxcompress.graph import Traced
 from jaxcompress.graph.program import Position, scan_counts
-from jaxcompress.structured._flow import NO_VALUE, Flow, Node, bits, flow_of
+from jaxcompress.structured.depth._flow import NO_VALUE, Flow, Node, bits, flow_of
 
 
 @dataclass(frozen=True, eq=False)

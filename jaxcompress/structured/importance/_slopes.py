@@ -8,8 +8,8 @@ import jax.numpy as jnp
 
 from jaxcompress import tree
 from jaxcompress.errors import ArgumentError
-from jaxcompress.structured._method import Given, Method
-from jaxcompress.structured._units import unit_sums
+from jaxcompress.structured.importance._method import Given, Method
+from jaxcompress.structured.importance._units import unit_sums
 
 Slopes = dict[str, jax.Array]
 """`{group name: (*layers, size)}`: the sum of g w over the entries that go with each unit."""

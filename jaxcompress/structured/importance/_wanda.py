@@ -10,9 +10,15 @@ from jaxtyping import ArrayLike
 from jaxcompress import stats
 from jaxcompress.errors import ArgumentError
 from jaxcompress.structured._groups import Group, Member
-from jaxcompress.structured._method import Given, Method
-from jaxcompress.structured._seen import Found, beside_inner, beside_outer, place_of, seen
-from jaxcompress.structured._units import unit_sums
+from jaxcompress.structured.importance._method import Given, Method
+from jaxcompress.structured.importance._seen import (
+    Found,
+    beside_inner,
+    beside_outer,
+    place_of,
+    seen,
+)
+from jaxcompress.structured.importance._units import unit_sums
 
 
 def wanda(w: jax.Array, squares: jax.Array) -> jax.Array:

@@ -11,8 +11,8 @@ from jaxcompress import graph, stats
 from jaxcompress.errors import ArgumentError
 from jaxcompress.graph import Site
 from jaxcompress.structured._groups import Group, Member
-from jaxcompress.structured._method import Given, Method
-from jaxcompress.structured._seen import (
+from jaxcompress.structured.importance._method import Given, Method
+from jaxcompress.structured.importance._seen import (
     Found,
     beside_inner,
     beside_outer,

@@ -9,10 +9,10 @@ from jaxtyping import ArrayLike
 
 from jaxcompress import stats
 from jaxcompress.structured._groups import Group, Member
-from jaxcompress.structured._method import Given, Method
-from jaxcompress.structured._seen import Found, Place, place_of, seen
-from jaxcompress.structured._units import unit_sums
-from jaxcompress.structured._wanda import with_sites
+from jaxcompress.structured.importance._method import Given, Method
+from jaxcompress.structured.importance._seen import Found, Place, place_of, seen
+from jaxcompress.structured.importance._units import unit_sums
+from jaxcompress.structured.importance._wanda import with_sites
 
 
 def obd(w: jax.Array, h: jax.Array) -> jax.Array:

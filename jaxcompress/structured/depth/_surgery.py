@@ -27,8 +27,8 @@ from jaxcompress.graph.program import (
     reenter,
     scan_counts,
 )
-from jaxcompress.structured._flow import NO_VALUE, Flow, Needed, Node, needed_for, tainted
-from jaxcompress.structured._residuals import Residual
+from jaxcompress.structured.depth._flow import NO_VALUE, Flow, Needed, Node, needed_for, tainted
+from jaxcompress.structured.depth._residuals import Residual
 
 _ROWWISE = CASTS | {"copy", "name", "transpose"}
 """Primitives that do the same with fewer rows."""

@@ -12,8 +12,8 @@ from jaxtyping import ArrayLike, Int
 from jaxcompress import tree
 from jaxcompress.errors import ArgumentError, NonFiniteError, StructureError
 from jaxcompress.structured._groups import Group
-from jaxcompress.structured._penalties import add_penalty, check_figure, needed
-from jaxcompress.structured._units import learned_members, spread
+from jaxcompress.structured.importance._units import learned_members, spread
+from jaxcompress.structured.regularize._penalties import add_penalty, check_figure, needed
 
 
 class GrowingState(NamedTuple):

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jaxtyping import ArrayLike
 
 from jaxcompress.structured._groups import Group
-from jaxcompress.structured._method import Given, Method
+from jaxcompress.structured.importance._method import Given, Method
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import jax
 import jax.numpy as jnp
 
-from jaxcompress.structured._magnitude import Magnitude
+from jaxcompress.structured.importance._magnitude import Magnitude
 
 
 @jax.jit

@@ -12,9 +12,9 @@ from jaxcompress import tree
 from jaxcompress.errors import ArgumentError
 from jaxcompress.stats._collect import matching, opened
 from jaxcompress.structured._groups import Group
-from jaxcompress.structured._method import Given, Method
-from jaxcompress.structured._slopes import Slopes, differentiated, slopes
-from jaxcompress.structured._taylor import no_slopes
+from jaxcompress.structured.importance._method import Given, Method
+from jaxcompress.structured.importance._slopes import Slopes, differentiated, slopes
+from jaxcompress.structured.importance._taylor import no_slopes
 
 
 @dataclass(frozen=True, kw_only=True)

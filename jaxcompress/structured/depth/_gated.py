@@ -10,8 +10,8 @@ import jax.numpy as jnp
 from jaxcompress.graph import Equation
 from jaxcompress.graph.program import Cells
 from jaxcompress.graph.sites import execute
-from jaxcompress.structured._blocks import Analysis
-from jaxcompress.structured._surgery import new_plan, stepped
+from jaxcompress.structured.depth._blocks import Analysis
+from jaxcompress.structured.depth._surgery import new_plan, stepped
 
 
 def run_gated(

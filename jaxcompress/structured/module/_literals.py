@@ -30,7 +30,7 @@ from jaxcompress.graph.program import (
     never,
 )
 from jaxcompress.graph.sites import capture_call, execute
-from jaxcompress.structured._literal_rules import (
+from jaxcompress.structured.module._literal_rules import (
     ARITHMETIC,
     RULES,
     Tag,

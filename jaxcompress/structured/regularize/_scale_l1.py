@@ -10,15 +10,15 @@ from jaxtyping import Int
 
 from jaxcompress import tree
 from jaxcompress.structured._groups import Group
-from jaxcompress.structured._penalties import (
+from jaxcompress.structured.importance._units import learned_members, spread
+from jaxcompress.structured.regularize._penalties import (
     Figure,
     add_penalty,
     check_figure,
     figure_at,
     needed,
 )
-from jaxcompress.structured._scales import scale_members
-from jaxcompress.structured._units import learned_members, spread
+from jaxcompress.structured.regularize._scales import scale_members
 
 
 class ScaleL1State(NamedTuple):

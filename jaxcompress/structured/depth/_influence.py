@@ -16,8 +16,10 @@ from jaxcompress import tree
 from jaxcompress.errors import ArgumentError, NonFiniteError
 from jaxcompress.graph import Equation
 from jaxcompress.graph.program import Cells, Position, run
-from jaxcompress.structured._blocks import Analysis, Layer, analyse
-from jaxcompress.structured._depth_units import (
+from jaxcompress.structured.depth._blocks import Analysis, Layer, analyse
+from jaxcompress.structured.depth._gated import run_gated
+from jaxcompress.structured.depth._surgery import new_plan, stepped
+from jaxcompress.structured.depth._units import (
     Level,
     Unit,
     block_gates,
@@ -25,8 +27,6 @@ from jaxcompress.structured._depth_units import (
     gate_shapes,
     units_of,
 )
-from jaxcompress.structured._gated import run_gated
-from jaxcompress.structured._surgery import new_plan, stepped
 
 Seen = tuple[Array, Array]
 """The sum of `1 - cos` over tokens, and the number of tokens."""

@@ -11,9 +11,9 @@ from jaxtyping import ArrayLike
 from jaxcompress import tree
 from jaxcompress.errors import ArgumentError, ArgumentTypeError, NonFiniteError
 from jaxcompress.structured._groups import Group
-from jaxcompress.structured._magnitude import Magnitude
-from jaxcompress.structured._method import Given, Method
-from jaxcompress.structured._units import check_members, learned_members
+from jaxcompress.structured.importance._magnitude import Magnitude
+from jaxcompress.structured.importance._method import Given, Method
+from jaxcompress.structured.importance._units import check_members, learned_members
 
 Normalize: TypeAlias = Literal["mean", "max", "sum"] | None
 """What the scores of a group are divided by, so that groups compare."""

@@ -7,7 +7,7 @@ from typing import Any, Literal, TypeAlias
 import jax.numpy as jnp
 
 from jaxcompress.errors import ArgumentError
-from jaxcompress.structured._blocks import Analysis
+from jaxcompress.structured.depth._blocks import Analysis
 
 Level: TypeAlias = Literal["layer", "block"]
 

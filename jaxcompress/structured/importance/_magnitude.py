@@ -8,8 +8,8 @@ from jaxtyping import ArrayLike
 
 from jaxcompress.errors import ArgumentError
 from jaxcompress.structured._groups import Group
-from jaxcompress.structured._method import Given, Method
-from jaxcompress.structured._units import unit_sums
+from jaxcompress.structured.importance._method import Given, Method
+from jaxcompress.structured.importance._units import unit_sums
 
 
 @dataclass(frozen=True, kw_only=True)

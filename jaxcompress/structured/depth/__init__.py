@@ -1,0 +1,1 @@
+"""Depth: residual blocks and layers, scored, gated and dropped."""

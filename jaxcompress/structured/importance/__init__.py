@@ -1,0 +1,1 @@
+"""Importance: how much each unit of a group would be missed, method by method."""

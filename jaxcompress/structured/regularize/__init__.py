@@ -1,0 +1,1 @@
+"""Regularization: penalties that bring whole units to zero in training."""
