@@ -14,24 +14,14 @@ PAGE = (pathlib.Path(__file__).parents[2] / "docs" / "graph.md").read_text()
 BLOCKS = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
 
 
-@contextlib.contextmanager
-def restored(*tables):
-    """Take back what the page registers."""
-    before = [dict(table) for table in tables]
-    try:
-        yield
-    finally:
-        for table, content in zip(tables, before, strict=True):
-            table.clear()
-            table.update(content)
-
-
 @pytest.fixture(scope="module")
 def session():
     """Run every block; doctests are only parsed and run where they have prompts."""
     scope, examples, failures = {}, 0, []
     runner = doctest.DocTestRunner(optionflags=doctest.NORMALIZE_WHITESPACE, verbose=False)
-    with restored(_views._RULES, _sites._RULES, _constructs._CONSTRUCTS):
+    with contextlib.ExitStack() as stack:  # take back what the page registers
+        for rules in (_views._RULES, _sites._RULES, _constructs._CONSTRUCTS):
+            stack.enter_context(rules.isolate())
         for number, block in enumerate(BLOCKS):
             if not block.startswith(">>>"):
                 exec(compile(block, f"docs/graph.md, block {number}", "exec"), scope)

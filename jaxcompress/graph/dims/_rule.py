@@ -7,6 +7,7 @@ from typing import Any, Protocol, TypeAlias
 import numpy as np
 
 from jaxcompress.graph.dims._labels import Axis, Labels
+from jaxcompress.graph.program._rules import Rules
 from jaxcompress.graph.sites._sites import elements
 
 Axes: TypeAlias = tuple[Axis, ...]
@@ -90,7 +91,7 @@ class DimsRule(Protocol):
         ...
 
 
-_RULES: dict[str, DimsRule] = {}
+_RULES: Rules[DimsRule] = Rules(lambda kind: kind())
 
 
 def register_dims(*primitives: str) -> Callable[[type], type]:
@@ -102,13 +103,7 @@ def register_dims(*primitives: str) -> Callable[[type], type]:
     Returns:
         A decorator for a class with the methods of `DimsRule`.
     """
-
-    def register(kind: type) -> type:
-        for name in primitives:
-            _RULES[name] = kind()
-        return kind
-
-    return register
+    return _RULES.register(*primitives)
 
 
 def dims_rule(primitive: str) -> DimsRule | None:

@@ -19,6 +19,7 @@ from jax.sharding import PartitionSpec
 
 from jaxcompress.graph.program import _compat
 from jaxcompress.graph.program._compat import Program
+from jaxcompress.graph.program._rules import Rules
 
 Cells: TypeAlias = dict[str, Any]
 Role: TypeAlias = Literal["same", "carry", "slice"]
@@ -118,7 +119,7 @@ class Construct(Protocol):
         ...
 
 
-_CONSTRUCTS: dict[str, Construct] = {}
+_CONSTRUCTS: Rules[Construct] = Rules(lambda kind: kind())
 
 
 def register_construct(*primitives: str) -> Callable[[type], type]:
@@ -130,13 +131,7 @@ def register_construct(*primitives: str) -> Callable[[type], type]:
     Returns:
         A decorator for a class with the methods of `Construct`.
     """
-
-    def register(kind: type) -> type:
-        for name in primitives:
-            _CONSTRUCTS[name] = kind()
-        return kind
-
-    return register
+    return _CONSTRUCTS.register(*primitives)
 
 
 def construct(primitive: str) -> Construct | None:

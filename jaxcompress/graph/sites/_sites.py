@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, ArrayLike
 
+from jaxcompress.graph.program._rules import Rules
 from jaxcompress.graph.sites._views import AxisFactors, Factor, View, elements
 
 
@@ -166,7 +167,7 @@ class Site:
 SiteRule: TypeAlias = Callable[[Any, int, View, Sequence[bool]], Layout | None]
 """`(eqn, operand, view, which operands vary with the inputs) -> layout`, `None` for no site."""
 
-_RULES: dict[str, SiteRule] = {}
+_RULES: Rules[SiteRule] = Rules()
 
 
 def register_site(*primitives: str) -> Callable[[SiteRule], SiteRule]:
@@ -182,13 +183,7 @@ def register_site(*primitives: str) -> Callable[[SiteRule], SiteRule]:
     Returns:
         A decorator that registers the rule and returns it.
     """
-
-    def register(rule: SiteRule) -> SiteRule:
-        for name in primitives:
-            _RULES[name] = rule
-        return rule
-
-    return register
+    return _RULES.register(*primitives)
 
 
 def site_rule(primitive: str) -> SiteRule | None:

@@ -13,6 +13,7 @@ import jax
 import numpy as np
 
 from jaxcompress.graph.program._primitives import ELEMENTWISE, arrange
+from jaxcompress.graph.program._rules import Rules
 
 
 class Factor(NamedTuple):
@@ -123,7 +124,7 @@ def parts_of(path: str, leaf: Any) -> list[View]:
 ViewRule: TypeAlias = Callable[[Any, Sequence[View | None], int], Sequence[View | None]]
 """`(eqn, views of the operands, k) -> for each operand, what the k-th result shows of it`."""
 
-_RULES: dict[str, ViewRule] = {}
+_RULES: Rules[ViewRule] = Rules()
 
 
 def register_view(*primitives: str) -> Callable[[ViewRule], ViewRule]:
@@ -139,13 +140,7 @@ def register_view(*primitives: str) -> Callable[[ViewRule], ViewRule]:
     Returns:
         A decorator that registers the rule and returns it.
     """
-
-    def register(rule: ViewRule) -> ViewRule:
-        for name in primitives:
-            _RULES[name] = rule
-        return rule
-
-    return register
+    return _RULES.register(*primitives)
 
 
 def view_rule(primitive: str) -> ViewRule | None:
