@@ -16,7 +16,7 @@ from jaxcompress.lowrank._execute import execute
 from jaxcompress.lowrank._factors import Factors
 from jaxcompress.lowrank._matrix_leaf import MatrixCandidate
 from jaxcompress.lowrank._methods import SVD, ActivationSVD, Method
-from jaxcompress.lowrank._plan import candidates, checked_methods, placed_like, seen_at
+from jaxcompress.lowrank._plan import candidates, checked_methods, place_factors, seen_at
 from jaxcompress.lowrank._report import FactorizedLeaf, LowRankReport
 from jaxcompress.stats import _by_matrix
 from jaxcompress.stats._collect import matching, opened
@@ -121,7 +121,7 @@ def factorize(
     _observe(fn, params, (first, stream), found, progress=progress)
     ranks, seconds = chosen(fn, params, first, traced, found, budget, multiple)
     factored = {
-        path: placed_like(found[path].factors(r), found[path].leaf) for path, r in ranks.items()
+        path: place_factors(found[path].factors(r), found[path].leaf) for path, r in ranks.items()
     }
     result = tree.map_with_path(lambda path, x: factored.get(path, x), params)
     leaves = [_row(found[path], factored[path], ranks[path]) for path in ranks]

@@ -19,7 +19,7 @@ from jaxcompress.quantize._bias import bias_shift
 from jaxcompress.quantize._matrix import assemble
 from jaxcompress.quantize._method import Method, RoundToNearest
 from jaxcompress.quantize._plan import Task
-from jaxcompress.quantize._shardings import placed_like
+from jaxcompress.quantize._shardings import place_codes
 from jaxcompress.stats import _by_matrix
 
 Picks: TypeAlias = tuple[tuple[int, int], ...]
@@ -109,7 +109,7 @@ class Work:
         if task.activations is not None:
             static = None if self._ranges is None else self._ranges.settle()
             q = replace(q, activation=static or Activation(format=task.activations))
-        return placed_like(q, self.leaf)
+        return place_codes(q, self.leaf)
 
     def shift(self) -> jax.Array | None:
         """Give the mean error of each output, `(*matrices, out)`; `None` if no mean was seen."""
