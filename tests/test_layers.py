@@ -8,7 +8,7 @@ import pytest
 import jaxcompress
 
 LEVELS = {
-    0: {"tree", "errors", "files", "adapters"},
+    0: {"tree", "errors", "files", "adapters", "batches"},
     1: {"graph", "stats", "numerics", "linalg", "budget"},
     2: {"sparsity", "structured", "quantize", "lowrank", "distill"},
     3: {"train", "export", "report"},
@@ -23,6 +23,7 @@ ALLOWED = {
     ("tree", "errors"),
     ("adapters", "tree"),
     ("adapters", "errors"),
+    ("batches", "errors"),
     ("stats", "graph"),
 }
 PACKAGE = pathlib.Path(jaxcompress.__file__).parent
