@@ -11,6 +11,7 @@ import numpy as np
 from jax import Array, lax
 
 from jaxcompress import tree
+from jaxcompress.batches import open_stream
 from jaxcompress.errors import ArgumentError, NonFiniteError, StructureError
 from jaxcompress.graph import Site, Traced
 from jaxcompress.stats import _collect, _step
@@ -126,11 +127,11 @@ def sequential(
     """
     several = _collect.checked_statistics(statistics)
     _refuse_gradients(several)
-    first, stream = _collect.opened(batches)
-    stages = Stages(fn, where, host=host, sharding=_collect.replicated((params, first)))
+    first, rest = open_stream(batches)
+    stages = Stages(fn, where, host=host, sharding=_collect.replicate((params, first)))
     flights = [stages.course(params, first).start(first)]
     plan = make_plan(flights[0].course.traced, params, several, where)
-    for batch in _collect.matching(stream, first):
+    for batch in rest:
         flights.append(stages.course(params, batch).start(batch))
     stops = _common_stops(flights)
     run = _Run(stages, plan, params, flights, single=isinstance(statistics, Statistic))
@@ -244,10 +245,10 @@ class _Run:
 
     def replace(self, stop: Cut, before: Mapping[str, Any], replaced: Any) -> None:
         """Put the visitor's leaves in place."""
-        for path, new in checked_statistics(before, replaced).items():
+        for path, new in checked_leaves(before, replaced).items():
             picks = stop.slices[path]
             if not picks:
-                self.current[path] = _placed_like(new, before[path])
+                self.current[path] = _place_as_before(new, before[path])
                 continue
             axes, leaf = tuple(sorted(picks)), self.current[path]
             sharding = leaf.sharding if isinstance(leaf, jax.Array) else None
@@ -255,7 +256,7 @@ class _Run:
             put = jax.jit(
                 _put, static_argnames="axes", out_shardings=sharding, donate_argnames=donated
             )
-            new = _placed_like(new, before[path])
+            new = _place_as_before(new, before[path])
             self.current[path] = put(leaf, new, [picks[a] for a in axes], axes=axes)
             self._ours.add(path)
 
@@ -282,7 +283,7 @@ def _check_finite(bad: Mapping[str, Array], stop: Cut) -> None:
         )
 
 
-def checked_statistics(before: Mapping[str, Any], replaced: Any) -> Mapping[str, Any]:
+def checked_leaves(before: Mapping[str, Any], replaced: Any) -> Mapping[str, Any]:
     """Refuse what `visit` may not return."""
     if replaced is None:
         return {}
@@ -313,7 +314,7 @@ def _form(leaf: Any) -> tuple[Any, list[str]]:
     return structure, [f"{jax.dtypes.result_type(x)} {np.shape(x)}" for x in leaves]
 
 
-def _placed_like(new: Any, old: Any) -> Any:
+def _place_as_before(new: Any, old: Any) -> Any:
     def place(new: Any, old: Any) -> Any:
         return jax.device_put(new, old.sharding) if isinstance(old, jax.Array) else new
 

@@ -118,6 +118,8 @@ def slice_node(node: Node) -> Node | None:
     return node.moved(whole, split=node.split[1:])
 
 
+_REPEATED = (-1,)
+"""What stands for an axis along which entries are repeated."""
 _Rule = Callable[..., list[Any] | None]
 _RULES: dict[str, _Rule] = {}
 
@@ -166,9 +168,8 @@ def _arrange_parts(equation: Equation, node: Parted) -> list[Any] | None:
     if equation.primitive.name == "reshape":
         params = equation.params
         return None if params.get("dimensions") else _reshape_parts(node, params["new_sizes"])
-    fresh: Callable[[int], Any] = lambda size: () if size == 1 else None
-    axes = arrange(equation._eqn, node.stored_axes, fresh)
-    if axes is None or None in axes:
+    axes = arrange(equation._eqn, node.stored_axes, lambda size: () if size == 1 else _REPEATED)
+    if axes is None or _REPEATED in axes:
         return None
     order = [k for stored in axes for k in stored]
     gone = [k for k in range(len(node.lengths)) if k not in order]  # of length 1
