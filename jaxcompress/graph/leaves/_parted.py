@@ -168,7 +168,7 @@ def _arrange_parts(equation: Equation, node: Parted) -> list[Any] | None:
     if equation.primitive.name == "reshape":
         params = equation.params
         return None if params.get("dimensions") else _reshape_parts(node, params["new_sizes"])
-    axes = arrange(equation._eqn, node.stored_axes, lambda size: () if size == 1 else _REPEATED)
+    axes = arrange(equation.eqn, node.stored_axes, lambda size: () if size == 1 else _REPEATED)
     if axes is None or _REPEATED in axes:
         return None
     order = [k for stored in axes for k in stored]
