@@ -42,11 +42,11 @@ GLOBAL_BOUNDS = 2.0**-117, 2.0**117
 
 def rounded(scale: Array, format: "Format") -> Array:
     """Round float32 scales to what `scale_dtype` holds; the gradient passes straight through."""
-    return scale if format.scale_dtype == jnp.float32 else jnp.asarray(_rounded(scale, format))
+    return scale if format.scale_dtype == jnp.float32 else jnp.asarray(_round(scale, format))
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(1,))
-def _rounded(scale: Array, format: "Format") -> Array:
+def _round(scale: Array, format: "Format") -> Array:
     if format.scale_dtype == POWERS:
         return _nearest_power(scale)
     # Not a pair of casts, which XLA may drop as excess precision.
@@ -57,8 +57,8 @@ def _rounded(scale: Array, format: "Format") -> Array:
     return jax.lax.reduce_precision(scale, info.nexp, info.nmant)
 
 
-@_rounded.defjvp
-def _rounded_jvp(
+@_round.defjvp
+def _round_jvp(
     format: "Format", primals: tuple[Array], tangents: tuple[Array]
 ) -> tuple[Array, Array]:
     return rounded(primals[0], format), tangents[0]
@@ -107,7 +107,7 @@ def _exponent(x: Array) -> Array:
     return (jax.lax.bitcast_convert_type(x, jnp.int32) >> 23) & 0xFF
 
 
-def effective(scale: Array, global_scale: Array | None) -> Array:
+def multiply_scales(scale: Array, global_scale: Array | None) -> Array:
     """Multiply the two levels; every code is worked out with this product."""
     return scale if global_scale is None else scale * global_scale
 
