@@ -101,6 +101,7 @@ class Seconds(_Amount):
 
 
 Budget: TypeAlias = Params | Flops | Bytes | Seconds
+"""Any of the budgets."""
 
 
 def fewest_steps(cost: Callable[[int], float], steps: int, limit: float) -> int | None:

@@ -120,7 +120,7 @@ def save(
         "tree": structure.describe(params, record),
         "formats": [formats.to_json(one) for one in formats_met],
         "masked": mask is not None,
-        "user": _checked_metadata(metadata),
+        "user": _check_metadata(metadata),
     }
     path = pathlib.Path(path)
     digest, sizes[HEADER] = container.write(path, about, writer.pools())
@@ -201,7 +201,7 @@ def _arrange(found: list[structure.Found], like: Any) -> tuple[Any, Any]:
     )
 
 
-def _checked_metadata(metadata: Mapping[str, Any] | None) -> Mapping[str, Any]:
+def _check_metadata(metadata: Mapping[str, Any] | None) -> Mapping[str, Any]:
     try:
         plain = dict(metadata or {})
         same = json.loads(json.dumps(plain)) == plain

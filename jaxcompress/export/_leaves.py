@@ -56,7 +56,7 @@ def write(path: str, leaf: Any, mask: Any, formats: list[Any], writer: Writer) -
         data = np.asarray(jax.random.key_data(leaf))
         writer.put("uint32", data)
         return ["k", str(jax.random.key_impl(leaf)), list(data.shape)]
-    if not isinstance(leaf, jax.Array | np.ndarray | np.generic) or not _known(leaf.dtype):
+    if not isinstance(leaf, jax.Array | np.ndarray | np.generic) or not _is_known(leaf.dtype):
         raise ArgumentTypeError(
             "params",
             got=f"{path!r}, a {type(leaf).__name__}" + (f" of dtype {dtype}" if dtype else ""),
@@ -65,7 +65,7 @@ def write(path: str, leaf: Any, mask: Any, formats: list[Any], writer: Writer) -
         )
     array = np.asarray(leaf)
     if kept is not None and np.any(array[~kept] != 0):
-        raise _not_zero(path, int(np.sum(array[~kept] != 0)))
+        raise _make_not_zero_error(path, int(np.sum(array[~kept] != 0)))
     _write_entries(array if kept is None else array[kept], writer)
     return ["a", array.dtype.name, list(array.shape), *tail]
 
@@ -106,13 +106,13 @@ def read(record: list[Any], formats: list[Any], reader: Reader) -> tuple[Any, An
     raise ValueError(f"it holds a leaf of the unknown kind {kind!r}")
 
 
-def _known(dtype: Any) -> bool:
+def _is_known(dtype: Any) -> bool:
     return dtype.name in DECLARED or dtype.name in _NARROW
 
 
 def _read_mask(path: str, leaf: Any, mask: Any) -> np.ndarray:
     kept = np.asarray(mask)
-    is_array = isinstance(leaf, numerics.QArray) or _known(getattr(leaf, "dtype", np.dtype("O")))
+    is_array = isinstance(leaf, numerics.QArray) or _is_known(getattr(leaf, "dtype", np.dtype("O")))
     if kept.dtype != bool or not is_array or kept.shape != tuple(leaf.shape):
         of = f"shape {list(leaf.shape)}" if is_array else f"type {type(leaf).__name__}"
         raise StructureError(
@@ -124,7 +124,7 @@ def _read_mask(path: str, leaf: Any, mask: Any) -> np.ndarray:
     return np.ascontiguousarray(kept)
 
 
-def _not_zero(path: str, count: int, why: str = "") -> ArgumentError:
+def _make_not_zero_error(path: str, count: int, why: str = "") -> ArgumentError:
     return ArgumentError(
         "params",
         got=f"{path!r} with {count} entries that are not 0 where its mask prunes{why}",
@@ -205,7 +205,7 @@ def _states(qtype: Any) -> int:
     return len(qtype.levels) if isinstance(qtype, numerics.Codebook) else 2**qtype.bits
 
 
-def _signed(qtype: Any) -> bool:
+def _is_signed(qtype: Any) -> bool:
     return isinstance(qtype, numerics.Int) and qtype.signed
 
 
@@ -223,7 +223,7 @@ def _write_qarray(
     if kept is not None:
         _check_pruned(path, q, kept)
         values = values[_block(q.format, kept)]
-    codes = _to_codes(values, _states(qtype), _signed(qtype))
+    codes = _to_codes(values, _states(qtype), _is_signed(qtype))
     if codes.size and int(codes.max()) >= _states(qtype):
         raise ArgumentError(
             "params",
@@ -265,7 +265,7 @@ def _write_more(
 
 def _write_part(path: str, part: Any, writer: Writer) -> list[Any]:
     array = np.asarray(part)
-    if not _known(array.dtype):
+    if not _is_known(array.dtype):
         raise ArgumentTypeError(
             "params",
             got=f"{path!r}, a QArray with a part of dtype {array.dtype}",
@@ -301,7 +301,7 @@ def _read_qarray(
     blocked = None if kept is None else _block(format, kept)
     count = entries_in(tuple(shape)) if blocked is None else int(blocked.sum())
     codes = _take_codes(count, _states(qtype), reader)
-    entries = _from_codes(codes, qtype.storage, _states(qtype), _signed(qtype))
+    entries = _from_codes(codes, qtype.storage, _states(qtype), _is_signed(qtype))
     scales = entries_in(tuple(scale_shape))
     scale = _take_entries(format.scale_dtype.name, scales, reader).reshape(scale_shape)
     zero = None
@@ -371,4 +371,4 @@ def _check_pruned(path: str, q: numerics.QArray, kept: np.ndarray) -> None:
     if wrong:
         has_zero = 0.0 in getattr(q.format.qtype, "levels", (0.0,))
         why = "" if has_zero else f" ({q.format.qtype.name} cannot hold 0)"
-        raise _not_zero(path, int(wrong), why)
+        raise _make_not_zero_error(path, int(wrong), why)

@@ -34,7 +34,7 @@ def solve_columns(
     segment: int | None = None,
     block: int = 128,
 ) -> tuple[Float[Array, "n out"], Any]:
-    r"""Replace the rows of w one by one, the rows still to come making up for each one's error.
+    r"""Round the rows of w one by one, and change the rows to come to make up for each error.
 
     Row i becomes $\hat w_i$ = `round(i, w_i, state)`, and then
     $w_k \leftarrow w_k - U_{ik} (w_i - \hat w_i) / U_{ii}$ for $k > i$. Where `round` gives

@@ -157,7 +157,7 @@ def top_k_in_groups(
 
 
 def common_float(*dtypes: Any) -> Any:
-    """Choose the float that holds all of these exactly, and not by implicit promotion.
+    """Choose a float dtype that holds all of the given ones exactly, without implicit promotion.
 
     Args:
         *dtypes: Floating-point dtypes.

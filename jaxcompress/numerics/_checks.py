@@ -12,7 +12,7 @@ from jaxcompress.errors import ArgumentError, ArgumentTypeError, NonFiniteError
 from jaxcompress.numerics._format import Format
 
 
-def checked(x: ArrayLike, format: Format) -> Array:
+def check_array(x: ArrayLike, format: Format) -> Array:
     """Refuse what cannot be brought into the format; value checks are left to the caller."""
     if not isinstance(format, Format):
         raise ArgumentTypeError(

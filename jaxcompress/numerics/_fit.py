@@ -6,7 +6,7 @@ from jax import Array
 from jax.typing import ArrayLike
 
 from jaxcompress.numerics._basis import Basis
-from jaxcompress.numerics._checks import checked
+from jaxcompress.numerics._checks import check_array
 from jaxcompress.numerics._format import Format
 from jaxcompress.numerics._scales import GLOBAL_BOUNDS, require_global_scale, scale_bounds
 
@@ -35,7 +35,7 @@ def fit_global_scale(x: ArrayLike, format: Format) -> Array | None:
         >>> fit_global_scale(jnp.full((32, 2), 5376.0), nvfp4).tolist()
         [[[2.0]]]
     """
-    x = checked(x, format)
+    x = check_array(x, format)
     return global_scale_of(format.granularity.block(x.astype(jnp.float32)), format)
 
 

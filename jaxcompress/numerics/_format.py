@@ -18,8 +18,8 @@ from jaxcompress.numerics._scales import NARROW, POWERS, WIDE
 class Format:
     """A number type, granularity, symmetry, range method, scale dtypes and convention.
 
-    Invariant: `range` and `convention` are never left to the imagination; where they are not
-    given, the constructor writes in what applies.
+    Invariant: `range` is never `None`, nor is `convention` where there is a choice: where they are
+    not given, the constructor sets the defaults.
 
     Attributes:
         qtype: The number type.

@@ -13,7 +13,7 @@ from jax import Array
 from jax.typing import ArrayLike
 
 from jaxcompress.errors import ArgumentError
-from jaxcompress.numerics._checks import checked
+from jaxcompress.numerics._checks import check_array
 from jaxcompress.numerics._format import Format
 from jaxcompress.numerics._qtypes import Int, Limits
 from jaxcompress.numerics._quantize import scale_shape
@@ -49,10 +49,10 @@ def lsq(x: ArrayLike, step: ArrayLike, format: Format) -> Array:
     Reference: Esser et al., "Learned Step Size Quantization" (arXiv:1902.08153), equations 1 to 5.
     With `Convention.NARROW`, the default, $Q_N = Q_P$; `Convention.TIGHT` has the paper's $Q_N$.
     """
-    x, limits = _prepared(x, format, symmetric=True)
-    step = jnp.asarray(round_scale(_sized(step, x, format, "step"), format.scale_dtype))
+    x, limits = _prepare(x, format, symmetric=True)
+    step = jnp.asarray(round_scale(_check_size(step, x, format, "step"), format.scale_dtype))
     blocked = format.granularity.block(x.astype(jnp.float32))
-    quantized = _rounded_steps(blocked, _graded(step, x, limits), limits)
+    quantized = _round_to_steps(blocked, _scale_parameter_gradient(step, x, limits), limits)
     return format.granularity.unblock(quantized).astype(x.dtype)
 
 
@@ -76,7 +76,7 @@ def lsq_init(x: ArrayLike, format: Format) -> Array:
 
     Reference: Esser et al. (arXiv:1902.08153), section 2.1.
     """
-    x, (_, high) = _prepared(x, format, symmetric=True)
+    x, (_, high) = _prepare(x, format, symmetric=True)
     blocked = jnp.abs(format.granularity.block(x.astype(jnp.float32)))
     mean = blocked.mean(format.granularity.shared(x.ndim), keepdims=True)
     return jnp.where(mean > 0, mean * (2 / math.sqrt(high)), 1)
@@ -110,11 +110,14 @@ def lsq_plus(x: ArrayLike, step: ArrayLike, offset: ArrayLike, format: Format) -
     Reference: Bhalgat et al., "LSQ+: Improving low-bit quantization through learnable offsets and
     better initialization" (arXiv:2004.09576), equations 1 to 7.
     """
-    x, limits = _prepared(x, format, symmetric=False)
-    step, offset = _sized(step, x, format, "step"), _sized(offset, x, format, "offset")
-    step, offset = _graded(step, x, limits), _graded(offset, x, limits)
+    x, limits = _prepare(x, format, symmetric=False)
+    step, offset = _check_size(step, x, format, "step"), _check_size(offset, x, format, "offset")
+    step, offset = (
+        _scale_parameter_gradient(step, x, limits),
+        _scale_parameter_gradient(offset, x, limits),
+    )
     blocked = format.granularity.block(x.astype(jnp.float32))
-    quantized = _rounded_steps(blocked - offset, step, limits) + offset
+    quantized = _round_to_steps(blocked - offset, step, limits) + offset
     return format.granularity.unblock(quantized).astype(x.dtype)
 
 
@@ -142,7 +145,7 @@ def lsq_plus_init(x: ArrayLike, format: Format) -> tuple[Array, Array]:
 
     Reference: Bhalgat et al. (arXiv:2004.09576), section 4.1.
     """
-    x, (low, high) = _prepared(x, format, symmetric=False)
+    x, (low, high) = _prepare(x, format, symmetric=False)
     blocked = format.granularity.block(x.astype(jnp.float32))
     shared = format.granularity.shared(x.ndim)
     least = blocked.min(shared, keepdims=True)
@@ -176,14 +179,16 @@ def pact(x: ArrayLike, alpha: ArrayLike, *, bits: int) -> Array:
     Reference: Choi et al., "PACT: Parameterized Clipping Activation" (arXiv:1805.06085), equations
     1 to 3.
     """
-    steps = _steps(bits)
+    steps = _count_steps(bits)
     x = jnp.asarray(x)
     wide, alpha = x.astype(jnp.float32), jnp.asarray(alpha).astype(jnp.float32)
     alpha = jnp.broadcast_to(alpha, x.shape)
     # Written so that alpha, not x, gets the gradient at x == alpha.
     clipped = jnp.where(wide < 0, 0, jnp.where(wide < alpha, wide, alpha))
     level = jax.lax.stop_gradient(alpha)
-    return _through(clipped, jnp.round(clipped * (steps / level)) * (level / steps)).astype(x.dtype)
+    return _pass_through(clipped, jnp.round(clipped * (steps / level)) * (level / steps)).astype(
+        x.dtype
+    )
 
 
 def dorefa_weights(x: ArrayLike, *, bits: int, axes: Sequence[int] | None = None) -> Array:
@@ -210,16 +215,16 @@ def dorefa_weights(x: ArrayLike, *, bits: int, axes: Sequence[int] | None = None
 
     Reference: Zhou et al., "DoReFa-Net" (arXiv:1606.06160), section 2.3.
     """
-    steps = _steps(bits)
+    steps = _count_steps(bits)
     x = jnp.asarray(x)
     wide = x.astype(jnp.float32)
     if bits == 1:
         mean = jnp.abs(wide).mean(axes, keepdims=True)
-        return _through(wide, jnp.where(wide < 0, -mean, mean)).astype(x.dtype)
+        return _pass_through(wide, jnp.where(wide < 0, -mean, mean)).astype(x.dtype)
     squeezed = jnp.tanh(wide)
     largest = jnp.abs(squeezed).max(axes, keepdims=True)
     unit = squeezed / (2 * jnp.where(largest > 0, largest, 1)) + 0.5
-    return (2 * _through(unit, jnp.round(unit * steps) / steps) - 1).astype(x.dtype)
+    return (2 * _pass_through(unit, jnp.round(unit * steps) / steps) - 1).astype(x.dtype)
 
 
 def dorefa_activations(x: ArrayLike, *, bits: int) -> Array:
@@ -243,22 +248,22 @@ def dorefa_activations(x: ArrayLike, *, bits: int) -> Array:
 
     Reference: Zhou et al., "DoReFa-Net" (arXiv:1606.06160), section 2.4.
     """
-    steps = _steps(bits)
+    steps = _count_steps(bits)
     x = jnp.asarray(x)
     wide = x.astype(jnp.float32)
     clipped = jnp.where(wide < 0, 0, jnp.where(wide > 1, 1, wide))
-    return _through(clipped, jnp.round(clipped * steps) / steps).astype(x.dtype)
+    return _pass_through(clipped, jnp.round(clipped * steps) / steps).astype(x.dtype)
 
 
 @jax.custom_jvp
-def _through(x: Array, rounded: Array) -> Array:
+def _pass_through(x: Array, rounded: Array) -> Array:
     """Be `rounded`, with the gradient of x (x + stop_gradient(rounded - x) is off by an ulp)."""
     del x
     return rounded
 
 
-@_through.defjvp
-def _through_jvp(primals: tuple[Array, Array], tangents: tuple[Array, Array]):
+@_pass_through.defjvp
+def _pass_through_jvp(primals: tuple[Array, Array], tangents: tuple[Array, Array]):
     return primals[1], tangents[0]
 
 
@@ -273,21 +278,21 @@ def _scale_gradient_jvp(primals: tuple[Array, Array], tangents: tuple[Array, Arr
     return primals[0], tangents[0] * primals[1]
 
 
-def _rounded_steps(x: Array, step: Array, limits: Limits) -> Array:
+def _round_to_steps(x: Array, step: Array, limits: Limits) -> Array:
     """Quantize by `step`; autodiff through this is equation 3 of LSQ, and equation 5 for x."""
     low, high = limits
     t = x * (1 / step)
     clipped = jnp.where(t < low, low, jnp.where(t > high, high, t))
-    return _through(clipped, jnp.round(clipped)) * step
+    return _pass_through(clipped, jnp.round(clipped)) * step
 
 
-def _graded(parameter: Array, x: Array, limits: Limits) -> Array:
+def _scale_parameter_gradient(parameter: Array, x: Array, limits: Limits) -> Array:
     per_step = x.size // max(parameter.size, 1)
     return _scale_gradient(parameter, jnp.float32(1 / math.sqrt(per_step * limits[1])))
 
 
-def _prepared(x: ArrayLike, format: Format, *, symmetric: bool) -> tuple[Array, Limits]:
-    x = checked(x, format)
+def _prepare(x: ArrayLike, format: Format, *, symmetric: bool) -> tuple[Array, Limits]:
+    x = check_array(x, format)
     if not isinstance(format.qtype, Int) or format.symmetric != symmetric:
         raise ArgumentError(
             "format",
@@ -306,7 +311,7 @@ def _prepared(x: ArrayLike, format: Format, *, symmetric: bool) -> tuple[Array, 
     return x, format.limits
 
 
-def _sized(parameter: ArrayLike, x: Array, format: Format, name: str) -> Array:
+def _check_size(parameter: ArrayLike, x: Array, format: Format, name: str) -> Array:
     expected = scale_shape(x.shape, format)
     if np.shape(parameter) != expected:
         raise ArgumentError(
@@ -318,7 +323,7 @@ def _sized(parameter: ArrayLike, x: Array, format: Format, name: str) -> Array:
     return jnp.asarray(parameter).astype(jnp.float32)
 
 
-def _steps(bits: int) -> float:
+def _count_steps(bits: int) -> float:
     if bits not in range(1, 9):
         raise ArgumentError("bits", got=bits, expected="1 to 8", fix="4 and 8 are usual.")
     return 2.0**bits - 1

@@ -12,12 +12,12 @@ from jax.core import Tracer
 from jax.typing import ArrayLike
 
 from jaxcompress.errors import ArgumentError, ArgumentTypeError
-from jaxcompress.numerics._checks import checked, require_finite, require_no_obstacle
+from jaxcompress.numerics._checks import check_array, require_finite, require_no_obstacle
 from jaxcompress.numerics._fit import fit_scale, global_scale_of
 from jaxcompress.numerics._format import Format
 from jaxcompress.numerics._qarray import QArray
 from jaxcompress.numerics._qtypes import Scaled
-from jaxcompress.numerics._scales import effective, round_scale
+from jaxcompress.numerics._scales import multiply_scales, round_scale
 
 
 def quantize(
@@ -60,7 +60,7 @@ def quantize(
         >>> quantize(jnp.asarray([[-7.0, 0.4, 3.6]]), Format(int4)).values.tolist()
         [[-7, 0, 4]]
     """
-    x = checked(x, format)
+    x = check_array(x, format)
     if key is not None and not isinstance(format.qtype, Scaled):
         raise ArgumentError(
             "key",
@@ -68,7 +68,7 @@ def quantize(
             expected="a type with one scale per slice where rounding is stochastic",
             fix="Leave `key` out.",
         )
-    given = _given_fit(x, format, scale, zero, global_scale)
+    given = _check_given(x, format, scale, zero, global_scale)
     q, finite = _quantize(x, format, given, key)
     require_finite(finite)
     return q
@@ -99,7 +99,7 @@ def dequantize(q: QArray) -> Array:
 
 
 def effective_scale(q: QArray) -> Array:
-    r"""Give what the codes of each slice are multiplied by: $s$, or $s g$ with a global scale.
+    r"""Give the factor of the codes of each slice: $s$, or $s g$ with a global scale.
 
     Args:
         q: The stored form.
@@ -114,7 +114,7 @@ def effective_scale(q: QArray) -> Array:
         >>> q.scale.dtype.name, effective_scale(q).shape, float(effective_scale(q).max())
         ('float8_e4m3fn', (2, 1, 2), 896.0)
     """
-    return effective(q.scale.astype(jnp.float32), q.global_scale)
+    return multiply_scales(q.scale.astype(jnp.float32), q.global_scale)
 
 
 def fake_quant(x: ArrayLike, format: Format) -> Array:
@@ -143,7 +143,7 @@ def fake_quant(x: ArrayLike, format: Format) -> Array:
     Reference: Bengio et al., "Estimating or Propagating Gradients Through Stochastic Neurons"
     (arXiv:1308.3432); clipped as in Hubara et al. (arXiv:1602.02830), equation 4.
     """
-    x = checked(x, format)
+    x = check_array(x, format)
     if not isinstance(x, Tracer):
         require_finite(jnp.isfinite(x).all())
     return _fake_quant(x, format)
@@ -248,7 +248,7 @@ def _quantize(x: Array, format: Format, given: _Given, key: Array | None) -> tup
     blocked, (scale, zero, global_scale) = _fit(x, format, given)
     assert scale is not None
     noise = None if key is None else jax.random.uniform(key, blocked.shape)
-    product = effective(scale, global_scale)
+    product = multiply_scales(scale, global_scale)
     values = format.qtype.to_values(blocked, product, zero, limits=format.limits, noise=noise)
     q = QArray(
         values=values,
@@ -272,7 +272,7 @@ def _dequantize(q: QArray) -> Array:
 def _straight_through(x: Array, format: Format) -> Array:
     blocked, (scale, zero, global_scale) = _fit(x, format, _Given())
     assert scale is not None
-    product = effective(scale, global_scale)
+    product = multiply_scales(scale, global_scale)
     numbers = format.qtype.round_trip(blocked, product, zero, limits=format.limits)
     return format.granularity.unblock(numbers).astype(x.dtype)
 
@@ -284,7 +284,7 @@ def _straight_through_jvp(format: Format, primals: Any, tangents: Any) -> tuple[
         return _fake_quant(x, format), tangent
     blocked, (scale, zero, global_scale) = _fit(jax.lax.stop_gradient(x), format, _Given())
     assert scale is not None
-    product = effective(scale, global_scale)
+    product = multiply_scales(scale, global_scale)
     inside = format.qtype.inside(blocked, product, zero, limits=format.limits)
     inside = format.granularity.unblock(inside)
     return _fake_quant(x, format), jnp.where(inside, tangent, jnp.zeros_like(tangent))
@@ -296,7 +296,7 @@ _fake_quant = jax.jit(_straight_through, static_argnums=1)
 # --- Checks -----------------------------------------------------------------------------------
 
 
-def _given_fit(
+def _check_given(
     x: Array,
     format: Format,
     scale: ArrayLike | None,

@@ -18,8 +18,8 @@ from jaxcompress.numerics._basis import Basis
 from jaxcompress.numerics._qtypes import Limits, QType
 from jaxcompress.numerics._scales import (
     POWERS,
-    effective,
     microscale,
+    multiply_scales,
     require_global_scale,
     round_scale,
     scale_bounds,
@@ -113,7 +113,7 @@ class AbsMax(Range):
 
 @dataclass(frozen=True)
 class Percentile(Range):
-    """Clip at a percentile of the magnitudes: an outlier shall not cost all others precision.
+    """Clip at a percentile of the magnitudes: an outlier then does not cost others their precision.
 
     The cut is the smallest magnitude that at least `percent` per cent of the slice's entries do
     not exceed. A cut of zero (most entries are zero) would lose the slice, so the whole range is
@@ -224,7 +224,7 @@ class MSE(Range):
         def attempt(best: tuple[Array, Array], fraction: Array) -> tuple[tuple[Array, Array], None]:
             scale, zero = _from_fraction(low, high, fraction, format, global_scale)
             # In a slice far below the global scale this is infinite, and the error NaN: no better.
-            scale = effective(scale, global_scale) / peak
+            scale = multiply_scales(scale, global_scale) / peak
             off = jnp.abs(_round_trip(unit, scale, zero, format) - unit)
             off = jnp.square(off) if self.norm == 2 else off**self.norm
             off = off if weights is None else off * weights
@@ -323,7 +323,7 @@ class LeastSquares(Range):
             refit = (unit * codes).sum(shared, keepdims=True) / jnp.where(power > 0, power, 1)
             return jnp.where(refit == 0, scale, refit)
 
-        start = effective(start, global_scale) / peak
+        start = multiply_scales(start, global_scale) / peak
         unit_scale = jax.lax.fori_loop(0, self.iterations, refine, start)
         return settle_scale(unit_scale * peak, format.scale_dtype, global_scale), zero
 
@@ -390,7 +390,7 @@ def _from_range(low: Array, high: Array, format: RangeTarget, global_scale: Arra
     if not format.symmetric:
         scale = (high * 0.5 - low * 0.5) * np.float32(2 / (most - least))
         scale = settled(scale)
-        zero = jnp.round(-low * (1 / effective(scale, global_scale))) + least
+        zero = jnp.round(-low * (1 / multiply_scales(scale, global_scale))) + least
         return scale, jnp.clip(zero, least, most)
     if format.convention is Convention.HALF:
         return settled(high * np.float32(2 / (most - least))), None

@@ -128,7 +128,7 @@ def _exponent(x: Array) -> Array:
     return (jax.lax.bitcast_convert_type(x, jnp.int32) >> 23) & 0xFF
 
 
-def effective(scale: Array, global_scale: Array | None) -> Array:
+def multiply_scales(scale: Array, global_scale: Array | None) -> Array:
     """Multiply the two levels; every code is worked out with this product."""
     return scale if global_scale is None else scale * global_scale
 

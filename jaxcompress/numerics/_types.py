@@ -7,17 +7,22 @@ from jaxcompress.numerics._basis import Basis
 from jaxcompress.numerics._qtypes import Codebook, Float, Int
 
 int2, int3, int4, int5, int6, int7, int8 = (Int(name=f"int{b}", bits=b) for b in range(2, 9))
+"""Signed integers of so many bits."""
 uint4, uint8 = (Int(name=f"uint{b}", bits=b, signed=False) for b in (4, 8))
+"""Unsigned integers of so many bits."""
 
-float4_e2m1fn = Float(name="float4_e2m1fn", bits=4)  # 0, 0.5, 1, 1.5, 2, 3, 4, 6, and negative
+float4_e2m1fn = Float(name="float4_e2m1fn", bits=4)
+"""4-bit floats: 0, 0.5, 1, 1.5, 2, 3, 4, 6, and their negatives."""
 float8_e4m3fn = Float(name="float8_e4m3fn", bits=8)
+"""8-bit floats with 4 exponent bits, up to 448."""
 float8_e5m2 = Float(name="float8_e5m2", bits=8)
+"""8-bit floats with 5 exponent bits, up to 57,344."""
 
 ternary = Codebook(name="ternary", bits=2, levels=(-1.0, 0.0, 1.0))
+"""-1, 0 and 1."""
 binary = Codebook(name="binary", bits=1, levels=(-1.0, 1.0))
+"""-1 and 1."""
 
-# Dettmers et al., "QLoRA" (arXiv:2305.14314), appendix E: quantiles of a standard normal,
-# eight on the positive side and seven on the negative, with an exact zero.
 nf4 = Codebook(
     name="nf4",
     bits=4,
@@ -40,6 +45,10 @@ nf4 = Codebook(
         1.0,
     ),
 )
+"""NormalFloat: 16 quantiles of a standard normal, with an exact zero.
+
+Eight are positive and seven negative: Dettmers et al., "QLoRA" (arXiv:2305.14314), appendix E.
+"""
 
 
 def binary_basis(bits: int) -> Basis:

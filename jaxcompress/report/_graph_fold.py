@@ -44,7 +44,7 @@ class _Change(NamedTuple):
     first: int
 
 
-def runs(graph: Graph) -> list[Run]:
+def find_runs(graph: Graph) -> list[Run]:
     """Find the repeated layers of a graph.
 
     Args:
@@ -67,7 +67,7 @@ def runs(graph: Graph) -> list[Run]:
                 periods.add(k - before[kinds[k], template])
             before[kinds[k], template] = k
     found = [run for period in sorted(periods) for run in _of_period(sites, kinds, period)]
-    found = [checked for run in found if (checked := _alike(sites, number, run))]
+    found = [checked for run in found if (checked := _shorten_to_alike(sites, number, run))]
     found = [run for run in found if run.length * (run.times - 1) >= _WORTH]
     # The widest first; of two that cover as much, the one with more, smaller blocks.
     found.sort(key=lambda run: (-run.length * run.times, run.length, run.start))
@@ -110,7 +110,7 @@ def _of_period(sites: Sequence[Site], kinds: Sequence[Any], period: int) -> list
         if same and blocks:
             # The number stands still within a block, and a block begins where it moves.
             first = [c.first for c in changed if c]
-            offset = next((k for k in range(period) if _aligned(first[k:], period)), None)
+            offset = next((k for k in range(period) if _is_aligned(first[k:], period)), None)
             if offset is not None:
                 times = (len(changed) - offset) // period + 1
                 low, step = first[offset], same[1]
@@ -121,7 +121,7 @@ def _of_period(sites: Sequence[Site], kinds: Sequence[Any], period: int) -> list
     return found
 
 
-def _aligned(first: Sequence[int], period: int) -> bool:
+def _is_aligned(first: Sequence[int], period: int) -> bool:
     blocks = [first[k : k + period] for k in range(0, len(first) - period + 1, period)]
     return bool(blocks) and all(len(set(block)) == 1 for block in blocks)
 
@@ -139,10 +139,10 @@ def _change(one: str, other: str) -> _Change | None:
     return _Change(prefix, int(b[k]) - int(a[k]), int(a[k]))
 
 
-def _alike(sites: Sequence[Site], number: Mapping[str, int], run: Run) -> Run | None:
+def _shorten_to_alike(sites: Sequence[Site], number: Mapping[str, int], run: Run) -> Run | None:
     """Shorten a run to the blocks that are fed alike, each by itself or the one before."""
 
-    def fed(block: int, k: int) -> frozenset[Any]:
+    def list_feeds(block: int, k: int) -> frozenset[Any]:
         low = run.start + block * run.length
         found = set()
         for name in sites[low + k].upstream:
@@ -151,14 +151,14 @@ def _alike(sites: Sequence[Site], number: Mapping[str, int], run: Run) -> Run | 
             found.add(("here", i - low) if inside else ("outside", i))
         return frozenset(found)
 
-    def inner(block: int, k: int) -> frozenset[Any]:
-        return frozenset(f for f in fed(block, k) if f[0] == "here" and f[1] >= 0)
+    def list_inner_feeds(block: int, k: int) -> frozenset[Any]:
+        return frozenset(f for f in list_feeds(block, k) if f[0] == "here" and f[1] >= 0)
 
     each = range(run.length)
-    if any(inner(0, k) != inner(1, k) for k in each):
+    if any(list_inner_feeds(0, k) != list_inner_feeds(1, k) for k in each):
         return None
     times = 2
-    while times < run.times and all(fed(times, k) == fed(1, k) for k in each):
+    while times < run.times and all(list_feeds(times, k) == list_feeds(1, k) for k in each):
         times += 1
     step = (run.last - run.first) // (run.times - 1)
     return run._replace(times=times, last=run.first + step * (times - 1))

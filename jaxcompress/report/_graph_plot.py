@@ -9,7 +9,7 @@ from typing import Any, Literal, TypeAlias
 
 from jaxcompress.errors import ArgumentError
 from jaxcompress.graph import Graph, Site, Summary
-from jaxcompress.report._graph_fold import Run, runs, share_prefix, short_names
+from jaxcompress.report._graph_fold import Run, find_runs, share_prefix, short_names
 from jaxcompress.report._graph_layout import Item, Placed, Point, place
 from jaxcompress.report._plot import COLORS, FAINT, INK, Plot
 
@@ -125,7 +125,7 @@ def plot_graph(
         raise ArgumentError(
             "width", got=repr(width), expected=f"one of {list(_UNIT)}", fix="Choose one of them."
         )
-    folded = runs(graph) if fold else []
+    folded = find_runs(graph) if fold else []
     boxes, frames = _boxes(graph, folded, width)
     edges = _edges(graph, boxes)
     for bar in (2.4, 1.8, 1.3, 0.9, 0.6):
@@ -208,7 +208,7 @@ def _box(
     shape = tuple(n for k, n in enumerate(leaf) if k not in site.axes.stacked)
     size = sum(_size(graph, one, width) for one in same)
     counter = re.search(r"#\d+$", site.name)
-    label = _elided(label) + (f" {counter[0]}" if counter and len(same) == 1 else "")
+    label = _elide(label) + (f" {counter[0]}" if counter and len(same) == 1 else "")
     if not site.bounded:
         label += " × ?"
     elif site.stack:
@@ -227,7 +227,7 @@ def _box(
     )
 
 
-def _elided(label: str, most: int = 34) -> str:
+def _elide(label: str, most: int = 34) -> str:
     return label if len(label) <= most else "…" + label[-most + 1 :]
 
 
@@ -263,7 +263,7 @@ def _edges(graph: Graph, boxes: Sequence[_Box]) -> list[tuple[str, str]]:
 def _headings(graph: Graph, width: str) -> str:
     total, unit = _total(graph, width), _UNIT[width]
     sites = f"{len(graph.sites)} site{'s' * (len(graph.sites) > 1)}"
-    text = f"Widths show {_scaled(total, unit)} in all, {sites}."
+    text = f"Widths show {_scale(total, unit)} in all, {sites}."
     if graph.elsewhere and width != "params":
         part = sum(getattr(one, width) for one in graph.elsewhere)
         count = len(graph.elsewhere)
@@ -272,7 +272,7 @@ def _headings(graph: Graph, width: str) -> str:
     return text
 
 
-def _scaled(count: float, unit: str) -> str:
+def _scale(count: float, unit: str) -> str:
     power = max(0, min(5, math.floor(math.log10(count) / 3 + 1e-9))) if count >= 1 else 0
     text = f"{count / 1000**power:.3g} {['', 'k', 'M', 'G', 'T', 'P'][power]}{unit}"
     return text.replace("  ", " ")

@@ -63,7 +63,7 @@ def latency(fn: Callable[..., Any], *args: Any, repeats: int = 30, warmup: int =
     """
     for name, value in {"repeats": repeats, "warmup": warmup}.items():
         if value < 1:
-            raise ArgumentError(name, got=value, expected="at least 1", fix="Ask for a call.")
+            raise ArgumentError(name, got=value, expected="at least 1", fix="Use 1 or more.")
     jax.block_until_ready(args)
     for _ in range(warmup):
         jax.block_until_ready(fn(*args))

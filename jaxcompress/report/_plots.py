@@ -261,7 +261,10 @@ def plot_curves(
         if not any(key in row for row in history):
             known = sorted({k for row in history for k in row})
             raise ArgumentError(
-                "keys", got=repr(key), expected=f"keys of the history {known}", fix="Check it."
+                "keys",
+                got=repr(key),
+                expected=f"keys of the history {known}",
+                fix="Choose one of these keys.",
             )
     series = {
         key: [(float(row[x]), float(row[key])) for row in history if key in row and x in row]

@@ -28,7 +28,7 @@ from jaxcompress.report._units import (
     number_of,
     settle,
     show,
-    signed,
+    show_signed,
 )
 
 # A rule below the header and before a total; columns apart by blanks.
@@ -231,7 +231,7 @@ def _versus(column: Column, unit: Unit, first: Any, value: Any) -> str:
         return ""
     first, value = number_of(first), number_of(value)
     if column.versus == "difference":
-        return signed((value - first) * unit.scale, unit.digits or 0)
+        return show_signed((value - first) * unit.scale, unit.digits or 0)
     return f"{first / value:,.1f}{TIMES}" if value else ""
 
 

@@ -115,7 +115,7 @@ def show(unit: Unit, value: Any) -> str:
     return str(value)
 
 
-def signed(value: float, digits: int) -> str:
+def show_signed(value: float, digits: int) -> str:
     """Write a difference, with its sign.
 
     Args:

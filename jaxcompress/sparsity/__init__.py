@@ -6,7 +6,6 @@ from jaxcompress import lazy
 from jaxcompress.sparsity import schedules as schedules
 from jaxcompress.sparsity._apply import Sparsity as Sparsity
 from jaxcompress.sparsity._apply import apply as apply
-from jaxcompress.sparsity._apply import check_mask as check_mask
 from jaxcompress.sparsity._apply import sparsity_of as sparsity_of
 from jaxcompress.sparsity._masks import coverage as coverage
 from jaxcompress.sparsity._masks import make_mask as make_mask
@@ -15,7 +14,6 @@ from jaxcompress.sparsity._patterns import Block as Block
 from jaxcompress.sparsity._patterns import Channel as Channel
 from jaxcompress.sparsity._patterns import Pattern as Pattern
 from jaxcompress.sparsity._patterns import Unstructured as Unstructured
-from jaxcompress.sparsity._scores import Accumulated as Accumulated
 from jaxcompress.sparsity._scores import Score as Score
 from jaxcompress.sparsity._scores import fisher as fisher
 from jaxcompress.sparsity._scores import init_scores as init_scores

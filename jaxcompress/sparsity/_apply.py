@@ -114,7 +114,7 @@ def sparsity_of(params: tree.Params, *, where: tree.Where | None = None) -> Spar
         >>> sparsity_of(params).total
         0.75
     """
-    chosen = tree.select(params, _countable if where is None else where)
+    chosen = tree.select(params, _is_countable if where is None else where)
     return Sparsity(
         zeros={path: _zeros(leaf) for path, leaf in chosen.items()},
         entries={path: leaf.size for path, leaf in chosen.items()},
@@ -126,7 +126,7 @@ def _zeros(leaf: Any) -> jax.Array:
     return jnp.sum(values == jnp.zeros((), values.dtype), dtype=jnp.int32)
 
 
-def _countable(path: str, leaf: Any) -> bool:
+def _is_countable(path: str, leaf: Any) -> bool:
     return tree.weights(path, leaf) or jnp.issubdtype(getattr(leaf, "dtype", object), jnp.bool_)
 
 
@@ -136,7 +136,7 @@ def _ratio(zeros: list[jax.Array], entries: int) -> Any:
     return sum(int(count) for count in zeros) / max(entries, 1)
 
 
-def by_path(
+def read_by_path(
     params: tree.Params, other: tree.Params | None, *, name: str, absent: bool = True
 ) -> dict[str, Any]:
     """Read a tree that mirrors params by path, with or without the entries that are `None`."""

@@ -11,9 +11,9 @@ from jaxtyping import ArrayLike
 
 from jaxcompress import linalg, tree
 from jaxcompress.errors import ArgumentError, NonFiniteError, SelectionError
-from jaxcompress.sparsity._apply import by_path, check_mask
+from jaxcompress.sparsity._apply import check_mask, read_by_path
 from jaxcompress.sparsity._patterns import NM, Pattern, Unstructured, keep_count
-from jaxcompress.sparsity._scores import Accumulated, Score, magnitude, wide
+from jaxcompress.sparsity._scores import Accumulated, Score, magnitude, widen
 from jaxcompress.sparsity.schedules import check_fraction
 
 ContractionAxes: TypeAlias = Any
@@ -88,7 +88,7 @@ def make_mask(
     leaves = {path: p for path, p in tree.items(params) if path in covered.touched}
     check_finite(leaves)
     limit = None if within is None else check_mask(params, within, name="within")
-    allowed = by_path(params, limit, name="within")
+    allowed = read_by_path(params, limit, name="within")
     masks = choose_masks(
         leaves,
         accumulated=_accumulate(params, leaves, score, grads),
@@ -187,7 +187,9 @@ def choose_masks(
         for path, p in leaves.items()
     }
     if threshold is not None:
-        kept = {path: wide(x) >= jnp.asarray(threshold, wide(x).dtype) for path, x in units.items()}
+        kept = {
+            path: widen(x) >= jnp.asarray(threshold, widen(x).dtype) for path, x in units.items()
+        }
     elif scope == "global":
         assert not isinstance(sparsity, Mapping) and sparsity is not None
         costs = [pattern.unit_size(p.shape, contraction[path]) for path, p in leaves.items()]
@@ -204,11 +206,11 @@ def choose_masks(
     for path, mask in kept.items():
         mask = pattern.expand(mask, leaves[path].shape, contraction[path])
         allowed = within.get(path)
-        masks[path] = _sharded_like(leaves[path], mask if allowed is None else mask & allowed)
+        masks[path] = _shard_like(leaves[path], mask if allowed is None else mask & allowed)
     return masks
 
 
-def _sharded_like(p: jax.Array, mask: jax.Array) -> jax.Array:
+def _shard_like(p: jax.Array, mask: jax.Array) -> jax.Array:
     """Shard a mask as its leaf is, where shardings are part of types (Explicit mesh axes)."""
     sharding = jax.typeof(p).sharding
     if jax.sharding.AxisType.Explicit not in sharding.mesh.axis_types:
@@ -349,7 +351,7 @@ def contraction_axes(params: tree.Params, axes: ContractionAxes) -> dict[str, tu
     else:
         given = tree.flatten_like(params, axes, name="axes")
     return {
-        path: _normalised(path, leaf, chosen)
+        path: _normalise_axes(path, leaf, chosen)
         for (path, leaf), chosen in zip(flat, given, strict=True)
     }
 
@@ -360,7 +362,7 @@ def _is_axes(value: Any) -> bool:
     )
 
 
-def _normalised(path: str, leaf: Any, axes: Any) -> tuple[int, ...]:
+def _normalise_axes(path: str, leaf: Any, axes: Any) -> tuple[int, ...]:
     ndim = len(getattr(leaf, "shape", ()))
     if axes is None:
         return tuple(range(ndim - 1))

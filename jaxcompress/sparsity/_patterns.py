@@ -80,7 +80,7 @@ class Unstructured(Pattern):
 
 @dataclass(frozen=True)
 class NM(Unstructured):
-    """Of every m neighbours along the contraction, n are kept: `NM(2, 4)` is hardware's 2:4.
+    """Keep n of every m neighbours along the contraction: `NM(2, 4)` is hardware's 2:4.
 
     Groups run along the *last* contraction axis, the input features or channels in the Flax
     convention, because that is the direction in which hardware reads them. The pattern itself
@@ -188,8 +188,8 @@ class Block(Pattern):
 class Channel(Pattern):
     """Whole neurons or filters: all that one output index is computed from.
 
-    A unit spans every contraction axis, so masking it silences one output; biases are theirs to
-    prune who shrink (`structured`).
+    A unit spans every contraction axis, so masking it silences one output, up to its bias, which is
+    not masked. To remove outputs with their biases, see `structured`.
     """
 
     def obstacle(self, shape: Axes, contraction: Axes) -> str | None:

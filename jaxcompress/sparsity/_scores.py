@@ -36,12 +36,12 @@ class Accumulated(NamedTuple):
         return self.total / jnp.maximum(self.weight, 1e-30)
 
 
-def _nothing(path: str, p: jax.Array) -> Any:
+def _accumulate_nothing(path: str, p: jax.Array) -> Any:
     """Accumulate nothing."""
     del path, p
 
 
-def _unchanged(accumulated: Any, p: jax.Array, g: jax.Array) -> Any:
+def _keep_unchanged(accumulated: Any, p: jax.Array, g: jax.Array) -> Any:
     """Learn nothing from a gradient."""
     del p, g
     return accumulated
@@ -64,8 +64,8 @@ class Score:
     """
 
     evaluate: Callable[[Any, jax.Array], jax.Array]
-    init: Callable[[str, jax.Array], Any] = _nothing
-    update: Callable[[Any, jax.Array, jax.Array], Any] = _unchanged
+    init: Callable[[str, jax.Array], Any] = _accumulate_nothing
+    update: Callable[[Any, jax.Array, jax.Array], Any] = _keep_unchanged
     evaluate_units: Callable[[Any, jax.Array, Mean], jax.Array] | None = None
     needs_grads: bool = False
 
@@ -127,9 +127,9 @@ def magnitude(*, order: int = 1) -> Score:
         raise ArgumentError("order", got=f"{order}", expected="1 or 2", fix="Use order=1 for L1.")
 
     def root_mean_square(_: None, p: jax.Array, mean: Mean) -> jax.Array:
-        largest = jnp.max(jnp.abs(wide(p)), initial=0)
+        largest = jnp.max(jnp.abs(widen(p)), initial=0)
         scale = jnp.where(largest > 0, largest, 1)  # the squares of small weights would vanish
-        return scale * jnp.sqrt(mean(jnp.square(wide(p) / scale)))
+        return scale * jnp.sqrt(mean(jnp.square(widen(p) / scale)))
 
     return Score(
         evaluate=lambda _, p: jnp.abs(p), evaluate_units=root_mean_square if order == 2 else None
@@ -150,7 +150,7 @@ def saliency(*, decay: float = 1.0) -> Score:
     """
 
     def evaluate(accumulated: Accumulated, p: jax.Array) -> jax.Array:
-        return jnp.abs(wide(p) * accumulated.mean)
+        return jnp.abs(widen(p) * accumulated.mean)
 
     return _from_grads(lambda p, g: g, evaluate, decay)
 
@@ -195,7 +195,7 @@ def fisher(*, decay: float = 1.0) -> Score:
     """
 
     def evaluate(accumulated: Accumulated, p: jax.Array) -> jax.Array:
-        return jnp.square(wide(p)) * accumulated.mean / 2
+        return jnp.square(widen(p)) * accumulated.mean / 2
 
     return _from_grads(lambda p, g: jnp.square(g), evaluate, decay)
 
@@ -215,7 +215,7 @@ def movement(*, decay: float = 1.0) -> Score:
     return _from_grads(lambda p, g: -p * g, lambda accumulated, p: accumulated.mean, decay)
 
 
-def wide(x: jax.Array) -> jax.Array:
+def widen(x: jax.Array) -> jax.Array:
     return x.astype(linalg.common_float(x.dtype, jnp.float32))
 
 
@@ -236,7 +236,7 @@ def _from_grads(
         return Accumulated(total=total, weight=jnp.zeros((), total.dtype))
 
     def update(accumulated: Accumulated, p: jax.Array, g: jax.Array) -> Accumulated:
-        new = contribution(wide(p), g.astype(accumulated.total.dtype))
+        new = contribution(widen(p), g.astype(accumulated.total.dtype))
         return Accumulated(decay * accumulated.total + new, decay * accumulated.weight + 1)
 
     return Score(

@@ -12,7 +12,7 @@ from jaxtyping import ArrayLike, Int
 
 from jaxcompress import linalg, tree
 from jaxcompress.errors import ArgumentError, StructureError
-from jaxcompress.sparsity._apply import by_path, check_mask
+from jaxcompress.sparsity._apply import check_mask, read_by_path
 from jaxcompress.sparsity._masks import (
     ContractionAxes,
     Scope,
@@ -82,9 +82,9 @@ def sparsify(
     Args:
         inner: The optimizer.
         schedule: Fraction to prune, from 0 to 1: a number, or a function of the update count
-            (see `schedules`). May be left out for `NM`, which says it itself.
+            (see `schedules`). May be left out for `NM`, which fixes it.
         every: Updates from one choice of mask to the next.
-        until: The last update at which the mask is chosen (always, there); later it is fixed.
+        until: The last update at which the mask is chosen, whatever `every` is; it is fixed then.
         score: What is kept, `magnitude()` by default. Gradient scores accumulate at each update.
         pattern: What lives and dies together, `Unstructured()` by default.
         scope: "layer" or "global", as in `make_mask`.
@@ -128,7 +128,7 @@ def sparsify(
         leaves = {path: p for path, p in tree.items(params) if path in covered.touched}
         check_finite(leaves)
         limit = None if within is None else check_mask(params, within, name="within")
-        allowed = by_path(params, limit, name="within")
+        allowed = read_by_path(params, limit, name="within")
         unused = [path for path, m in allowed.items() if m is not None and path not in leaves]
         if unused:
             raise ArgumentError(
@@ -161,17 +161,17 @@ def sparsify(
                 expected="the params that the updates are for",
                 fix="Call tx.update(grads, state, params).",
             )
-        old = by_path(params, state.mask, name="state.mask", absent=False)
+        old = read_by_path(params, state.mask, name="state.mask", absent=False)
         leaves = {path: p for path, p in tree.items(params) if path in old}
-        scores = by_path(params, state.scores, name="state.scores")
-        grads = by_path(params, updates, name="updates")
+        scores = read_by_path(params, state.scores, name="state.scores")
+        grads = read_by_path(params, updates, name="updates")
         scores = {path: score.update(scores[path], p, grads[path]) for path, p in leaves.items()}
 
         def choose_anew() -> tuple[dict[str, jax.Array], jax.Array]:
             chosen = choose(
                 leaves,
                 accumulated=scores,
-                within=by_path(params, state.within, name="within"),
+                within=read_by_path(params, state.within, name="within"),
                 contraction=contraction_axes(params, axes),
                 sparsity=schedule(state.step) if callable(schedule) else schedule,
             )
@@ -241,7 +241,7 @@ def check(params: tree.Params, opt_state: Any) -> None:
     """
     mask = check_mask(params, get_mask(opt_state))
     fix = "Make sparsify outermost: sparsify(optax.chain(...), ...), nothing chained after it."
-    if _chained_after(opt_state):
+    if _goes_on_after(opt_state):
         raise ArgumentError(
             "opt_state",
             got="a chain that goes on after sparsify",
@@ -250,7 +250,7 @@ def check(params: tree.Params, opt_state: Any) -> None:
         )
     states = list(_states(opt_state))
     started = any(int(state.step) > 0 for state in states)
-    masks = by_path(params, mask, name="mask", absent=False)
+    masks = read_by_path(params, mask, name="mask", absent=False)
     leaves = {path: p for path, p in tree.items(params) if path in masks}
     now = int(_leaks(leaves, masks)) if started else 0
     before = sum(int(state.leaked) for state in states)
@@ -285,22 +285,22 @@ def _is_due(count: jax.Array, every: int, until: int | None) -> jax.Array:
 def _freeze(updates: tree.Params, masks: dict[str, jax.Array]) -> tree.Params:
     """Zero the gradient of pruned entries: the gradient of the masked model."""
 
-    def frozen(path: str, g: Any) -> Any:
+    def freeze_leaf(path: str, g: Any) -> Any:
         return jnp.where(masks[path], g, jnp.zeros((), g.dtype)) if path in masks else g
 
-    return tree.map_with_path(frozen, updates)
+    return tree.map_with_path(freeze_leaf, updates)
 
 
 def _pin(updates: tree.Params, params: tree.Params, masks: dict[str, jax.Array]) -> tree.Params:
     """Replace the update u of pruned entries by -p, in a dtype wide enough for p + (-p) = 0."""
 
-    def pinned(path: str, p: Any, u: Any) -> Any:
+    def pin_leaf(path: str, p: Any, u: Any) -> Any:
         if path not in masks:
             return u
         wide = linalg.common_float(u.dtype, p.dtype)
         return jnp.where(masks[path], u.astype(wide), -p.astype(wide))
 
-    return tree.map_with_path(pinned, params, updates)
+    return tree.map_with_path(pin_leaf, params, updates)
 
 
 def _leaks(leaves: dict[str, jax.Array], masks: dict[str, jax.Array]) -> jax.Array:
@@ -331,11 +331,11 @@ def _states(opt_state: Any) -> Iterator[SparsifyState]:
     return (node for node in nodes if isinstance(node, SparsifyState))
 
 
-def _chained_after(node: Any) -> bool:
+def _goes_on_after(node: Any) -> bool:
     """Tell whether, in some chain's state (a plain tuple), states follow the SparsifyState."""
     if isinstance(node, SparsifyState) or not isinstance(node, tuple | list | dict):
         return False
     children = list(node.values()) if isinstance(node, dict) else list(node)
     if type(node) is tuple and any(next(_states(child), None) for child in children[:-1]):
         return True
-    return any(_chained_after(child) for child in children)
+    return any(_goes_on_after(child) for child in children)

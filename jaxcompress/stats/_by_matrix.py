@@ -94,7 +94,7 @@ def merge_axes(result: Any, axes: Sequence[int]) -> Any:
     if isinstance(result, MinMax):
         return MinMax(result.low.min(axes), result.high.max(axes))
     if isinstance(result, MeanCovariance):
-        return _merged_means(result, axes)
+        return _merge_means(result, axes)
     raise ArgumentTypeError(
         "method",
         got=f"a statistic with a result of type {type(result).__name__}, at a site that runs "
@@ -104,7 +104,7 @@ def merge_axes(result: Any, axes: Sequence[int]) -> Any:
     )
 
 
-def _merged_means(result: MeanCovariance, axes: tuple[int, ...]) -> MeanCovariance:
+def _merge_means(result: MeanCovariance, axes: tuple[int, ...]) -> MeanCovariance:
     tokens = result.tokens.sum(axes)
     share = result.tokens / jnp.expand_dims(jnp.maximum(tokens, 1), axes)
     mean = (result.mean * share[..., None]).sum(axes)

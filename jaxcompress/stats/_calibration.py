@@ -26,7 +26,7 @@ def percentile(counts: Array, width: Array, low: Array, high: Array, q: float) -
         # Mirrored: the tail below is short, and is summed on its own.
         return -percentile(counts[..., ::-1], width, -high, -low, 100 - q)
     bins = counts.shape[-1]
-    cut = jnp.vectorize(functools.partial(_upper_cut, q=q), signature="(b),()->()")
+    cut = jnp.vectorize(functools.partial(_find_upper_cut, q=q), signature="(b),()->()")
     return jnp.clip(cut(counts, width) - (bins // 2) * width, low, high)
 
 
@@ -41,8 +41,8 @@ def percentile_range(
         ends = (percentile(counts, width, low, high, p) for p in (tail, 100 - tail))
         least, most = ends
         return jnp.minimum(least, 0), jnp.maximum(most, 0)
-    cut = jnp.vectorize(functools.partial(_upper_cut, q=q), signature="(b),()->()")
-    size = jnp.minimum(cut(_folded(counts), width), _peak(low, high))
+    cut = jnp.vectorize(functools.partial(_find_upper_cut, q=q), signature="(b),()->()")
+    size = jnp.minimum(cut(_fold(counts), width), _peak(low, high))
     return -size, size
 
 
@@ -100,20 +100,20 @@ def _peak(low: Array, high: Array) -> Array:
     return jnp.maximum(-low, high)
 
 
-def _folded(counts: Array) -> Array:
+def _fold(counts: Array) -> Array:
     """Add each negative bin to the positive one as far from zero."""
     half = counts.shape[-1] // 2
     return counts[..., half:] + counts[..., :half][..., ::-1]
 
 
-def _beyond(counts: Array) -> Array:
+def _sum_above(counts: Array) -> Array:
     """Sum each bin and those above it, summing from the top: `(bins + 1,)`, 0 at the end."""
     return jnp.append(jnp.cumsum(counts[::-1])[::-1], jnp.zeros((), counts.dtype))
 
 
-def _upper_cut(counts: Array, width: Array, q: float) -> Array:
+def _find_upper_cut(counts: Array, width: Array, q: float) -> Array:
     """Find, from the first edge on, where the mass above is `100 - q` per cent."""
-    above = _beyond(counts)
+    above = _sum_above(counts)
     needed = above[0] * np.float32((100 - q) / 100)
     # The lowest edge beyond which there is no more than that: above falls from bin to bin.
     edge = (above > needed).sum()
@@ -186,7 +186,7 @@ def _least_divergence(
     symmetric: bool,
 ) -> Range:
     low, high = jnp.minimum(low, 0), jnp.maximum(high, 0)
-    sizes = _folded(counts).at[0].add(-zeros)
+    sizes = _fold(counts).at[0].add(-zeros)
     edge = _best_edge(sizes, levels=2 ** (bits - 1))
     if not symmetric:
         one_sided = jnp.minimum(-low, high) == 0
@@ -201,8 +201,8 @@ def _best_edge(sizes: Array, *, levels: int) -> Array:
     """Find the number of bins to keep, of those for the magnitudes, that diverges least."""
     bins = sizes.size
     mass = sizes / jnp.maximum(sizes.sum(), 1)
-    above = _beyond(mass)
-    filled = _beyond((mass > 0).astype(jnp.float32))
+    above = _sum_above(mass)
+    filled = _sum_above((mass > 0).astype(jnp.float32))
     place = jnp.arange(bins, dtype=jnp.int32)
 
     def divergence(kept: Array) -> Array:

@@ -82,8 +82,8 @@ def collect(
     Batches and params may be sharded over a mesh, whose axes may be Auto or Explicit; results
     are then replicated over it. Inside a `shard_map`, each device's rows are kept apart.
 
-    Collected that read gradients add a backward pass, whose memory is that of a training step
-    (`jax.checkpoint` helps as there). What is differentiated is the sum of all floating-point
+    Statistics that read gradients add a backward pass, which needs the memory of a training step
+    (`jax.checkpoint` in fn lowers it). What is differentiated is the sum of all floating-point
     outputs of fn: to use a loss, collect from `lambda params, x, y: loss(fn(params, x), y)`.
 
     Args:
@@ -123,10 +123,10 @@ def collect(
         >>> sorted(collected), collected.batches
         (['down', 'up'], 2)
     """
-    several = checked_statistics(statistics)
+    several = check_statistics(statistics)
     first, rest = open_stream(batches)
     plan = make_plan(call_of(fn, params, first, {}), params, several, where)
-    sharding = replicate((params, first))
+    sharding = find_sharding((params, first))
     # donated: the states are updated in place
     step = jax.jit(make_step(plan), donate_argnums=0, out_shardings=sharding)
     states = jax.jit(lambda: init_states(plan), out_shardings=sharding)()
@@ -134,7 +134,7 @@ def collect(
     pending: collections.deque[dict[str, jax.Array]] = collections.deque()
     stream = itertools.chain([first], rest)
     total = len(batches) if hasattr(batches, "__len__") else None  # pyright: ignore
-    for batch in with_progress(stream, total, progress):
+    for batch in show_progress(stream, total, progress):
         states, bad = step(states, params, batch)
         pending.append(bad)
         if len(pending) > _IN_FLIGHT:
@@ -142,10 +142,10 @@ def collect(
     while pending:
         flags.read(pending.popleft())
     results = jax.jit(lambda states: finalize(plan, states))(states)
-    return _gathered(plan, results, flags, single=isinstance(statistics, Statistic))
+    return _gather(plan, results, flags, single=isinstance(statistics, Statistic))
 
 
-def checked_statistics(statistics: Any) -> dict[str, Statistic]:
+def check_statistics(statistics: Any) -> dict[str, Statistic]:
     found = {"": statistics} if isinstance(statistics, Statistic) else statistics
     if (
         not isinstance(found, Mapping)
@@ -161,7 +161,7 @@ def checked_statistics(statistics: Any) -> dict[str, Statistic]:
     return dict(found)
 
 
-def replicate(arrays: Any) -> jax.sharding.Sharding | None:
+def find_sharding(arrays: Any) -> jax.sharding.Sharding | None:
     """Find where states live: replicated over the mesh of the arguments, if they have one."""
     for x in jax.tree.leaves(arrays):
         if isinstance(x, jax.Array) and isinstance(x.sharding, jax.sharding.NamedSharding):
@@ -169,7 +169,7 @@ def replicate(arrays: Any) -> jax.sharding.Sharding | None:
     return None
 
 
-def with_progress(stream: Iterator[Any], total: int | None, progress: bool) -> Iterator[Any]:
+def show_progress(stream: Iterator[Any], total: int | None, progress: bool) -> Iterator[Any]:
     if not progress:
         return stream
     import rich.console
@@ -211,7 +211,7 @@ def _where(entries: np.ndarray) -> str:
     return f", iterations {', '.join(str(i[0] if len(i) == 1 else i) for i in indices)}"
 
 
-def _gathered(plan: Plan, results: Any, flags: _Flags, *, single: bool) -> Collected:
+def _gather(plan: Plan, results: Any, flags: _Flags, *, single: bool) -> Collected:
     by_site = {
         name: {key: results[owner][key] for key, owner in keys.items()}
         for name, keys in plan.owners.items()

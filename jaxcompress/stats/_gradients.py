@@ -1,4 +1,4 @@
-"""Collected of gradients: Taylor importance, the empirical Fisher, Kronecker factors.
+"""Statistics of gradients: Taylor importance, the empirical Fisher, Kronecker factors.
 
 Gradients are those of the sum of fn's outputs (of the loss, where fn returns one): for a mean
 over examples they are as much smaller. A *sample* is a row: a token of a sequence, a position of
@@ -16,9 +16,9 @@ from jaxcompress.stats._statistic import (
     Statistic,
     as_float32,
     count,
-    counted,
     counter,
     products,
+    read_count,
 )
 
 
@@ -116,7 +116,7 @@ def gradient_activation(*, at: Literal["input", "output"] = "output") -> Statist
         )
 
     def finalize(state: _Taylor) -> GradientActivation:
-        return GradientActivation(state.signed, state.absolute, counted(state.tokens))
+        return GradientActivation(state.signed, state.absolute, read_count(state.tokens))
 
     return Statistic(init=init, update=update, finalize=finalize, reads=_channels(at))
 
@@ -198,7 +198,7 @@ def channel_fisher(*, at: Literal["input", "output"] = "output") -> Statistic:
 
 
 def _finalize_squares(state: _Squares) -> Fisher:
-    return Fisher(state.total, counted(state.tokens))
+    return Fisher(state.total, read_count(state.tokens))
 
 
 class _Factors(NamedTuple):
@@ -240,6 +240,6 @@ def kronecker() -> Statistic:
         )
 
     def finalize(state: _Factors) -> Kronecker:
-        return Kronecker(state.inputs, state.gradients, counted(state.tokens))
+        return Kronecker(state.inputs, state.gradients, read_count(state.tokens))
 
     return Statistic(init=init, update=update, finalize=finalize, reads=("input", "output_grad"))

@@ -19,8 +19,8 @@ from jaxcompress.stats._statistic import (
     add_counters,
     as_float32,
     count,
-    counted,
     counter,
+    read_count,
 )
 
 _LEAST_EXPONENT = -100
@@ -210,11 +210,11 @@ def histogram(*, bins: int = 4096, reads: str = "input") -> Statistic:
         _, exponents = jnp.frexp(jnp.stack([low, high]))  # |x| < 2**exponent
         exponents = jnp.where(jnp.isfinite(jnp.stack([low, high])), exponents, _LEAST_EXPONENT)
         exponent = jnp.maximum(state.exponent, exponents.max().astype(jnp.int32))
-        index = jnp.floor(_scaled(x, -exponent) * (bins // 2)).astype(jnp.int32) + bins // 2
+        index = jnp.floor(_scale(x, -exponent) * (bins // 2)).astype(jnp.int32) + bins // 2
         # Left-out entries count 0 in bin 0.
         new = jnp.zeros(bins, jnp.uint32).at[jnp.where(finite, index, 0)]
         counts = add_counters(
-            _widened(state.counts, exponent - state.exponent),
+            _widen(state.counts, exponent - state.exponent),
             Counter(new.add(finite.astype(jnp.uint32)), jnp.zeros(bins, jnp.uint32)),
         )
         zeros = count(state.zeros, (x == 0).sum(dtype=jnp.uint32))
@@ -223,12 +223,12 @@ def histogram(*, bins: int = 4096, reads: str = "input") -> Statistic:
         )
 
     def finalize(state: _Bins) -> Histogram:
-        width = _scaled(jnp.float32(2 / bins), state.exponent)
+        width = _scale(jnp.float32(2 / bins), state.exponent)
         some = state.low <= state.high
         return Histogram(
-            counted(state.counts),
+            read_count(state.counts),
             width,
-            counted(state.zeros),
+            read_count(state.zeros),
             jnp.where(some, state.low, 0),
             jnp.where(some, state.high, 0),
         )
@@ -236,7 +236,7 @@ def histogram(*, bins: int = 4096, reads: str = "input") -> Statistic:
     return Statistic(init=init, update=update, finalize=finalize, reads=(reads,))
 
 
-def _widened(counts: Counter, doublings: Array) -> Counter:
+def _widen(counts: Counter, doublings: Array) -> Counter:
     """Merge `2**doublings` bins into one, towards the middle."""
     bins = counts.low.size
     half = bins // 2
@@ -251,7 +251,7 @@ def _widened(counts: Counter, doublings: Array) -> Counter:
     return add_counters(total, carried)
 
 
-def _scaled(x: Array, exponent: Array) -> Array:
+def _scale(x: Array, exponent: Array) -> Array:
     """Compute `x * 2**exponent` exactly, in two steps since 2**128 is infinite."""
     half = exponent // 2
     return x * _power_of_two(half) * _power_of_two(exponent - half)

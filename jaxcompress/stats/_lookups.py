@@ -5,7 +5,14 @@ from typing import NamedTuple
 import jax.numpy as jnp
 from jax import Array
 
-from jaxcompress.stats._statistic import Counter, Statistic, add_counters, count, counted, counter
+from jaxcompress.stats._statistic import (
+    Counter,
+    Statistic,
+    add_counters,
+    count,
+    counter,
+    read_count,
+)
 
 
 class Lookups(NamedTuple):
@@ -55,6 +62,6 @@ def lookups() -> Statistic:
         return _Seen(counts, count(state.tokens, flat.size))
 
     def finalize(state: _Seen) -> Lookups:
-        return Lookups(counted(state.counts), counted(state.tokens))
+        return Lookups(read_count(state.counts), read_count(state.tokens))
 
     return Statistic(init=init, update=update, finalize=finalize, reads=("indices",))

@@ -18,9 +18,9 @@ from jaxcompress.stats._statistic import (
     Statistic,
     as_float32,
     count,
-    counted,
     counter,
     products,
+    read_count,
 )
 
 
@@ -111,7 +111,7 @@ def channel_norm(*, reads: str = "input") -> Statistic:
         )
 
     def finalize(state: _Norms) -> ChannelNorm:
-        return ChannelNorm(state.l1, jnp.sqrt(state.squares), counted(state.tokens))
+        return ChannelNorm(state.l1, jnp.sqrt(state.squares), read_count(state.tokens))
 
     return Statistic(init=init, update=update, finalize=finalize, reads=(reads,))
 
@@ -171,7 +171,7 @@ def second_moment(*, block: int | None = None, reads: str = "input") -> Statisti
         return _Gram(state.total + gram, count(state.tokens, len(x)))
 
     def finalize(state: _Gram) -> SecondMoment:
-        return SecondMoment(state.total, counted(state.tokens))
+        return SecondMoment(state.total, read_count(state.tokens))
 
     return Statistic(init=init, update=update, finalize=finalize, reads=(reads,))
 
@@ -216,12 +216,12 @@ def mean_covariance(*, diagonal: bool = False, reads: str = "input") -> Statisti
         return _Spread(zeros, zeros, jnp.zeros(shape, jnp.float32), counter())
 
     def update(state: _Spread, x: Array) -> _Spread:
-        before, tokens = counted(state.tokens), count(state.tokens, len(x))
+        before, tokens = read_count(state.tokens), count(state.tokens, len(x))
         origin = jnp.where(before == 0, as_float32(x).mean(0), state.origin)
         x = as_float32(x) - origin
         mean = x.mean(0)
         centred, delta = x - mean, mean - state.mean
-        share = len(x) / counted(tokens)
+        share = len(x) / read_count(tokens)
         if diagonal:
             spread, shift = jnp.square(centred).sum(0), jnp.square(delta)
         else:
@@ -230,7 +230,7 @@ def mean_covariance(*, diagonal: bool = False, reads: str = "input") -> Statisti
         return _Spread(origin, state.mean + delta * share, spread, tokens)
 
     def finalize(state: _Spread) -> MeanCovariance:
-        tokens = counted(state.tokens)
+        tokens = read_count(state.tokens)
         covariance = state.spread / jnp.maximum(tokens, 1)
         return MeanCovariance(state.origin + state.mean, covariance, tokens)
 

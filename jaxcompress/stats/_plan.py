@@ -45,7 +45,7 @@ class Plan:
     statistics: Mapping[str, Statistic]
     skipped: Keyed
 
-    def owned(self, *, gradients: bool) -> dict[str, dict[str, Statistic]]:
+    def list_owned(self, *, gradients: bool) -> dict[str, dict[str, Statistic]]:
         """List the statistics by the site that computes them: with gradients, or without."""
         found: dict[str, dict[str, Statistic]] = {}
         for name, keys in self.owners.items():

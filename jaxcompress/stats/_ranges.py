@@ -1,4 +1,4 @@
-"""How far activations reach: extremes, and their moving averages."""
+"""Ranges of activations: extremes, and their moving averages."""
 
 from typing import NamedTuple
 

@@ -17,8 +17,7 @@ from jaxcompress.graph import Site, Traced
 from jaxcompress.stats import _collect, _step
 from jaxcompress.stats._plan import Plan, make_plan
 from jaxcompress.stats._statistic import Statistic
-from jaxcompress.stats.stages._stages import Flight, Stages
-from jaxcompress.stats.stages._stages import Stop as Cut
+from jaxcompress.stats.stages._stages import BatchRun, Boundary, Stages
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,21 +67,21 @@ def sequential(
 
     True-sequential GPTQ and SparseGPT: all batches go to a site, the statistics of what it reads
     are computed over all of them, `visit` may replace its leaf, and the batches move on through
-    the new one. Collected at a site so are those of a function in which everything upstream is
-    replaced already. Each equation that depends on the inputs runs once per batch: altogether it
+    the new one. So the statistics at a site are those of a function in which everything upstream
+    is replaced already. Each equation that depends on the inputs runs once per batch: altogether it
     costs one forward pass and the statistics. What comes after the last stop does not run.
 
     Sites that read one activation (query, key and value; gate and up) make one stop with one
     computation. A scan that takes selected leaves apart (layers) is left at each iteration: each
-    slice is a leaf of its own, and what `visit` returns is put back into the stacked one. So is
-    `kernel[i]` in a loop of Python. A `while`, a `cond`, a `shard_map` and a scan over anything
-    else (time) cannot be left inside: all sites in one make one stop before it, with the leaves as
-    they are then, after which it runs (its callbacks run twice so). A leaf with several sites
-    (tied embeddings, layers that share weights) is visited at each of them. Later visits see the
-    earlier replacements; earlier sites are not run anew.
+    slice is a leaf of its own, and what `visit` returns is put back into the stacked one. The same
+    holds for `kernel[i]` in a Python loop. A `while`, a `cond`, a `shard_map` and a scan over
+    anything else (time) cannot be left halfway: all sites in it make one stop before it, with the
+    leaves as they are then, and it runs after that (so its callbacks run twice). A leaf with
+    several sites (tied embeddings, layers that share weights) is visited at each of them. Later
+    visits see the earlier replacements; earlier sites are not run anew.
 
-    What a batch carries between stops stays in memory for all batches at once: a residual
-    stream, mostly. `host=True` keeps it in NumPy arrays, so that the device holds one batch at a
+    What a batch carries between stops stays in memory for all batches at once: a residual stream,
+    in most models. `host=True` keeps it in NumPy arrays, so that the device holds one batch at a
     time. Stages compile once per structure: layers that are alike, scanned or written out, share
     them.
 
@@ -125,17 +124,17 @@ def sequential(
         >>> params["up"].tolist()
         [[1.0, 1.0, 1.0], [1.0, 1.0, 1.0]]
     """
-    several = _collect.checked_statistics(statistics)
+    several = _collect.check_statistics(statistics)
     _refuse_gradients(several)
     first, rest = open_stream(batches)
-    stages = Stages(fn, where, host=host, sharding=_collect.replicate((params, first)))
-    flights = [stages.course(params, first).start(first)]
-    plan = make_plan(flights[0].course.traced, params, several, where)
+    stages = Stages(fn, where, host=host, sharding=_collect.find_sharding((params, first)))
+    batch_runs = [stages.make_pipeline(params, first).start(first)]
+    plan = make_plan(batch_runs[0].pipeline.traced, params, several, where)
     for batch in rest:
-        flights.append(stages.course(params, batch).start(batch))
-    stops = _common_stops(flights)
-    run = _Run(stages, plan, params, flights, single=isinstance(statistics, Statistic))
-    for number, stop in enumerate(_collect.with_progress(iter(stops), len(stops), progress)):
+        batch_runs.append(stages.make_pipeline(params, batch).start(batch))
+    stops = _find_common_stops(batch_runs)
+    run = _Run(stages, plan, params, batch_runs, single=isinstance(statistics, Statistic))
+    for number, stop in enumerate(_collect.show_progress(iter(stops), len(stops), progress)):
         results = run.collect(stop, allow_non_finite=allow_non_finite)
         leaves, index = run.leaves_at(stop)
         replaced = visit(
@@ -164,9 +163,10 @@ def _refuse_gradients(statistics: Mapping[str, Statistic]) -> None:
             )
 
 
-def _common_stops(flights: list[Flight]) -> tuple[Cut, ...]:
+def _find_common_stops(batch_runs: list[BatchRun]) -> tuple[Boundary, ...]:
     """Give the stops of all batches: those of the first, if the others have the same."""
-    stops, *others = {flight.course: flight.course.stops for flight in flights}.values()
+    pipelines = dict.fromkeys(batch_run.pipeline for batch_run in batch_runs)
+    stops, *others = (pipeline.boundaries for pipeline in pipelines)
     for other in others:
         if list(map(_identity, other)) != list(map(_identity, stops)):
             raise StructureError(
@@ -178,34 +178,34 @@ def _common_stops(flights: list[Flight]) -> tuple[Cut, ...]:
     return stops
 
 
-def _identity(stop: Cut) -> Any:
+def _identity(stop: Boundary) -> Any:
     return [site.name for site in stop.sites], stop.iteration, stop.slices
 
 
 class _Run:
-    """The state of one call: the leaves of the moment, and the batches on their way."""
+    """The state of one call: the current leaves, and the runs of all batches."""
 
     def __init__(
         self,
         stages: Stages,
         plan: Plan,
         params: tree.Params,
-        flights: list[Flight],
+        batch_runs: list[BatchRun],
         *,
         single: bool,
     ):
         self.current = dict(tree.items(params))
-        self._stages, self._plan, self._flights, self._single = stages, plan, flights, single
+        self._stages, self._plan, self._batch_runs, self._single = stages, plan, batch_runs, single
         self._plans: dict[Any, tuple[Plan, dict[str, Any]]] = {}
         self._ours: set[str] = set()  # stacked leaves that are copies, to be updated in place
 
-    def collect(self, stop: Cut, *, allow_non_finite: bool) -> dict[str, Any]:
+    def collect(self, stop: Boundary, *, allow_non_finite: bool) -> dict[str, Any]:
         """Take all batches to a stop; returns the results there by site."""
         plan, observers = self._plan_at(stop)
-        cells = self._stages.call(lambda: _blank(plan, observers))
+        cells = self._stages.call(lambda: _make_cells(plan, observers))
         leaves = [part for leaf in self.current.values() for part in jax.tree.leaves(leaf)]
-        for flight in self._flights:
-            cells = flight.advance(leaves, observers, cells)
+        for batch_run in self._batch_runs:
+            cells = batch_run.advance(leaves, observers, cells)
         if not allow_non_finite:
             _check_finite({name: cell[0] for name, cell in cells.items()}, stop)
         states = {"forward": {name: cell[2] for name, cell in cells.items()}}
@@ -216,7 +216,7 @@ class _Run:
         }
         return {name: keys[""] for name, keys in by_site.items()} if self._single else by_site
 
-    def _plan_at(self, stop: Cut) -> tuple[Plan, dict[str, Any]]:
+    def _plan_at(self, stop: Boundary) -> tuple[Plan, dict[str, Any]]:
         """Narrow the plan to a stop; all iterations of a scan share it."""
         names = tuple(site.name for site in stop.sites)
         if names not in self._plans:
@@ -228,12 +228,12 @@ class _Run:
             sites = {site.name: site for site in stop.sites if site.name in owners}
             seen = {n: replace(self._plan.seen[n], site=site) for n, site in sites.items()}
             plan = replace(self._plan, seen=seen, owners=owners)
-            owned = plan.owned(gradients=False)
+            owned = plan.list_owned(gradients=False)
             observers = {name: _step.make_observer(plan, keys) for name, keys in owned.items()}
             self._plans[names] = plan, observers
         return self._plans[names]
 
-    def leaves_at(self, stop: Cut) -> tuple[dict[str, Any], dict[str, tuple[Any, ...]]]:
+    def leaves_at(self, stop: Boundary) -> tuple[dict[str, Any], dict[str, tuple[Any, ...]]]:
         """Give the leaves of a stop, or their slices, and what indexes these."""
         leaves, index = {}, {}
         for path, picks in stop.slices.items():
@@ -243,9 +243,9 @@ class _Run:
             index[path] = tuple(picks.get(a, slice(None)) for a in range(max(axes, default=-1) + 1))
         return leaves, index
 
-    def replace(self, stop: Cut, before: Mapping[str, Any], replaced: Any) -> None:
+    def replace(self, stop: Boundary, before: Mapping[str, Any], replaced: Any) -> None:
         """Put the visitor's leaves in place."""
-        for path, new in checked_leaves(before, replaced).items():
+        for path, new in check_replaced(before, replaced).items():
             picks = stop.slices[path]
             if not picks:
                 self.current[path] = _place_as_before(new, before[path])
@@ -261,7 +261,7 @@ class _Run:
             self._ours.add(path)
 
 
-def _blank(plan: Plan, observers: Mapping[str, Any]) -> dict[str, Any]:
+def _make_cells(plan: Plan, observers: Mapping[str, Any]) -> dict[str, Any]:
     """Make the cells of observers; see `_step`."""
     states, cells = _step.init_states(plan)["forward"], {}
     for name in observers:
@@ -270,7 +270,7 @@ def _blank(plan: Plan, observers: Mapping[str, Any]) -> dict[str, Any]:
     return cells
 
 
-def _check_finite(bad: Mapping[str, Array], stop: Cut) -> None:
+def _check_finite(bad: Mapping[str, Array], stop: Boundary) -> None:
     found = {name: int(np.sum(n, dtype=np.uint64)) for name, n in jax.device_get(bad).items()}
     if any(found.values()):
         iteration = f" in iteration {stop.iteration}" if stop.iteration else ""
@@ -283,7 +283,7 @@ def _check_finite(bad: Mapping[str, Array], stop: Cut) -> None:
         )
 
 
-def checked_leaves(before: Mapping[str, Any], replaced: Any) -> Mapping[str, Any]:
+def check_replaced(before: Mapping[str, Any], replaced: Any) -> Mapping[str, Any]:
     """Refuse what `visit` may not return."""
     if replaced is None:
         return {}

@@ -98,7 +98,7 @@ def add_counters(a: Counter, b: Counter) -> Counter:
     return Counter(low, high + b.high)
 
 
-def counted(total: Counter) -> Array:
+def read_count(total: Counter) -> Array:
     """Give the count as float32: exact below 2**24, and to seven digits beyond."""
     return total.high.astype(jnp.float32) * 2.0**32 + total.low.astype(jnp.float32)
 

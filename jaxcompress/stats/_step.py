@@ -39,7 +39,7 @@ def init_states(plan: Plan) -> dict[str, Keyed]:
     return {
         part: {
             name: {key: init(name, one) for key, one in keys.items()}
-            for name, keys in plan.owned(gradients=part == "gradient").items()
+            for name, keys in plan.list_owned(gradients=part == "gradient").items()
         }
         for part in ("forward", "gradient")
     }
@@ -52,19 +52,19 @@ def finalize(plan: Plan, states: dict[str, Keyed]) -> Keyed:
         for name, keys in part.items():
             for key, state in keys.items():
                 statistic = plan.statistics[key]
-                run = _vmapped(statistic.finalize, len(lead(plan, name, statistic)))
+                run = _vmap(statistic.finalize, len(lead(plan, name, statistic)))
                 results.setdefault(name, {})[key] = run(state)
     return results
 
 
 def make_step(plan: Plan) -> Step:
     """Make the function that collects from one batch."""
-    forward, backward = plan.owned(gradients=False), plan.owned(gradients=True)
+    forward, backward = plan.list_owned(gradients=False), plan.list_owned(gradients=True)
     observers = {
         name: make_observer(plan, forward.get(name, {})) for name in {**forward, **backward}
     }
 
-    def blank(states: dict[str, Keyed]) -> dict[str, Any]:
+    def make_cells(states: dict[str, Keyed]) -> dict[str, Any]:
         cells = {}
         for name in observers:
             zeros = jnp.zeros(plan.seen[name].site.stack, jnp.uint32)
@@ -73,7 +73,7 @@ def make_step(plan: Plan) -> Step:
 
     def step(states: Any, params: tree.Params, batch: Sequence[Any]) -> tuple[Any, dict]:
         traced = call_of(plan.traced, params, tuple(batch), {})
-        check_observers(traced, observers, cells := blank(states))
+        check_observers(traced, observers, cells := make_cells(states))
         layers = {name: [observing(observers[name])] for name in observers}
         args = params, batch, {}
         if not backward:
@@ -102,9 +102,9 @@ def make_observer(plan: Plan, statistics: Mapping[str, Statistic]) -> Callable[.
             states, new = _update(plan, site, statistics, states, arrays)
             return bad + new, runs + jnp.uint32(1), states
 
-        # Collected are not differentiated, whatever is done with the outputs.
+        # Statistics are not differentiated, whatever is done with the outputs.
         activation, output = lax.stop_gradient((activation, output))
-        return _without_explicit_axes(update)(cell, activation, output)
+        return _use_auto_axes(update)(cell, activation, output)
 
     return observe
 
@@ -135,7 +135,7 @@ def _update(
                 expected="batches of one example or more",
                 fix="Leave empty batches out.",
             )
-        run = _vmapped(statistic.update, len(batch_shape(plan.seen[site.name], statistic)))
+        run = _vmap(statistic.update, len(batch_shape(plan.seen[site.name], statistic)))
         updated[key] = run(states[key], *given)
     names = sorted(_arrays(statistics) - counted)
     return updated, sum((_non_finite(arrays[name]) for name in names), jnp.uint32(0))
@@ -183,7 +183,7 @@ def _differentiate(
     def total(offsets: Any, args: Any, cells: dict[str, Any]) -> Any:
         given = {**cells, **offsets}
         outputs, filled = run_layers(traced, args, around, given, fills=True)
-        return _summed(outputs), filled
+        return _sum_outputs(outputs), filled
 
     gradients, filled = jax.grad(total, has_aux=True)(offsets, args, cells)
     found = {**filled, **gradients}
@@ -197,7 +197,7 @@ def _differentiate(
     return {name: filled[name] for name in layers}, arrays
 
 
-def _summed(outputs: Any) -> Array:
+def _sum_outputs(outputs: Any) -> Array:
     """Sum all floating-point outputs in float32."""
     leaves = [x for x in jax.tree.leaves(outputs) if jnp.issubdtype(x.dtype, jnp.floating)]
     if not leaves:
@@ -221,7 +221,7 @@ def _update_from_gradients(
     updated, bad = {}, {}
     for name, statistics in backward.items():
         site = plan.seen[name].site
-        counted = _arrays(plan.owned(gradients=False).get(name, {}))
+        counted = _arrays(plan.list_owned(gradients=False).get(name, {}))
 
         def update(
             states: Any,
@@ -235,18 +235,18 @@ def _update_from_gradients(
             # A branch that was not taken has zeros for activations, not rows of zeros.
             return jax.tree.map(lambda old, new: jnp.where(runs > 0, new, old), states, new), bad
 
-        run = _without_explicit_axes(_vmapped(update, len(site.stack)))
+        run = _use_auto_axes(_vmap(update, len(site.stack)))
         updated[name], bad[name] = run(states[name], dict(arrays[name]), runs[name])
     return updated, bad
 
 
-def _vmapped(f: Callable[..., Any], axes: int) -> Callable[..., Any]:
+def _vmap(f: Callable[..., Any], axes: int) -> Callable[..., Any]:
     for _ in range(axes):
         f = jax.vmap(f)
     return f
 
 
-def _without_explicit_axes(f: Callable[..., Any]) -> Callable[..., Any]:
+def _use_auto_axes(f: Callable[..., Any]) -> Callable[..., Any]:
     """Let the compiler shard inside f, whose results are replicated, on Explicit mesh axes."""
 
     def call(*args: Any) -> Any:

@@ -58,28 +58,24 @@ from jaxcompress.structured.regularize._scales import scales as scales
 if TYPE_CHECKING:  # what builds on optax or Flax
     from jaxcompress.structured._state import StateReport as StateReport
     from jaxcompress.structured._state import shrink_state as shrink_state
-    from jaxcompress.structured.depth._gate import SparseGatesState as SparseGatesState
     from jaxcompress.structured.depth._gate import gate as gate
     from jaxcompress.structured.depth._gate import gate_scores as gate_scores
     from jaxcompress.structured.depth._gate import sparse_gates as sparse_gates
     from jaxcompress.structured.module import Rebuilt as Rebuilt
     from jaxcompress.structured.module import to_module as to_module
-    from jaxcompress.structured.regularize._group_lasso import GroupLassoState as GroupLassoState
     from jaxcompress.structured.regularize._group_lasso import group_lasso as group_lasso
-    from jaxcompress.structured.regularize._growing import GrowingState as GrowingState
     from jaxcompress.structured.regularize._growing import (
         growing_regularization as growing_regularization,
     )
-    from jaxcompress.structured.regularize._scale_l1 import ScaleL1State as ScaleL1State
     from jaxcompress.structured.regularize._scale_l1 import scale_l1 as scale_l1
 else:
     __getattr__, __dir__ = lazy.attach(
         __name__,
         names={
-            "depth._gate": ["SparseGatesState", "gate", "gate_scores", "sparse_gates"],
-            "regularize._group_lasso": ["GroupLassoState", "group_lasso"],
-            "regularize._growing": ["GrowingState", "growing_regularization"],
-            "regularize._scale_l1": ["ScaleL1State", "scale_l1"],
+            "depth._gate": ["gate", "gate_scores", "sparse_gates"],
+            "regularize._group_lasso": ["group_lasso"],
+            "regularize._growing": ["growing_regularization"],
+            "regularize._scale_l1": ["scale_l1"],
             "_state": ["StateReport", "shrink_state"],
             "module": ["Rebuilt", "to_module"],
         },

@@ -83,15 +83,15 @@ def reestimate(
     """
     first, rest = open_stream(batches)
     active, others = _state_of(fn, params, first, where)
-    names = _means_beside(active) if between else {}
+    names = _find_means(active) if between else {}
     start = jax.jit(_probe(fn, active, others))(params, first)
-    shares = _shares(params, *jax.device_get(start))
+    shares = _find_shares(params, *jax.device_get(start))
 
     @jax.jit
     def step(totals: _Totals, params: tree.Params, batch: tuple, weight: jax.Array) -> _Totals:
         found = _updates(fn, active, others)({p: jnp.zeros(()) for p in active}, params, batch)
         batch_statistics = {p: found[p].astype(jnp.float32) / shares[p] for p in active}
-        return _added(totals, batch_statistics, weight)
+        return _add(totals, batch_statistics, weight)
 
     blank = lambda: {p: jnp.zeros(np.shape(x), jnp.float32) for p, x in active.items()}
     totals = _Totals(jnp.zeros((), jnp.float32), blank(), blank())
@@ -184,7 +184,7 @@ def _probe(
     """
     updates = _updates(fn, active, others)
 
-    def far(x: jax.Array) -> jax.Array:
+    def make_huge(x: jax.Array) -> jax.Array:
         limits = jnp.finfo(x.dtype)
         last = int(np.log2(float(limits.max))) - 1
         most = jnp.max(jnp.abs(x), initial=0).astype(jnp.float32)
@@ -197,7 +197,7 @@ def _probe(
         of_zero = updates(
             {path: jnp.zeros((), x.dtype) for path, x in there.items()}, params, batch
         )
-        c = {path: far(x) for path, x in of_zero.items()}
+        c = {path: make_huge(x) for path, x in of_zero.items()}
         of_c = updates(c, params, batch)
         return (
             {path: x / c[path] for path, x in of_c.items()},
@@ -208,7 +208,7 @@ def _probe(
     return probe
 
 
-def _shares(
+def _find_shares(
     params: tree.Params,
     momenta: Mapping[str, Any],
     zero: Mapping[str, Any],
@@ -244,19 +244,19 @@ def _decimals(momentum: Any) -> np.ndarray:
     x = np.asarray(momentum)
     slack = float(jnp.finfo(x.dtype).eps) / 2
 
-    def shortest(exact: float) -> float:
+    def find_shortest(exact: float) -> float:
         several = (round(exact, digits) for digits in range(1, 9))
         return next((r for r in several if abs(r - exact) <= slack), exact)
 
     values, inverse = np.unique(x.astype(np.float64), return_inverse=True)
-    read = np.array([shortest(float(value)) for value in values], np.float64)
+    read = np.array([find_shortest(float(value)) for value in values], np.float64)
     return read[inverse].reshape(x.shape)
 
 
 # --- Averages ---------------------------------------------------------------------------------
 
 
-def _added(totals: _Totals, found: Mapping[str, jax.Array], weight: jax.Array) -> _Totals:
+def _add(totals: _Totals, found: Mapping[str, jax.Array], weight: jax.Array) -> _Totals:
     """Add a batch, stably: means move by their share, spreads are around the mean so far."""
     whole = totals.weight + weight
     deltas = {path: found[path] - mean for path, mean in totals.mean.items()}
@@ -274,7 +274,7 @@ def _weight(batch: tuple) -> jax.Array:
     return jnp.float32(sizes[0] if sizes else 1)
 
 
-def _means_beside(active: Mapping[str, Any]) -> dict[str, str]:
+def _find_means(active: Mapping[str, Any]) -> dict[str, str]:
     """Find the mean beside each variance: `bn/mean` for `bn/var`."""
     found = {}
     for path in active:

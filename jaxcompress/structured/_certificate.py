@@ -49,7 +49,7 @@ class Distances:
 
 @dataclass(frozen=True, kw_only=True)
 class Size:
-    """What a function takes.
+    """Params, bytes and FLOPs of a function.
 
     Attributes:
         params: Entries of params.
@@ -66,7 +66,7 @@ class Size:
 
 @dataclass(frozen=True, kw_only=True)
 class Certificate:
-    """What a smaller function was compared with, and how far it is.
+    """How far a smaller function is from three references, and what it costs.
 
     Attributes:
         given: Distances on the inputs that were given; `None` if they were shapes only.
@@ -201,14 +201,14 @@ def tolerance_of(params: Any, inputs: Any, outputs: Any) -> float:
     return min(100 * max(eps, default=0.0), 0.05)
 
 
-def widened(values: Any) -> Any:
+def widen(values: Any) -> Any:
     """Cast floats of fewer than 32 bits to float32."""
 
-    def wide(x: Any) -> Any:
+    def cast(x: Any) -> Any:
         narrow = tree.is_floating(x) and tree.bits_of(x.dtype) < 32
         return jnp.asarray(x, jnp.float32) if narrow else x
 
-    return jax.tree.map(wide, values)
+    return jax.tree.map(cast, values)
 
 
 def is_abstract(*trees: Any) -> bool:

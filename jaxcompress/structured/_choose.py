@@ -66,7 +66,7 @@ def choose(
         >>> chosen["up"].tolist()
         [4, 5, 6, 7]
     """
-    ranked = {name: _ranked(groups, name, np.asarray(s)) for name, s in scores.items()}
+    ranked = {name: _rank(groups, name, np.asarray(s)) for name, s in scores.items()}
     if not ranked:
         raise SelectionError(
             "scores",
@@ -78,7 +78,7 @@ def choose(
     measure = _measure(groups, budget)
     dense = measure(_keep_after(groups, ranked, steps, 0), {})
     limit = budget.limit(dense)
-    counted = _counted(groups, budget)
+    counted = _choose_counter(groups, budget)
 
     def cost(taken: int) -> float:
         counts = _counts(groups, ranked, steps, taken)
@@ -111,7 +111,7 @@ class _Step(NamedTuple):
     left: int
 
 
-def _ranked(groups: Groups, name: str, scores: np.ndarray) -> np.ndarray:
+def _rank(groups: Groups, name: str, scores: np.ndarray) -> np.ndarray:
     if name not in groups:
         frozen = groups.frozen.get(name)
         raise SelectionError(
@@ -158,7 +158,7 @@ def _steps(
         else:  # the score of the j-th unit to go, over layers that go together
             ordered = np.sort(scores, axis=-1).reshape(-1, group.size).mean(0)
             keys = np.maximum.accumulate(ordered)
-        for count in _allowed(group, bounds):
+        for count in _list_allowed(group, bounds):
             steps.append(_Step(float(keys[group.size - count - 1]), name, count))
     return sorted(steps, key=lambda step: step.key)  # stable: order within a group stays
 
@@ -186,7 +186,7 @@ def _kind(group: Group) -> tuple:
     return group.role, tuple(sorted(set(parts)))
 
 
-def _allowed(group: Group, bounds: Bounds) -> list[int]:
+def _list_allowed(group: Group, bounds: Bounds) -> list[int]:
     """List the numbers of units that can be kept below all, descending."""
     low, high = 1, group.size
     for key, (least, most) in bounds.items():
@@ -232,7 +232,7 @@ def _keep_after(
     return make_keep(groups, indices)
 
 
-def _counted(groups: Groups, budget: Budget) -> Callable[[Mapping[str, int]], float] | None:
+def _choose_counter(groups: Groups, budget: Budget) -> Callable[[Mapping[str, int]], float] | None:
     match budget:
         case Params():
             return Sizes(groups).params

@@ -65,7 +65,7 @@ def groups(
     shapes = {path: jax.tree.map(_struct, leaf) for path, leaf in traced.leaves.items()}
     dims = graph.dims(replace(traced, leaves=shapes))  # it holds no weights
     found = _Finder(dims, whole_heads).groups()
-    named = _named(found)
+    named = _name_groups(found)
     rounded = [replace(group, round_to=_multiple(group, round_to)) for group in named]
     return Groups(
         prunable={group.name: group for group in rounded if group.frozen is None},
@@ -102,7 +102,7 @@ def _multiple(group: Group, round_to: int | Mapping[str, int]) -> int:
     return 1
 
 
-def _named(found: Sequence[Group]) -> list[Group]:
+def _name_groups(found: Sequence[Group]) -> list[Group]:
     """Give groups unique names; those that can shrink come first."""
     count: dict[str, int] = {}
     named = []
@@ -163,7 +163,7 @@ class _Finder:
                     outer[labels] |= ~flags["head size"][labels]
             for labels in others:
                 flags["head size"][labels] = ~outer[labels]
-        flags["heads"] |= self._beside(flags["heads"], outer)
+        flags["heads"] |= self._flag_queries(flags["heads"], outer)
         return flags
 
     def _scores(self, summed: Sequence[np.ndarray], outer: np.ndarray) -> bool:
@@ -171,7 +171,7 @@ class _Finder:
         reasons = self._dims.reasons
         return any(((reasons[labels] == "") & ~outer[labels]).any() for labels in summed)
 
-    def _beside(self, heads: np.ndarray, outer: np.ndarray) -> np.ndarray:
+    def _flag_queries(self, heads: np.ndarray, outer: np.ndarray) -> np.ndarray:
         """Flag the queries that share a key head: numbered beside heads along some leaf's axis."""
         flags = np.zeros(len(heads), bool)
         for axes in self._dims.leaves.values():
@@ -247,7 +247,7 @@ class _Finder:
             there = np.flatnonzero(code == number)
             by_axis[key] = np.concatenate([by_axis.get(key, there[:0]), there])
         level = int(dims.layers[label[0]]) - 1
-        if level >= 0 and not self._even(np.unique(label)):
+        if level >= 0 and not self._is_even(np.unique(label)):
             level = -1
         members = []
         for (path, axis), there in by_axis.items():
@@ -282,7 +282,7 @@ class _Finder:
             labels=order,
         )
 
-    def _even(self, units: np.ndarray) -> bool:
+    def _is_even(self, units: np.ndarray) -> bool:
         """Tell whether each part of an axis that is sliced off has as much of every unit.
 
         Then layers may keep different units, and slices are still as long in one as in another.
@@ -343,11 +343,11 @@ class _Finder:
     def _describe(self, role: Role, members: Sequence[Member]) -> str:
         made = [m.path for m in members if m.produces]
         read = [m.path for m in members if m.reads]
-        arrow = " -> ".join(_few(paths) for paths in (made, read) if paths)
-        return f"{_WORDS[role]}: {arrow or _few([m.path for m in members])}"
+        arrow = " -> ".join(_write_few(paths) for paths in (made, read) if paths)
+        return f"{_WORDS[role]}: {arrow or _write_few([m.path for m in members])}"
 
 
-def _few(paths: Sequence[str]) -> str:
+def _write_few(paths: Sequence[str]) -> str:
     more = f" and {len(paths) - 2} more" if len(paths) > 2 else ""
     return ", ".join(paths[:2]) + more
 

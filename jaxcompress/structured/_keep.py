@@ -159,7 +159,8 @@ def keep(groups: Groups, indices: Mapping[str, ArrayLike]) -> Keep:
         ((3, 3), (3, 2))
     """
     chosen = {
-        name: _checked(_group(groups, name), np.asarray(units)) for name, units in indices.items()
+        name: _check_units(_group(groups, name), np.asarray(units))
+        for name, units in indices.items()
     }
     chosen = {name: units for name, units in chosen.items() if units.shape[-1] < groups[name].size}
     shapes = {path: tuple(leaf.shape) for path, leaf in groups.leaves.items()}
@@ -201,7 +202,7 @@ def _group(groups: Groups, name: str) -> Group:
     )
 
 
-def _checked(group: Group, units: np.ndarray) -> np.ndarray:
+def _check_units(group: Group, units: np.ndarray) -> np.ndarray:
     fits = units.ndim == 1 or (group.layers and units.shape[:-1] == group.layers)
     if not fits or units.dtype.kind not in "iu" or not units.size:
         layers = f" or {(*group.layers, 'K')}" if group.layers else ""

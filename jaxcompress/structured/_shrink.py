@@ -22,7 +22,7 @@ from jaxcompress.structured._certificate import (
     random_like,
     size_of,
     tolerance_of,
-    widened,
+    widen,
 )
 from jaxcompress.structured._find import groups as find_groups
 from jaxcompress.structured._keep import Keep
@@ -43,10 +43,10 @@ def slice_params(params: tree.Params, keep: Keep) -> tree.Params:
     Raises:
         ArgumentError: If a leaf has another shape than the one that was chosen for.
     """
-    return tree.map_with_path(lambda path, leaf: _sliced(path, leaf, keep), params)
+    return tree.map_with_path(lambda path, leaf: _slice_leaf(path, leaf, keep), params)
 
 
-def _sliced(path: str, leaf: Any, keep: Keep) -> Any:
+def _slice_leaf(path: str, leaf: Any, keep: Keep) -> Any:
     want = keep.shapes.get(path)
     if want != tuple(leaf.shape):
         raise ArgumentError(
@@ -79,7 +79,7 @@ def mask_params(params: tree.Params, keep: Keep) -> tree.Params:
         Params of the same shapes.
     """
 
-    def masked(path: str, leaf: Any) -> Any:
+    def mask_leaf(path: str, leaf: Any) -> Any:
         for axis, indices in keep.leaves.get(path, {}).items():
             mask = np.zeros((*indices.shape[:-1], leaf.shape[axis]), bool)
             np.put_along_axis(mask, indices, True, axis=-1)
@@ -92,7 +92,7 @@ def mask_params(params: tree.Params, keep: Keep) -> tree.Params:
             leaf = jnp.where(mask.reshape(shape), leaf, jnp.zeros((), leaf.dtype))
         return leaf
 
-    return tree.map_with_path(masked, params)
+    return tree.map_with_path(mask_leaf, params)
 
 
 def rebuild(fn: Callable[..., Any], keep: Keep) -> Callable[..., Any]:
@@ -221,7 +221,7 @@ class _Comparison:
     def _capture_wide(self, traced: Traced, inputs: Sequence[Any]) -> Traced | None:
         """Trace fn in float32, if anything is narrower and fn takes it so."""
         narrow = (self._params, inputs)
-        wide = jax.eval_shape(widened, narrow)
+        wide = jax.eval_shape(widen, narrow)
         if wide == jax.eval_shape(lambda x: x, narrow):
             return None
         try:
@@ -231,10 +231,10 @@ class _Comparison:
 
     def distances(self, inputs: Sequence[Any]) -> Distances:
         run = lambda fn, params, inputs: fn(params, *inputs, **self._kwargs)
-        widen = widened if self._wide else lambda values: values
+        exactly = widen if self._wide else lambda values: values
         outputs = run(self._small, self._smaller, inputs)
-        exact = run(self._exact, widen(self._smaller), widen(inputs)) if self._wide else outputs
-        remasked = run(self._remasked, widen(self._params), widen(inputs))
+        exact = run(self._exact, exactly(self._smaller), exactly(inputs)) if self._wide else outputs
+        remasked = run(self._remasked, exactly(self._params), exactly(inputs))
         masked = run(self._dense, self._masked, inputs)
         dense = run(self._dense, self._params, inputs)
         return Distances(
@@ -247,5 +247,5 @@ class _Comparison:
         """Take the kept indices of outputs that are new state."""
         flat, treedef = jax.tree.flatten(outputs)
         for number, path in self._state.items():
-            flat[number] = _sliced(path, flat[number], self._keep)
+            flat[number] = _slice_leaf(path, flat[number], self._keep)
         return jax.tree.unflatten(treedef, flat)

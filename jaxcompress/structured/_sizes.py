@@ -29,7 +29,7 @@ class Sizes:
     def __init__(self, groups: Groups):
         assert groups.dims is not None, "groups come from `structured.groups`"
         self._dims, self._groups = groups.dims, groups
-        self._group_of = self._labelled()
+        self._group_of = self._number_groups()
         self._leaves = [
             (tuple(self._kinds(axis) for axis in axes), tree.bits_of(groups.leaves[path].dtype))
             for path, axes in groups.dims.leaves.items()
@@ -44,7 +44,7 @@ class Sizes:
             for product in groups.dims.products
         ]
 
-    def _labelled(self) -> np.ndarray:
+    def _number_groups(self) -> np.ndarray:
         """Number the group of each label; 0 for none."""
         numbers = np.zeros(len(self._dims.labels), np.int32)
         self._names = ["", *self._groups]
@@ -69,7 +69,7 @@ class Sizes:
             self._known[id(axis)] = axis, named
         return self._known[id(axis)][1]
 
-    def _left(self, kinds: _Kinds, counts: Mapping[str, int]) -> float:
+    def _count_left(self, kinds: _Kinds, counts: Mapping[str, int]) -> float:
         total = 0.0
         for n, names in kinds:
             for name in names:
@@ -86,14 +86,14 @@ class Sizes:
         return sum(self._entries(axes, counts) * bits / 8 for axes, bits in self._leaves)
 
     def _entries(self, axes: Sequence[_Kinds], counts: Mapping[str, int]) -> float:
-        return math.prod(self._left(kinds, counts) for kinds in axes)
+        return math.prod(self._count_left(kinds, counts) for kinds in axes)
 
     def flops(self, counts: Mapping[str, int]) -> float:
         """Count operations of contractions; of branches the costliest."""
         return _costliest(
             [
                 (one.branch, one.flops * math.prod(
-                    self._left(kinds, counts) / max(size, 1)
+                    self._count_left(kinds, counts) / max(size, 1)
                     for kinds, size in zip(one.axes, one.sizes, strict=True)
                 ))
                 for one in self._products

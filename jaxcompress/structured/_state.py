@@ -79,7 +79,9 @@ def shrink_state(
         >>> state[0].mu["up"].shape, report.kept
         ((3, 3), ('0/count',))
     """
-    smaller = tree.map_with_path(lambda path, x: _sliced(_in(under, path), x, keep), params)
+    smaller = tree.map_with_path(
+        lambda path, x: _slice_leaf(_join_paths(under, path), x, keep), params
+    )
     before, after = (jax.eval_shape(tx.init, p) for p in (params, smaller))
     _check(state, before)
     owners = _Owners(params, under)
@@ -90,16 +92,16 @@ def shrink_state(
     sliced: list[str] = []
     for where, want in wanted:
         results[where] = old = have.get(where)
-        owner, shape = owners.of(where), getattr(want, "shape", ())
+        owner, shape = owners.find(where), getattr(want, "shape", ())
         if old is not None and getattr(old, "shape", ()) == shape:
             continue
         if owner is not None and _can_slice(old, shape, owner, keep):
-            results[where] = _sliced(owner, old, keep)
+            results[where] = _slice_leaf(owner, old, keep)
             sliced.append(tree.path_str(where))
         else:
-            lost[where] = _why(old, shape, owner, keep)
+            lost[where] = _explain_reset(old, shape, owner, keep)
     if lost:
-        lost = _with_siblings(state, owners, lost, [where for where, _ in wanted])
+        lost = _add_siblings(state, owners, lost, [where for where, _ in wanted])
         abstract = any(isinstance(x, jax.ShapeDtypeStruct) for x in jax.tree.leaves(state))
         fresh = after if abstract else tx.init(smaller)
         anew = dict(jax.tree_util.tree_flatten_with_path(fresh)[0])
@@ -114,11 +116,11 @@ def shrink_state(
     return jax.tree.unflatten(treedef, [results[where] for where, _ in wanted]), report
 
 
-def _in(under: str, path: str) -> str:
+def _join_paths(under: str, path: str) -> str:
     return "/".join(part for part in (under.strip("/"), path) if part)
 
 
-def _sliced(path: str, leaf: Any, keep: Keep) -> Any:
+def _slice_leaf(path: str, leaf: Any, keep: Keep) -> Any:
     return slice_params({path: leaf}, keep)[path]
 
 
@@ -150,7 +152,7 @@ class _Owners:
 
     def __init__(self, params: tree.Params, under: str):
         flat = jax.tree_util.tree_flatten_with_path(params, is_leaf=_is_node)[0]
-        self._names = {keys: _in(under, tree.path_str(keys)) for keys, _ in flat}
+        self._names = {keys: _join_paths(under, tree.path_str(keys)) for keys, _ in flat}
         self._lengths = sorted({len(keys) for keys in self._names}, reverse=True)
 
     def _span(self, where: _KeyPath) -> tuple[int, int] | None:
@@ -161,12 +163,12 @@ class _Owners:
                     return start, start + length
         return None
 
-    def of(self, where: _KeyPath) -> str | None:
+    def find(self, where: _KeyPath) -> str | None:
         """Give the path of the leaf, in the params that keep was chosen for."""
         span = self._span(where)
         return None if span is None else self._names[where[slice(*span)]]
 
-    def above(self, where: _KeyPath) -> _KeyPath:
+    def find_above(self, where: _KeyPath) -> _KeyPath:
         """Give the part of the path that leads to the tree that mirrors params."""
         span = self._span(where)
         return where[:-1] if span is None else where[: span[0]]
@@ -177,7 +179,7 @@ def _can_slice(old: Any, shape: Sequence[int], owner: str, keep: Keep) -> bool:
     return fits and tuple(shape) == keep.shape(owner)
 
 
-def _why(old: Any, shape: Sequence[int], owner: str | None, keep: Keep) -> str:
+def _explain_reset(old: Any, shape: Sequence[int], owner: str | None, keep: Keep) -> str:
     new = f"made anew with shape {tuple(shape)}"
     if old is None:
         return f"{new}: the state at full size has no such array"
@@ -186,11 +188,11 @@ def _why(old: Any, shape: Sequence[int], owner: str | None, keep: Keep) -> str:
     return f"{new}: it had shape {tuple(old.shape)} for {owner!r} of {keep.shapes[owner]}"
 
 
-def _with_siblings(
+def _add_siblings(
     state: Any, owners: _Owners, lost: Mapping[_KeyPath, str], wheres: Sequence[_KeyPath]
 ) -> dict[_KeyPath, str]:
     """Add what is in the same named tuples as what is lost, but not in others inside them."""
-    homes = {where: _home(state, owners.above(where)) for where in wheres}
+    homes = {where: _home(state, owners.find_above(where)) for where in wheres}
     emptied = {homes[where] for where in lost}
     return {
         where: lost.get(where, "made anew beside others of its state that could not be sliced")

@@ -110,7 +110,7 @@ def _permutation(size: int, seed: int, epoch: int) -> np.ndarray:
     return np.random.default_rng((seed, epoch)).permutation(size)
 
 
-def prefetched(
+def prefetch_batches(
     data: Data, place: Callable[[Any], Any], steps: Iterable[int], *, depth: int
 ) -> Iterator[tuple[int, Any]]:
     """Give `(i, data[i])` with the next few batches already on their way to the device.

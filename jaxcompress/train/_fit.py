@@ -12,7 +12,7 @@ from jax.typing import ArrayLike
 
 from jaxcompress.errors import ArgumentError
 from jaxcompress.train._checkpoint import Checkpoints
-from jaxcompress.train._data import Data, prefetched
+from jaxcompress.train._data import Data, prefetch_batches
 from jaxcompress.train._evaluate import evaluate as evaluate_on
 from jaxcompress.train._ledger import EarlyStopping, Ledger
 from jaxcompress.train._log import Bar, Log, Row
@@ -94,10 +94,10 @@ def fit(
     metrics_of = _evaluator(evaluate, validation, place)
     saving = _as_checkpoints(checkpoints)
 
-    state = _on_mesh_of(step, state)
+    state = _place_on_mesh_of(step, state)
 
     with contextlib.ExitStack() as stack:
-        stack.enter_context(_using_mesh_of(step))
+        stack.enter_context(_use_mesh_of(step))
         store = stack.enter_context(_open_store(saving)) if saving else None
         best: State | None = None
         ledger = Ledger()
@@ -118,7 +118,7 @@ def fit(
         # Metrics stay on the device for a few steps, so that the host never waits for the latest.
         pending: collections.deque[Mapping[str, jax.Array]] = collections.deque()
         ahead = range(start, start if stopped else last)
-        for i, batch in prefetched(data, place, ahead, depth=prefetch):
+        for i, batch in prefetch_batches(data, place, ahead, depth=prefetch):
             state, metrics = step(state, batch)
             pending.append(metrics)
             done = i + 1
@@ -197,13 +197,13 @@ def _open_store(saving: Checkpoints) -> "Store":
     return Store(saving.directory, keep=saving.keep)
 
 
-def _on_mesh_of(step: Any, state: State) -> State:
+def _place_on_mesh_of(step: Any, state: State) -> State:
     """Place the state where the step wants it, before anything is restored in its likeness."""
     mesh = getattr(step, "mesh", None)
     return state if mesh is None else shard(state, mesh=mesh, sharding=step.sharding)
 
 
-def _using_mesh_of(step: Any) -> contextlib.AbstractContextManager[Any]:
+def _use_mesh_of(step: Any) -> contextlib.AbstractContextManager[Any]:
     mesh = getattr(step, "mesh", None)
     return contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh)
 

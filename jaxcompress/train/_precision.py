@@ -75,10 +75,10 @@ class Precision:
         Returns:
             It in the `output` dtype.
         """
-        return x.astype(self.output) if self.output else widened(x)
+        return x.astype(self.output) if self.output else widen(x)
 
 
-def widened(x: jax.Array) -> jax.Array:
+def widen(x: jax.Array) -> jax.Array:
     """Cast to float32, unless it is wider already.
 
     Args:

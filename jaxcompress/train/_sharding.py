@@ -46,10 +46,10 @@ def shard(state: Any, *, mesh: Mesh, sharding: Rules | None = None) -> Any:
     """
     # device_put may alias, and a step that donates the copy would take the original with it.
     copied = jax.tree.map(jnp.copy, state)
-    return jax.device_put(copied, state_shardings(state, automatic(mesh), sharding))
+    return jax.device_put(copied, state_shardings(state, make_automatic(mesh), sharding))
 
 
-def automatic(mesh: Mesh) -> Mesh:
+def make_automatic(mesh: Mesh) -> Mesh:
     """Give the same mesh with Auto axes, where the compiler propagates shardings.
 
     Args:
@@ -122,7 +122,7 @@ def _specs(params: Params, rules: Rules) -> dict[str, PartitionSpec]:
 
 
 def _check(path: str, leaf: Any, spec: PartitionSpec, mesh: Mesh) -> None:
-    """Refuse a spec that the mesh or the leaf cannot follow, before XLA does so less kindly."""
+    """Refuse a spec that the mesh or the leaf cannot follow, and name the argument."""
     if len(spec) > len(leaf.shape):
         raise ArgumentError(
             "sharding",

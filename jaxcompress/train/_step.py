@@ -15,8 +15,8 @@ from jaxcompress.errors import ArgumentError, ArgumentTypeError, StructureError
 from jaxcompress.train._precision import Precision
 from jaxcompress.train._sharding import (
     Rules,
-    automatic,
     batch_shardings,
+    make_automatic,
     shard,
     state_shardings,
 )
@@ -163,7 +163,7 @@ def make_step(
         raise ArgumentError(
             "accumulate", got=accumulate, expected="1 or more", fix="Use 1 for whole batches."
         )
-    mesh = None if mesh is None else automatic(mesh)
+    mesh = None if mesh is None else make_automatic(mesh)
     policy = precision or Precision()
     if remat is not False:
         loss = jax.checkpoint(loss, policy=None if remat is True else remat)
@@ -339,7 +339,7 @@ def _microbatches(batch: Batch, n: int) -> Batch:
             "accumulate",
             got=f"{n} for a batch of {size}",
             expected="a divisor of the batch size",
-            fix="Change either.",
+            fix="Change `accumulate` or the batch size.",
         )
     # (B, ...) -> (B/n, n, ...) -> (n, B/n, ...): example i goes to microbatch i % n, so that each
     # device finds its share of every microbatch in the shard it already holds.

@@ -64,7 +64,7 @@ class Store:
         """
         assert self._manager is not None
         manifest = {name: _manifest(value) for name, value in trees.items()}
-        items = {name: ocp.args.StandardSave(_storable(value)) for name, value in trees.items()}
+        items = {name: ocp.args.StandardSave(_to_storable(value)) for name, value in trees.items()}
         self._manager.save(
             step,
             args=ocp.args.Composite(
@@ -111,10 +111,10 @@ class Store:
             )
         target = {
             path: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding)
-            for path, x in _storable(like).items()
+            for path, x in _to_storable(like).items()
         }
         args = ocp.args.Composite(**{name: ocp.args.StandardRestore(target)})
-        return _restored(like, self._manager.restore(step, args=args)[name])
+        return _put_back(like, self._manager.restore(step, args=args)[name])
 
 
 # Trees are stored as `{path: array}`: the file then does not depend on the classes of containers.
@@ -138,7 +138,7 @@ def _is_key(x: Any) -> bool:
     return jnp.issubdtype(x.dtype, jax.dtypes.prng_key)
 
 
-def _storable(tree_of_arrays: Any) -> dict[str, jax.Array]:
+def _to_storable(tree_of_arrays: Any) -> dict[str, jax.Array]:
     """Flatten, with random keys as their bits and without empty arrays, which orbax refuses."""
     return {
         path: jax.random.key_data(x) if _is_key(x) else x
@@ -147,7 +147,7 @@ def _storable(tree_of_arrays: Any) -> dict[str, jax.Array]:
     }
 
 
-def _restored(like: Any, stored: Mapping[str, jax.Array]) -> Any:
+def _put_back(like: Any, stored: Mapping[str, jax.Array]) -> Any:
     def rebuild(path: str, x: jax.Array) -> jax.Array:
         if path not in stored:
             return x

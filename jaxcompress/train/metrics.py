@@ -17,7 +17,7 @@ from jax.typing import ArrayLike
 from jaxtyping import Array, Float, Int
 
 from jaxcompress.errors import ArgumentError, explain_missing
-from jaxcompress.train._precision import widened
+from jaxcompress.train._precision import widen
 
 
 def correct(logits: ArrayLike, labels: ArrayLike, *, k: int = 1) -> Float[Array, " batch"]:
@@ -41,7 +41,7 @@ def correct(logits: ArrayLike, labels: ArrayLike, *, k: int = 1) -> Float[Array,
         >>> correct(jnp.array([[0.1, 0.9], [0.8, 0.2]]), jnp.array([1, 1]))
         Array([1., 0.], dtype=float32)
     """
-    logits, labels = _checked(logits, labels)
+    logits, labels = _check_labels(logits, labels)
     if k < 1:
         raise ArgumentError("k", got=k, expected="1 or more", fix="Use 1 for plain accuracy.")
     return _correct(logits, labels, k)
@@ -74,7 +74,7 @@ def cross_entropy(logits: ArrayLike, labels: ArrayLike) -> Float[Array, " batch"
         >>> cross_entropy(jnp.zeros((1, 4)), jnp.array([2]))
         Array([1.3862944], dtype=float32)
     """
-    logits, labels = _checked(logits, labels)
+    logits, labels = _check_labels(logits, labels)
     return _cross_entropy(logits, labels)
 
 
@@ -82,7 +82,7 @@ def cross_entropy(logits: ArrayLike, labels: ArrayLike) -> Float[Array, " batch"
 def _cross_entropy(logits: Array, labels: Array) -> Array:
     # A negative label would wrap around; NaN is what optax gives for one that is too large.
     labels = jnp.where(labels < 0, logits.shape[1], labels)
-    return optax.softmax_cross_entropy_with_integer_labels(widened(logits), labels)
+    return optax.softmax_cross_entropy_with_integer_labels(widen(logits), labels)
 
 
 def accuracy(logits: ArrayLike, labels: ArrayLike) -> Float[Array, ""]:
@@ -136,7 +136,7 @@ def f1(
         >>> f1(jnp.eye(3), jnp.array([0, 1, 2]))
         1.0
     """
-    logits, labels = _checked(logits, labels)
+    logits, labels = _check_labels(logits, labels)
     predicted = np.asarray(jnp.argmax(logits, axis=1))
     score = _sklearn("The F1 score").f1_score
     return float(score(np.asarray(labels), predicted, average=average, zero_division=0.0))
@@ -159,7 +159,7 @@ def confusion(logits: ArrayLike, labels: ArrayLike) -> Int[np.ndarray, "classes 
         >>> confusion(jnp.eye(2)[jnp.array([0, 0, 1])], jnp.array([0, 1, 1]))
         array([[1, 0], [1, 1]])
     """
-    logits, labels = _checked(logits, labels)
+    logits, labels = _check_labels(logits, labels)
     predicted = np.asarray(jnp.argmax(logits, axis=1))
     count = _sklearn("The confusion matrix").confusion_matrix
     return count(np.asarray(labels), predicted, labels=np.arange(logits.shape[1]))
@@ -193,13 +193,13 @@ def expected_calibration_error(
     """
     if bins < 1:
         raise ArgumentError("bins", got=bins, expected="1 or more", fix="15 is usual.")
-    return _calibration_error(*_checked(logits, labels), bins)
+    return _calibration_error(*_check_labels(logits, labels), bins)
 
 
 @functools.partial(jax.jit, static_argnums=2)
 def _calibration_error(logits: Array, labels: Array, bins: int) -> Array:
     right = _correct(logits, labels, 1)
-    confidence = jnp.max(jax.nn.softmax(widened(logits), axis=1), axis=1)
+    confidence = jnp.max(jax.nn.softmax(widen(logits), axis=1), axis=1)
     index = jnp.clip(jnp.ceil(confidence * bins).astype(jnp.int32) - 1, 0, bins - 1)
     gaps = jax.ops.segment_sum(right.astype(confidence.dtype) - confidence, index, bins)
     return jnp.sum(jnp.abs(gaps)) / confidence.size
@@ -298,7 +298,7 @@ def compare(
         )
     if resamples < 1:
         raise ArgumentError("resamples", got=resamples, expected="1 or more", fix="Raise it.")
-    a, labels = _checked(a_logits, labels)
+    a, labels = _check_labels(a_logits, labels)
     b = jnp.asarray(b_logits)
     if a.shape != b.shape:
         raise ArgumentError(
@@ -307,7 +307,7 @@ def compare(
             expected=f"{a.shape}, the shape of a_logits",
             fix="Compare models of one task on the same examples.",
         )
-    right, losses, columns, means = _compared(key, a, b, labels, resamples)
+    right, losses, columns, means = _compare(key, a, b, labels, resamples)
     tail = 50 * (1 - confidence)
     lows, highs = np.percentile(np.asarray(means), [tail, 100 - tail], axis=0)
     values = np.mean(np.asarray(columns, np.float64), axis=0)
@@ -327,7 +327,7 @@ def compare(
 
 
 @functools.partial(jax.jit, static_argnums=4)
-def _compared(
+def _compare(
     key: jax.Array, a: Array, b: Array, labels: Array, resamples: int
 ) -> tuple[Array, Array, Array, Array]:
     right = jnp.stack([_correct(a, labels, 1), _correct(b, labels, 1)])
@@ -348,7 +348,7 @@ def _compared(
     return right, losses, columns, means
 
 
-def _checked(logits: ArrayLike, labels: ArrayLike) -> tuple[Array, Array]:
+def _check_labels(logits: ArrayLike, labels: ArrayLike) -> tuple[Array, Array]:
     logits, labels = jnp.asarray(logits), jnp.asarray(labels)
     if logits.ndim != 2 or labels.shape != logits.shape[:1]:
         raise ArgumentError(

@@ -11,7 +11,7 @@ from jaxcompress.tree._where import Where, select
 
 @dataclass(frozen=True, kw_only=True)
 class Coverage:
-    """What happens to every leaf of params; together the three name each leaf once.
+    """Which leaves are compressed, and why the others are not; each leaf is in one of the three.
 
     Attributes:
         touched: Paths of the leaves that are compressed.

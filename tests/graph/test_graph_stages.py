@@ -43,15 +43,15 @@ def largest(site, state, activation, output):
     return jnp.maximum(state, jnp.abs(activation).max().astype(jnp.float32))
 
 
-def fly(stages, params, batches, visit=lambda stop: None):
+def run_all(stages, params, batches, visit=lambda stop: None):
     """Take batches through all stops with one observer everywhere; returns the last states."""
-    flights = [stages.course(params, batch).start(batch) for batch in batches]
+    batch_runs = [stages.make_pipeline(params, batch).start(batch) for batch in batches]
     found = []
-    for stop in flights[0].course.stops:
+    for stop in batch_runs[0].pipeline.boundaries:
         observers = {site.name: largest for site in stop.sites}
         cells = {name: jnp.zeros(()) for name in observers}
-        for flight in flights:
-            cells = flight.advance(jax.tree.leaves(params), observers, cells)
+        for batch_run in batch_runs:
+            cells = batch_run.advance(jax.tree.leaves(params), observers, cells)
         found.append((stop, cells))
         visit(stop)
     return found
@@ -69,11 +69,11 @@ def test_layers_that_are_alike_compile_once(scan):
         jax.clear_caches()
         events.clear()
         stages = Stages(fn, "**")
-        cells = fly(stages, params, batches[:1])
+        cells = run_all(stages, params, batches[:1])
         assert len(cells) == 2 + 2 * layers
         before = events.count(seconds)
         assert before > 0
-        again = fly(stages, params, batches[1:])
+        again = run_all(stages, params, batches[1:])
         assert events.count(seconds) == before  # the second batch compiles nothing
         # Every row of the embedding is the same; only the index that was looked up differs.
         assert [float(*c.values()) for _, c in again[1:]] == [
@@ -86,9 +86,9 @@ def test_layers_that_are_alike_compile_once(scan):
 def test_batches_of_another_size_compile_once_more():
     fn, params = layered(2, scan=False)
     stages = Stages(fn, "**")
-    fly(stages, params, [(jnp.zeros((2, 3), int),)] * 3)
+    run_all(stages, params, [(jnp.zeros((2, 3), int),)] * 3)
     once = stages.compiled
-    fly(stages, params, [(jnp.zeros((2, 3), int),), (jnp.zeros((1, 3), int),)])
+    run_all(stages, params, [(jnp.zeros((2, 3), int),), (jnp.zeros((1, 3), int),)])
     assert stages.compiled == 2 * once
 
 
@@ -109,7 +109,7 @@ def test_what_finished_stages_carried_is_freed():
 
     before = [jnp.ones((11, 7)) * k for k in range(3)]
     batches = [(x,) for x in before]
-    fly(Stages(fn, "**"), params, batches, visit)
+    run_all(Stages(fn, "**"), params, batches, visit)
     # Three are the caller's. Each batch has the residual and its sine; at the end, nothing.
     assert held == [6] + [9] * 4 + [3]
     del batches, before
@@ -121,25 +121,25 @@ def test_what_depends_on_params_only_is_made_anew_from_the_params_of_the_moment(
         return jnp.tanh(x @ kernel) @ kernel
 
     params, x = {"w": jnp.eye(3)}, jnp.ones((2, 3))
-    course = Stages(fn, "**").course(params, (x,))
-    flight = course.start((x,))
-    cells = flight.advance([params["w"]], {"w": largest}, {"w": jnp.zeros(())})
+    pipeline = Stages(fn, "**").make_pipeline(params, (x,))
+    batch_run = pipeline.start((x,))
+    cells = batch_run.advance([params["w"]], {"w": largest}, {"w": jnp.zeros(())})
     assert float(cells["w"]) == 1
-    cells = flight.advance([3 * params["w"]], {"w#1": largest}, {"w#1": jnp.zeros(())})
+    cells = batch_run.advance([3 * params["w"]], {"w#1": largest}, {"w#1": jnp.zeros(())})
     assert float(cells["w#1"]) == pytest.approx(np.tanh(6))
-    assert [stop.slices for stop in course.stops] == [{"w": {}}, {"w": {}}]
+    assert [stop.slices for stop in pipeline.boundaries] == [{"w": {}}, {"w": {}}]
 
 
 def test_an_unused_part_of_a_batch_is_not_kept():
     fn = lambda p, x, y: (x @ p["w"], y + 1)
     params, x = {"w": jnp.ones((3, 2))}, jnp.ones((4, 3))
     y = jnp.ones((1 << 10,)) * 2
-    flight = Stages(fn, "**").course(params, (x, y)).start((x, y))
+    batch_run = Stages(fn, "**").make_pipeline(params, (x, y)).start((x, y))
     pointer = y.unsafe_buffer_pointer()
     del y
     gc.collect()
     assert all(a.size != 1 << 10 or a.unsafe_buffer_pointer() != pointer for a in jax.live_arrays())
-    assert float(flight.advance([params["w"]], {"w": largest}, {"w": jnp.zeros(())})["w"]) == 1
+    assert float(batch_run.advance([params["w"]], {"w": largest}, {"w": jnp.zeros(())})["w"]) == 1
 
 
 def key_of(keys, fn, *args):
@@ -218,7 +218,7 @@ def test_the_condition_of_a_loop_is_refused():
         return lax.while_loop(lambda x: (x @ p["w"]).sum() < 1, lambda x: x + 1, x)
 
     with pytest.raises(errors.ArgumentError, match="condition"):
-        Stages(fn, "**").course({"w": jnp.ones((3, 3))}, (jnp.ones(3),))
+        Stages(fn, "**").make_pipeline({"w": jnp.ones((3, 3))}, (jnp.ones(3),))
 
 
 def test_sites_of_a_slice_have_its_axes_and_counts():
@@ -228,7 +228,7 @@ def test_sites_of_a_slice_have_its_axes_and_counts():
 
     params, x = {"w": jnp.ones((3, 5, 3))}, jnp.ones((2, 3))
     (site,) = graph.trace(fn, params, x).sites
-    stops = Stages(fn, "**").course(params, (x,)).stops
+    stops = Stages(fn, "**").make_pipeline(params, (x,)).boundaries
     assert [dict(stop.slices["w"]) for stop in stops] == [{1: i} for i in range(5)]
     assert [stop.iteration for stop in stops] == [(i,) for i in range(5)]
     assert (site.axes.contract, site.axes.output, site.axes.stacked) == ((0,), (2,), (1,))

@@ -10,7 +10,7 @@ import pytest
 
 from jaxcompress import stats
 from jaxcompress.errors import ArgumentError
-from jaxcompress.stats._histogram import _widened
+from jaxcompress.stats._histogram import _widen
 from jaxcompress.stats._statistic import Counter
 
 pytestmark = pytest.mark.usefixtures("strict_promotion")
@@ -76,7 +76,7 @@ def test_empty_and_zero_histograms_have_empty_ranges():
 def test_widening_carries_beyond_32_bits():
     full = Counter(jnp.full(8, 2**32 - 1, jnp.uint32), jnp.arange(8, dtype=jnp.uint32))
     before = [int(h) * 2**32 + int(v) for v, h in zip(full.low, full.high, strict=True)]
-    wide = _widened(full, jnp.int32(1))
+    wide = _widen(full, jnp.int32(1))
     after = [int(h) * 2**32 + int(v) for v, h in zip(wide.low, wide.high, strict=True)]
     merged = [before[0] + before[1], before[2] + before[3], before[4] + before[5]]
     assert after == [0, 0, *merged, before[6] + before[7], 0, 0]

@@ -7,7 +7,7 @@ import pytest
 
 from jaxcompress import stats
 from jaxcompress.errors import ArgumentError
-from jaxcompress.stats._statistic import Counter, add_counters, count, counted
+from jaxcompress.stats._statistic import Counter, add_counters, count, read_count
 
 pytestmark = pytest.mark.usefixtures("strict_promotion")
 
@@ -225,7 +225,7 @@ def test_counters_carry():
         Counter(jnp.uint32(2**31), jnp.uint32(1)), Counter(jnp.uint32(2**31), jnp.uint32(2))
     )
     assert (int(doubled.low), int(doubled.high)) == (0, 4)
-    assert float(counted(doubled)) == 4 * 2.0**32
+    assert float(read_count(doubled)) == 4 * 2.0**32
 
 
 def test_a_billion_tokens_still_count():

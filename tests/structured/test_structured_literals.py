@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from jaxcompress import graph
-from jaxcompress.structured.module._literals import WidthLiteral, width_literals, with_epsilons
+from jaxcompress.structured.module._literals import WidthLiteral, set_epsilons, width_literals
 
 X = jnp.ones((5, 3))
 PARAMS = {"in": jnp.ones((3, 8)), "s": jnp.ones(8), "out": jnp.ones((8, 2))}
@@ -45,7 +45,7 @@ def test_a_root_mean_square_is_found_with_its_scale_and_epsilon(name):
     x = np.asarray(X) @ np.asarray(params["in"])
     rms = np.sqrt(np.mean(x**2, -1, keepdims=True) + 0.5 * 8 / 3)
     expected = (x / rms * np.asarray(params["s"])) @ np.asarray(params["out"])
-    np.testing.assert_allclose(with_epsilons(fn, [literal])(params, X), expected, rtol=1e-5)
+    np.testing.assert_allclose(set_epsilons(fn, [literal])(params, X), expected, rtol=1e-5)
 
 
 def test_an_offset_of_the_scale_is_told():

@@ -3,7 +3,7 @@ import pytest
 
 from jaxcompress import train
 from jaxcompress.errors import ArgumentError
-from jaxcompress.train._data import prefetched
+from jaxcompress.train._data import prefetch_batches
 
 ARRAYS = {"x": np.arange(20).reshape(10, 2), "y": (np.arange(10), np.arange(10) * 10)}
 
@@ -62,7 +62,7 @@ def test_a_negative_step_is_refused():
 def test_prefetching_keeps_the_order_and_runs_ahead(depth):
     placed = []
     data = train.Batches(np.arange(12), batch_size=2, shuffle=False)
-    stream = prefetched(data, lambda x: placed.append(x) or x, range(3, 9), depth=depth)
+    stream = prefetch_batches(data, lambda x: placed.append(x) or x, range(3, 9), depth=depth)
     first, _ = next(stream)
     assert first == 3
     assert len(placed) == min(depth + 1, 6)

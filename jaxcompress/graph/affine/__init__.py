@@ -1,1 +1,1 @@
-"""Affine chains: what affine functions, with coefficients from params, make of a site's result."""
+"""Affine chains: the affine functions, with coefficients from params, that follow a site."""

@@ -1,4 +1,4 @@
-"""Chains: what affine functions of it, with coefficients from params, become of a site's result.
+"""Chains: the affine functions, with coefficients from params, that follow a site's result.
 
 Inference BatchNorm, a bias, a layer scale: `y -> A y + B` with `A` and `B` per output channel.
 """
@@ -29,13 +29,13 @@ _ADDS = {("add", 0), ("add", 1), ("sub", 0)}
 def affine(
     fn: Callable[..., Any] | Traced, params: tree.Params = None, *inputs: Any, **kwargs: Any
 ) -> dict[str, Chain]:
-    """Follow the result of each contraction through what is affine in it.
+    """Find the affine function that follows each contraction: a bias, BatchNorm, a layer scale.
 
-    A chain goes on while the result is read by one equation, which multiplies it by, divides it
-    by, or adds or subtracts something that is computed from params alone and differs between
-    output channels only; or which casts or rearranges it so that channels and positions stay
-    apart. It passes through the borders of `jit` and `checkpoint`. Inference BatchNorm is such a
-    chain, `A = scale / sqrt(var + eps)`, `B = bias - mean A`; a bias and a layer scale are, too.
+    A chain goes on while one equation alone reads the result, and either multiplies, divides, adds
+    or subtracts something that is computed from params alone and differs between output channels
+    only, or casts or rearranges the result without mixing channels and positions. It passes through
+    the borders of `jit` and `checkpoint`. Inference BatchNorm is such a chain, with
+    `A = scale / sqrt(var + eps)` and `B = bias - mean A`; so are a bias and a layer scale.
 
     Args:
         fn: `fn(params, *inputs, **kwargs) -> outputs`, pure; or a `Traced`, without arguments.

@@ -60,7 +60,7 @@ def preferred(holders: Sequence[Holder]) -> Holder:
 
 @dataclass(frozen=True, kw_only=True)
 class Chain:
-    """What becomes of a site's result `y` before anything but affine functions: `A y + B`.
+    """The affine function `A y + B` that is applied to a site's result `y`.
 
     Arrays by channel have the shape `(*stack, *batch, outputs)` of one row of
     `Site.output_rows`, `stack` being the lengths of those enclosing scans that take the kernel

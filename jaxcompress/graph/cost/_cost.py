@@ -34,7 +34,7 @@ def cost(
     target: Target | str | None = None,
     donate: Sequence[int] = (),
 ) -> Cost:
-    """Count what one call of fn costs, and have a target's compiler say what it makes of it.
+    """Count what one call of fn costs, and compile it for a target to estimate memory and time.
 
     Nothing is run and no arrays are made: pass `jax.ShapeDtypeStruct`s (and `QArray`s of them,
     from `jax.eval_shape`) to cost a model of any size. With a target, fn is compiled for it ahead
@@ -42,8 +42,8 @@ def cost(
     `'jaxcompress[cuda12]'`. A program with scans compiles twice more per kind of scan, because XLA
     counts the body of a loop once, however often it runs.
 
-    Without a card XLA cannot time CUDA kernels: the program is its first choice, and may be worse
-    than the one that it would run there.
+    Without a card XLA cannot time CUDA kernels, so it takes the first ones that fit: the program
+    may be slower than the one that it would choose on the card.
 
     The figures are for one device. Arguments with a `NamedSharding` on the target's own mesh
     (`Target.mesh`) are compiled so, the others replicated on that mesh; if no argument has one,

@@ -47,7 +47,7 @@ class Figure:
 
 @dataclass(frozen=True, kw_only=True)
 class Memory:
-    """Bytes that a program keeps on one device, by kind; `None` where it was refused.
+    """Bytes that a program needs on one device, by kind; `None` where the compiler refused it.
 
     Attributes:
         arguments: Arguments; those that fn does not read are dropped.
@@ -138,7 +138,7 @@ class SiteCost:
 
 @dataclass(frozen=True, kw_only=True)
 class Compiled:
-    """What a target's compiler made of a function. Figures are for one device.
+    """What a target's compiler reports about a function. Figures are for one device.
 
     Attributes:
         target: What it was compiled for.

@@ -1,4 +1,4 @@
-"""What `dims` finds: the labels of every axis of every variable, with everything that is tied."""
+"""What `dims` finds: the labels of every axis of every variable, and what is known of them."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -52,7 +52,7 @@ class Product:
 
 @dataclass(frozen=True, kw_only=True)
 class Dims:
-    """The labels of every axis of every variable, with everything that is tied.
+    """The labels of every axis of every variable; indices with one label go together.
 
     Attributes:
         traced: The captured call.

@@ -1,4 +1,4 @@
-"""`leaks`: why params with zeros are not fn without what they stand for."""
+"""`leaks`: where entries that are masked, but not removed, still change the outputs."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -84,10 +84,10 @@ def leaks(
     most: int = 32,
     **kwargs: Any,
 ) -> tuple[Leak, ...]:
-    """Find why params with zeros are not fn without what they stand for.
+    """Find where removed entries that are not zero flow into others, and how far outputs move.
 
-    A sigmoid makes 0.5 of 0, a bias along another axis adds to it; a normalisation that counts the
-    removed features in its mean and variance lets that in.
+    With zeros in params, a sigmoid still turns 0 into 0.5, and a bias along another axis is still
+    added. A normalisation then counts these numbers in its mean and variance.
 
     Args:
         fn: `fn(params, *inputs, **kwargs) -> outputs`, pure; or a `Traced` of this call.

@@ -53,7 +53,7 @@ class Contraction:
 
 @dataclass(frozen=True, kw_only=True)
 class Graph:
-    """fn as sites: which leaf is contracted where, and what became of all the others.
+    """Where fn contracts each leaf, and every other use of leaves.
 
     Every leaf is in at least one of `sites`, `uses`, `returned` and `unreached`.
 

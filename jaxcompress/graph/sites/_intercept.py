@@ -107,7 +107,7 @@ Decide: TypeAlias = Callable[[tuple[Site, ...]], Mapping[str, Interception]]
 def intercept(
     fn: Callable[..., Any] | Traced, decide: Decide
 ) -> Callable[..., tuple[Any, dict[str, Any]]]:
-    """Make a function that runs chosen sites through handlers with states: `replay` and `observe`.
+    """Make a function that runs chosen sites by handlers with states: `replay` plus `observe`.
 
     Gradients flow through what handlers do to operands and to states. Of an equation with
     several sites the handler of the first chosen one is called.

@@ -20,7 +20,7 @@ from jaxcompress.graph.sites._views import AxisFactors, Factor, View, elements
 
 @dataclass(frozen=True, kw_only=True)
 class Axes:
-    """The axes of a leaf at a site, by role; together they name each axis of more than one entry.
+    """The axes of a leaf at a site, by role; every axis of more than one entry has a role.
 
     Attributes:
         contract: Axes that are summed over.

@@ -17,7 +17,7 @@ from jaxcompress.graph.program._rules import Rules
 
 
 class Factor(NamedTuple):
-    """A run of one axis.
+    """A factor of one axis of a variable: the leaf axes that it runs along, its size and stride.
 
     Attributes:
         axes: The leaf axes that it enumerates; none for a broadcast.

@@ -63,8 +63,8 @@ class Visit(NamedTuple):
 
 
 @dataclass
-class Halt:
-    """A stop.
+class Stop:
+    """A stop in the list of steps.
 
     Attributes:
         index: The number of steps before it.
@@ -87,7 +87,7 @@ class Flat:
 
     Attributes:
         ops: The steps, in fn's order.
-        halts: The stops, in order.
+        stops: The stops, in order.
         base: What variables are that are neither computed nor inputs.
         inputs: The variables of fn's flat inputs.
         avals: The abstract value of each variable.
@@ -98,7 +98,7 @@ class Flat:
     """
 
     ops: list[Op] = field(default_factory=list)
-    halts: list[Halt] = field(default_factory=list)
+    stops: list[Stop] = field(default_factory=list)
     base: dict[int, Leaf | Constant] = field(default_factory=dict)
     inputs: list[int] = field(default_factory=list)
     avals: dict[int, Any] = field(default_factory=dict)
@@ -106,7 +106,7 @@ class Flat:
     roots: dict[int, frozenset[int]] = field(default_factory=dict)
     lasting: set[int] = field(default_factory=set)
 
-    def recomputed(self, op: Op) -> bool:
+    def is_recomputed(self, op: Op) -> bool:
         """Tell whether a step depends on params only, and so is done anew where it is needed."""
         return bool(op.outputs) and op.outputs[0] not in self.roots[op.outputs[0]]
 
@@ -131,11 +131,11 @@ def flatten(traced: Traced, names: Sequence[str], keys: Keys) -> Flat:
     flattener = _Flattener(traced, frozenset(names), keys)
     flat, program = flattener.flat, traced.program
     parts = sum(len(jax.tree.leaves(leaf)) for leaf in traced.leaves.values())
-    args = [flattener.based(Leaf(k), var.aval) for k, var in enumerate(program.invars[:parts])]
+    args = [flattener.add_base(Leaf(k), var.aval) for k, var in enumerate(program.invars[:parts])]
     for var in program.invars[parts:]:
-        flat.inputs.append(flattener.variable(var.aval))
+        flat.inputs.append(flattener.add_variable(var.aval))
         flat.roots[flat.inputs[-1]] = frozenset(flat.inputs[-1:])
-    flattener.block(program, [*args, *flat.inputs], (), _Frame())
+    flattener.flatten(program, [*args, *flat.inputs], (), _Frame())
     return flat
 
 
@@ -157,32 +157,32 @@ class _Flattener:
         self._parts = [
             (path, leaf) for path, leaf in traced.leaves.items() for _ in jax.tree.leaves(leaf)
         ]
-        self._groups: dict[Any, Halt] = {}
+        self._groups: dict[Any, Stop] = {}
         self._slices: dict[int, frozenset[Pick]] = {}
         self._constants: dict[int, int] = {}
         self._indices: dict[int, int] = {}
 
     # --- variables -----------------------------------------------------------------------------
 
-    def variable(self, aval: Any) -> int:
+    def add_variable(self, aval: Any) -> int:
         number = len(self.flat.avals)
         self.flat.avals[number] = aval
         return number
 
-    def based(self, base: Leaf | Constant, aval: Any) -> int:
-        var = self.variable(aval)
+    def add_base(self, base: Leaf | Constant, aval: Any) -> int:
+        var = self.add_variable(aval)
         self.flat.base[var], self.flat.roots[var] = base, frozenset()
         return var
 
     def _constant(self, value: Any, aval: Any) -> int:
         if id(value) not in self._constants:
-            self._constants[id(value)] = self.based(Constant(value), aval)
+            self._constants[id(value)] = self.add_base(Constant(value), aval)
         return self._constants[id(value)]
 
     def _index(self, i: int) -> int:
         if i not in self._indices:
             value = np.int32(i)
-            self._indices[i] = self.based(Constant(value), jax.typeof(value))
+            self._indices[i] = self.add_base(Constant(value), jax.typeof(value))
         return self._indices[i]
 
     def _emit(
@@ -208,7 +208,7 @@ class _Flattener:
             lasting: Whether it has effects.
         """
         flat = self.flat
-        outputs = [self.variable(aval) for aval in avals]
+        outputs = [self.add_variable(aval) for aval in avals]
         reads = atoms if reads is None else reads
         roots = flat.roots_of(atoms)
         kept = kept or lasting or bool(flat.roots_of(reads))
@@ -222,7 +222,7 @@ class _Flattener:
 
     # --- programs ------------------------------------------------------------------------------
 
-    def block(
+    def flatten(
         self, program: Program, args: Sequence[Any], position: Position, frame: _Frame
     ) -> list[Any]:
         """Flatten a program on the given operands; returns the atoms of its results."""
@@ -235,11 +235,11 @@ class _Flattener:
 
         for number, eqn in enumerate(program.eqns):
             operands = [read(atom) for atom in eqn.invars]
-            results = self._equation(eqn, (*position, number), operands, frame)
+            results = self._flatten_equation(eqn, (*position, number), operands, frame)
             env.update(zip(eqn.outvars, results, strict=True))
         return [read(atom) for atom in program.outvars]
 
-    def _equation(
+    def _flatten_equation(
         self, eqn: Any, here: Position, operands: list[Any], frame: _Frame
     ) -> Sequence[Any]:
         name = eqn.primitive.name
@@ -247,11 +247,11 @@ class _Flattener:
             rule = construct(name)
             assert rule is not None
             (body,) = rule.bodies(eqn)
-            return self.block(body.program, operands, (*here, 0), frame)
+            return self.flatten(body.program, operands, (*here, 0), frame)
         if name == "scan" and here in self._below:
-            cuts = self._cuts(eqn, here)
+            cuts = self._find_cuts(eqn, here)
             if cuts:
-                return self._scan(eqn, here, operands, frame, cuts)
+                return self._unroll_scan(eqn, here, operands, frame, cuts)
         if here in self._sites:
             self._stop_at_sites(eqn, here, operands, frame)
         elif here in self._below:
@@ -272,18 +272,18 @@ class _Flattener:
 
     # --- stops ---------------------------------------------------------------------------------
 
-    def _halt(self, frame: _Frame, *, whole: bool) -> Halt:
-        halt = Halt(len(self.flat.ops), tuple(i for _, i in frame.iteration), whole)
-        self.flat.halts.append(halt)
-        return halt
+    def _add_stop(self, frame: _Frame, *, whole: bool) -> Stop:
+        stop = Stop(len(self.flat.ops), tuple(i for _, i in frame.iteration), whole)
+        self.flat.stops.append(stop)
+        return stop
 
     def _stop_at_construct(
         self, eqn: Any, here: Position, operands: Sequence[Any], frame: _Frame
     ) -> None:
-        halt = self._halt(frame, whole=True)
-        halt.visits.append(Visit(eqn, here, tuple(operands), tuple(self._below[here])))
+        stop = self._add_stop(frame, whole=True)
+        stop.visits.append(Visit(eqn, here, tuple(operands), tuple(self._below[here])))
         for site in self._below[here]:
-            _narrow(halt, site, frame.picks)
+            _narrow(stop, site, frame.picks)
 
     def _stop_at_sites(
         self, eqn: Any, here: Position, operands: Sequence[Any], frame: _Frame
@@ -294,22 +294,22 @@ class _Flattener:
             by_source.setdefault(site.source, []).append(site)
         for source, sites in by_source.items():
             other = 0 if sites[0].operand else 1
-            halt = self._groups.get((frame.iteration, source))
+            stop = self._groups.get((frame.iteration, source))
             joined = list(operands)
-            if halt is not None:
-                first = halt.visits[0]
+            if stop is not None:
+                first = stop.visits[0]
                 joined[other] = first.operands[0 if first.sites[0].operand else 1]
-            if halt is None or not self._ready(joined, halt):
-                halt = self._groups[frame.iteration, source] = self._halt(frame, whole=False)
+            if stop is None or not self._is_ready(joined, stop):
+                stop = self._groups[frame.iteration, source] = self._add_stop(frame, whole=False)
                 joined = list(operands)
-            halt.visits.append(Visit(eqn, here, tuple(joined), tuple(sites)))
+            stop.visits.append(Visit(eqn, here, tuple(joined), tuple(sites)))
             for site in sites:
-                _narrow(halt, site, (*frame.picks, *self._slices.get(operands[site.operand], ())))
+                _narrow(stop, site, (*frame.picks, *self._slices.get(operands[site.operand], ())))
 
-    def _ready(self, operands: Sequence[Any], halt: Halt) -> bool:
+    def _is_ready(self, operands: Sequence[Any], stop: Stop) -> bool:
         """Tell whether all that depends on inputs is computed before an earlier stop."""
         maker = self.flat.maker
-        return all(maker.get(var, -1) < halt.index for var in self.flat.roots_of(operands))
+        return all(maker.get(var, -1) < stop.index for var in self.flat.roots_of(operands))
 
     def _note_slices(self, eqn: Any, operands: Sequence[Any], outputs: Sequence[int]) -> None:
         """Note which index of a leaf a value shows, as in the `kernel[i]` of a loop of Python."""
@@ -329,7 +329,7 @@ class _Flattener:
 
     # --- scans ---------------------------------------------------------------------------------
 
-    def _cuts(self, eqn: Any, here: Position) -> dict[int, list[tuple[str, int]]]:
+    def _find_cuts(self, eqn: Any, here: Position) -> dict[int, list[tuple[str, int]]]:
         """Find what selected leaves a scan takes apart, by operand, and along which axis.
 
         Without any, it is a loop over time, not over layers: it is not written out.
@@ -351,7 +351,7 @@ class _Flattener:
                         found.setdefault(k, []).append((view.path, axis))
         return found
 
-    def _scan(
+    def _unroll_scan(
         self,
         eqn: Any,
         here: Position,
@@ -371,13 +371,13 @@ class _Flattener:
             inside = _Frame((*frame.iteration, (here, i)), (*frame.picks, *picks))
             slots = zip(body.invars[n_consts:n_xs], body.outvars, strict=False)
             carry = [
-                atom if entry is left else self._carried(atom, entry.aval)
+                atom if entry is left else self._keep_carry(atom, entry.aval)
                 for atom, (entry, left) in zip(carry, slots, strict=True)
             ]
             slices = [
                 self._slice(x, i, var.aval) for x, var in zip(xs, body.invars[n_xs:], strict=True)
             ]
-            results = self.block(body, [*consts, *carry, *slices], (*here, 0), inside)
+            results = self.flatten(body, [*consts, *carry, *slices], (*here, 0), inside)
             carry = results[:n_carry]
             for rows, y in zip(collected, results[n_carry:], strict=True):
                 rows[i] = y
@@ -387,11 +387,11 @@ class _Flattener:
         ]
         return [*carry, *stacked]
 
-    def _carried(self, atom: Any, aval: Any) -> int:
+    def _keep_carry(self, atom: Any, aval: Any) -> int:
         """Keep a carry, even one of params only: its history would grow with each iteration."""
 
         def run(values: Sequence[Any]) -> list[Any]:
-            return [_typed(values[0], aval)]
+            return [_to_array(values[0], aval)]
 
         return self._emit(self._keys.number(("carry", aval)), run, [atom], [aval], kept=True)[0]
 
@@ -405,21 +405,21 @@ class _Flattener:
 
     def _stack(self, atoms: Sequence[Any], aval: Any) -> int:
         def run(values: Sequence[Any]) -> list[Any]:
-            return [jnp.stack([_typed(x, aval) for x in values])]
+            return [jnp.stack([_to_array(x, aval) for x in values])]
 
         return self._emit(self._keys.number(("stack", aval)), run, atoms, [aval])[0]
 
 
-def _typed(x: Any, aval: Any) -> jax.Array:
+def _to_array(x: Any, aval: Any) -> jax.Array:
     """Make an array of a literal."""
     return x if isinstance(x, jax.Array) else jnp.asarray(x, aval.dtype)
 
 
-def _narrow(halt: Halt, site: Site, picks: Iterable[Pick]) -> None:
+def _narrow(stop: Stop, site: Site, picks: Iterable[Pick]) -> None:
     """Note what a site reads of its leaf; a stop has the slice that all its sites share."""
     cut = {*site.axes.stacked, *site.axes.sliced}
     mine = {(axis, i) for path, axis, i in picks if path == site.path and axis in cut}
     axes = [axis for axis, _ in mine]
     mine = {(axis, i) for axis, i in mine if axes.count(axis) == 1}
-    before = halt.picks.get(site.path)
-    halt.picks[site.path] = dict(mine if before is None else mine & set(before.items()))
+    before = stop.picks.get(site.path)
+    stop.picks[site.path] = dict(mine if before is None else mine & set(before.items()))

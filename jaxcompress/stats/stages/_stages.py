@@ -28,11 +28,11 @@ from jaxcompress.graph.sites import (
     refuse_inside,
 )
 from jaxcompress.stats.stages._canonical import Compiled, Keys, Op, Shared, program_op
-from jaxcompress.stats.stages._flat import Constant, Flat, Halt, Leaf, Visit, flatten
+from jaxcompress.stats.stages._flat import Constant, Flat, Leaf, Stop, Visit, flatten
 
 
 @dataclass(frozen=True, kw_only=True)
-class Stop:
+class Boundary:
     """A place between two stages.
 
     Attributes:
@@ -55,7 +55,7 @@ class _Stage(NamedTuple):
     kept: frozenset[int]
 
 
-class _Watch(NamedTuple):
+class _Update(NamedTuple):
     """An update of cells: the compiled function, and where its cells stand."""
 
     compiled: Compiled
@@ -83,7 +83,7 @@ class Stages:
     ):
         self._fn, self._where, self._host = fn, where, host
         self._shared, self._sharding = Shared(Keys()), sharding
-        self._courses: dict[Any, Course] = {}
+        self._pipelines: dict[Any, Pipeline] = {}
 
     @property
     def compiled(self) -> int:
@@ -94,26 +94,26 @@ class Stages:
         """Call `f(*args)` jitted, compiled once for all functions that do the same."""
         return self._shared.call(f, *args, sharding=self._sharding)
 
-    def course(self, params: tree.Params, inputs: Sequence[Any]) -> "Course":
+    def make_pipeline(self, params: tree.Params, inputs: Sequence[Any]) -> "Pipeline":
         """Cut the function for inputs of some shapes; inputs of the same shapes share it."""
         leaves, structure = jax.tree.flatten(tuple(inputs))
         key = structure, tuple(jax.typeof(x) for x in leaves)
-        if key not in self._courses:
+        if key not in self._pipelines:
             traced = call_of(self._fn, params, tuple(inputs), {})
             names = chosen_sites(traced, self._where)
             refuse_inside(traced, names, CONDITION, "nothing can leave the condition of a loop")
-            self._courses[key] = Course(
+            self._pipelines[key] = Pipeline(
                 traced, names, self._shared, host=self._host, sharding=self._sharding
             )
-        return self._courses[key]
+        return self._pipelines[key]
 
 
-class Course:
+class Pipeline:
     """The stages for inputs of one set of shapes.
 
     Attributes:
         traced: The captured call.
-        stops: The stops, in order; stage k leads to stop k.
+        boundaries: What is at each stop, in order; stage k leads to stop k.
     """
 
     def __init__(
@@ -130,28 +130,28 @@ class Course:
         self._fresh = itertools.count(len(self._flat.avals))
         self._stages = self._cut(self._flat)
         self._programs: dict[Any, tuple[Program, list[Any]]] = {}
-        self._watches: dict[int, list[_Watch]] = {}
-        self.stops = tuple(_stop(halt) for halt in self._flat.halts)
+        self._updates: dict[int, list[_Update]] = {}
+        self.boundaries = tuple(_describe_boundary(stop) for stop in self._flat.stops)
 
-    def start(self, inputs: Sequence[Any]) -> "Flight":
+    def start(self, inputs: Sequence[Any]) -> "BatchRun":
         """Let a batch begin."""
         values = zip(self._flat.inputs, jax.tree.leaves(tuple(inputs)), strict=True)
         needed = self._needed
-        return Flight(self, {v: _shelve(x, self._host) for v, x in values if v in needed})
+        return BatchRun(self, {v: _offload(x, self._host) for v, x in values if v in needed})
 
     def _cut(self, flat: Flat) -> list[_Stage]:
         """Go backwards through the steps; keep those that a stop needs, and what they need."""
         stages: list[_Stage] = []
         needed: set[int] = set()
-        for k in reversed(range(len(flat.halts))):
-            halt = flat.halts[k]
-            begin = flat.halts[k - 1].index if k else 0
+        for k in reversed(range(len(flat.stops))):
+            stop = flat.stops[k]
+            begin = flat.stops[k - 1].index if k else 0
             kept = frozenset(needed)
-            needed |= _roots_at(flat, halt)
+            needed |= _roots_at(flat, stop)
             wanted, mine = frozenset(needed), []
-            for number in reversed(range(begin, halt.index)):
+            for number in reversed(range(begin, stop.index)):
                 op = flat.ops[number]
-                if flat.recomputed(op):
+                if flat.is_recomputed(op):
                     continue
                 if number in flat.lasting or needed.intersection(op.outputs):
                     mine.append(number)
@@ -178,7 +178,7 @@ class Course:
         while left:
             atom = left.pop()
             number = None if isinstance(atom, Literal) else flat.maker.get(atom)
-            if number is not None and number not in needed and flat.recomputed(flat.ops[number]):
+            if number is not None and number not in needed and flat.is_recomputed(flat.ops[number]):
                 needed.add(number)
                 left += flat.ops[number].inputs
         ops = [*(flat.ops[n] for n in sorted(needed)), *further]
@@ -193,23 +193,27 @@ class Course:
 
     # --- observers -----------------------------------------------------------------------------
 
-    def watches(self, k: int, observers: Mapping[str, Observer], cells: Cells) -> list[_Watch]:
+    def list_updates(
+        self, k: int, observers: Mapping[str, Observer], cells: Cells
+    ) -> list[_Update]:
         """Compile the observers at stop k; cells give the shapes of their states."""
-        if k not in self._watches:
-            watches = []
-            for visit in self._flat.halts[k].visits:
+        if k not in self._updates:
+            updates = []
+            for visit in self._flat.stops[k].visits:
                 names = tuple(site.name for site in visit.sites if site.name in observers)
                 if names:
                     mine = {name: cells[name] for name in names}
-                    watches.append(self._watch(visit, observers, mine))
-            self._watches[k] = watches
-        return self._watches[k]
+                    updates.append(self._compile_update(visit, observers, mine))
+            self._updates[k] = updates
+        return self._updates[k]
 
-    def _watch(self, visit: Visit, observers: Mapping[str, Observer], cells: Cells) -> _Watch:
+    def _compile_update(
+        self, visit: Visit, observers: Mapping[str, Observer], cells: Cells
+    ) -> _Update:
         key = visit.position, tuple((name, observers[name]) for name in cells)
         variables = [a for a in visit.operands if not isinstance(a, Literal)]
         if key not in self._programs:  # iterations of a scan share it
-            observe = functools.partial(_observed, self.traced, visit, observers)
+            observe = functools.partial(_observe, self.traced, visit, observers)
             shapes = [_struct(self._flat.avals[v]) for v in variables]
             program, _ = capture_program(observe, (cells, shapes))
             self._programs[key] = program, jax.tree.leaves(cells)
@@ -219,10 +223,10 @@ class Course:
         op = program_op(self._shared.keys, program, [*states, *variables], results)
         avals = {v: jax.typeof(x) for v, x in zip(states, flat_cells, strict=True)}
         compiled = self._compile([], [op], results, avals)
-        return _Watch(compiled, tuple(cells), {v: k for k, v in enumerate(states)})
+        return _Update(compiled, tuple(cells), {v: k for k, v in enumerate(states)})
 
 
-def _observed(
+def _observe(
     traced: Traced,
     visit: Visit,
     observers: Mapping[str, Observer],
@@ -253,11 +257,11 @@ def _observed(
     return rebuild(plan, visit.position, eqn, operands, cells)[1]
 
 
-class Flight:
-    """A batch on its way; `_env` holds what it carries."""
+class BatchRun:
+    """The run of one batch through a pipeline; `_env` holds what the batch carries."""
 
-    def __init__(self, course: Course, env: dict[int, Any]):
-        self.course, self._env, self._next = course, env, 0
+    def __init__(self, pipeline: Pipeline, env: dict[int, Any]):
+        self.pipeline, self._env, self._next = pipeline, env, 0
 
     def advance(
         self, leaves: Sequence[Any], observers: Mapping[str, Observer], cells: Cells
@@ -272,43 +276,43 @@ class Flight:
         Returns:
             The updated cells.
         """
-        course, k = self.course, self._next
+        pipeline, k = self.pipeline, self._next
         self._next += 1
-        stage, arrays = course._stages[k], {}
+        stage, arrays = pipeline._stages[k], {}
 
         def value(var: int) -> Any:
             if var not in arrays:
-                base = course._flat.base.get(var)
+                base = pipeline._flat.base.get(var)
                 if isinstance(base, Leaf):
                     arrays[var] = leaves[base.number]
                 elif isinstance(base, Constant):
                     arrays[var] = base.value
                 else:
-                    arrays[var] = _unshelve(self._env[var])
+                    arrays[var] = _load(self._env[var])
             return arrays[var]
 
         if stage.compiled is not None:
             results = stage.compiled.function(*map(value, stage.compiled.inputs))
             arrays.update(zip(stage.outputs, results, strict=True))
         cells = dict(cells)
-        for watch in course.watches(k, observers, cells):
-            mine = {name: cells[name] for name in watch.names}
+        for update in pipeline.list_updates(k, observers, cells):
+            mine = {name: cells[name] for name in update.names}
             states, structure = jax.tree.flatten(mine)
-            results = watch.compiled.function(
+            results = update.compiled.function(
                 *(
-                    states[watch.cells[v]] if v in watch.cells else value(v)
-                    for v in watch.compiled.inputs
+                    states[update.cells[v]] if v in update.cells else value(v)
+                    for v in update.compiled.inputs
                 )
             )
             cells |= jax.tree.unflatten(structure, results)
         self._env = {
-            v: self._env[v] if v in self._env else _shelve(arrays[v], course._host)
+            v: self._env[v] if v in self._env else _offload(arrays[v], pipeline._host)
             for v in stage.kept
         }
         return cells
 
 
-class _Shelved(NamedTuple):
+class _Offloaded(NamedTuple):
     """An array on the host, and where it came from."""
 
     value: np.ndarray
@@ -316,53 +320,53 @@ class _Shelved(NamedTuple):
     key: Any  # the implementation, if they are random keys
 
 
-def _shelve(x: Any, host: bool) -> Any:
+def _offload(x: Any, host: bool) -> Any:
     if not host or not isinstance(x, jax.Array):
         return x
     if jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
-        return _Shelved(np.asarray(jax.random.key_data(x)), None, jax.random.key_impl(x))
-    return _Shelved(np.asarray(x), x.sharding, None)
+        return _Offloaded(np.asarray(jax.random.key_data(x)), None, jax.random.key_impl(x))
+    return _Offloaded(np.asarray(x), x.sharding, None)
 
 
-def _unshelve(x: Any) -> Any:
-    if not isinstance(x, _Shelved):
+def _load(x: Any) -> Any:
+    if not isinstance(x, _Offloaded):
         return x
     if x.key is not None:
         return jax.random.wrap_key_data(jnp.asarray(x.value), impl=x.key)
     return jax.device_put(x.value, x.sharding)
 
 
-def _roots_at(flat: Flat, halt: Halt) -> set[int]:
-    return set().union(*(flat.roots_of(visit.operands) for visit in halt.visits))
+def _roots_at(flat: Flat, stop: Stop) -> set[int]:
+    return set().union(*(flat.roots_of(visit.operands) for visit in stop.visits))
 
 
 def _struct(aval: Any) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(aval.shape, aval.dtype, weak_type=aval.weak_type)
 
 
-def _stop(halt: Halt) -> Stop:
-    sites = [site for visit in halt.visits for site in visit.sites]
-    depth = len(halt.iteration)
-    return Stop(
-        sites=tuple(_sliced(site, halt.picks.get(site.path, {}), depth) for site in sites),
-        slices={site.path: halt.picks.get(site.path, {}) for site in sites},
-        iteration=halt.iteration,
+def _describe_boundary(stop: Stop) -> Boundary:
+    sites = [site for visit in stop.visits for site in visit.sites]
+    depth = len(stop.iteration)
+    return Boundary(
+        sites=tuple(_slice_site(site, stop.picks.get(site.path, {}), depth) for site in sites),
+        slices={site.path: stop.picks.get(site.path, {}) for site in sites},
+        iteration=stop.iteration,
     )
 
 
-def _sliced(site: Site, picks: Mapping[int, int], depth: int) -> Site:
+def _slice_site(site: Site, picks: Mapping[int, int], depth: int) -> Site:
     """Describe a site as one of a slice of its leaf, inside scans that were taken apart."""
     times = int(np.prod(site.stack[:depth], dtype=np.int64))
 
-    def renumbered(axes: Sequence[int]) -> tuple[int, ...]:
+    def renumber(axes: Sequence[int]) -> tuple[int, ...]:
         return tuple(a - sum(p < a for p in picks) for a in axes if a not in picks)
 
     return replace(
         site,
-        axes=Axes(**{role: renumbered(axes) for role, axes in vars(site.axes).items()}),
+        axes=Axes(**{role: renumber(axes) for role, axes in vars(site.axes).items()}),
         stack=site.stack[depth:],
         layers=tuple(
-            None if axis is None else renumbered((axis,))[0] for axis in site.layers[depth:]
+            None if axis is None else renumber((axis,))[0] for axis in site.layers[depth:]
         ),
         repeats=site.repeats // times,
         flops=site.flops // times,

@@ -10,8 +10,8 @@ from jaxcompress.budget import Budget, Bytes, Flops, Params, Seconds, fewest_ste
 from jaxcompress.errors import ArgumentError, ArgumentTypeError
 from jaxcompress.structured.depth._blocks import Analysis, abstract, analyse
 from jaxcompress.structured.depth._drop import decide, rebuild_layers
-from jaxcompress.structured.depth._dropped import collected, something_stays
-from jaxcompress.structured.depth._influence import checked_scores
+from jaxcompress.structured.depth._dropped import collect_chosen, find_emptied
+from jaxcompress.structured.depth._influence import check_scores
 
 
 def choose_layers(
@@ -60,7 +60,7 @@ def choose_layers(
         )
     shapes = abstract(params)
     analysis = analyse(fn, shapes, inputs, kwargs)
-    order = _order(analysis, checked_scores(scores))
+    order = _order(analysis, check_scores(scores))
     if isinstance(budget, int):
         if not 0 <= budget <= len(order):
             raise ArgumentError(
@@ -94,7 +94,7 @@ def _order(analysis: Analysis, scores: Mapping[str, float]) -> list[str]:
     ranked = sorted(scores, key=lambda name: scores[name])
     order: list[str] = []
     for name in ranked:
-        if something_stays(analysis, *collected(analysis, [*order, name])) is None:
+        if find_emptied(analysis, *collect_chosen(analysis, [*order, name])) is None:
             order.append(name)
     return order
 

@@ -24,11 +24,11 @@ from jaxcompress.structured._certificate import (
     tolerance_of,
 )
 from jaxcompress.structured.depth._blocks import Analysis, abstract, analyse
-from jaxcompress.structured.depth._dropped import Chosen, Dropped, choose, described, zeroed
+from jaxcompress.structured.depth._dropped import Chosen, Dropped, choose, describe, set_zero
 from jaxcompress.structured.depth._flow import Flow
 from jaxcompress.structured.depth._gated import run_gated
 from jaxcompress.structured.depth._surgery import Kept, Surgery, operate, plan_of, take
-from jaxcompress.structured.depth._without import GONE, without
+from jaxcompress.structured.depth._without import GONE, drop_marked
 
 
 def drop_layers(
@@ -176,7 +176,7 @@ class _Smaller:
             else jnp.asarray(x)
             for k, x in enumerate(results)
         ]
-        return without(jax.tree.unflatten(jax.tree.structure(self.traced.outputs), arrays))
+        return drop_marked(jax.tree.unflatten(jax.tree.structure(self.traced.outputs), arrays))
 
     def shorten(self, outputs: Any) -> Any:
         """Take out of fn's outputs at full size what is not returned any more."""
@@ -189,7 +189,7 @@ class _Smaller:
 def decide(analysis: Analysis, blocks: Chosen) -> tuple[Dropped, Surgery]:
     """Work out what goes with chosen blocks and layers."""
     names, iterations = choose(analysis, blocks)
-    kept = _kept(analysis, iterations)
+    kept = _list_kept(analysis, iterations)
     chosen = [analysis.blocks[name] for name in names]
     surgery = operate(analysis.traced, analysis.residuals.flow, chosen, kept)
     _check_gone(analysis, names, surgery)
@@ -198,7 +198,7 @@ def decide(analysis: Analysis, blocks: Chosen) -> tuple[Dropped, Surgery]:
         iterations=iterations,
         removed=surgery.removed,
         rows={path: (axis, kept[surgery.row_of[path]]) for path, axis in surgery.rows.items()},
-        leaves={path: described(leaf) for path, leaf in analysis.traced.leaves.items()},
+        leaves={path: describe(leaf) for path, leaf in analysis.traced.leaves.items()},
     )
     return dropped, surgery
 
@@ -214,7 +214,7 @@ def _of_shape(x: Any, like: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(like.shape, x.dtype, sharding=sharding if explicit else None)
 
 
-def _kept(analysis: Analysis, iterations: Mapping[str, Sequence[int]]) -> Kept:
+def _list_kept(analysis: Analysis, iterations: Mapping[str, Sequence[int]]) -> Kept:
     kept = {}
     for name, gone in iterations.items():
         stack = analysis.stacks[name]
@@ -235,7 +235,7 @@ def _decide_again(analysis: Analysis, dropped: Dropped) -> Surgery:
             fix="Drop them with inputs and keywords like those of this call.",
         )
     chosen = [analysis.blocks[name] for name in dropped.blocks]
-    kept = _kept(analysis, dropped.iterations)
+    kept = _list_kept(analysis, dropped.iterations)
     flow = analysis.residuals.flow
     surgery = operate(analysis.traced, flow, chosen, kept, shorter=dropped.rows)
     paths = [path for path, leaf in analysis.traced.leaves.items() for _ in jax.tree.leaves(leaf)]
@@ -290,23 +290,23 @@ def _certify(
     dense = jax.jit(lambda *args: smaller.shorten(run_call(traced, *args)))
     shrunk = jax.jit(smaller)
 
-    def measured(call: Any) -> Distances:
+    def measure(call: Any) -> Distances:
         outputs = shrunk(fewer, *call)
         return Distances(
             structural=distance(outputs, switched(params, *call)),
-            weights=distance(outputs, dense(zeroed(params, dropped), *call)),
+            weights=distance(outputs, dense(set_zero(params, dropped), *call)),
             dense=distance(outputs, dense(params, *call)),
         )
 
     inputs, kwargs = given
-    small = lambda params, *inputs, **kwargs: smaller(params, inputs, kwargs)
+    run_smaller = lambda params, *inputs, **kwargs: smaller(params, inputs, kwargs)
     return Certificate(
-        given=None if is_abstract(params, given) else measured(given),
-        random=None if is_abstract(params) else measured(random_like(given)),
+        given=None if is_abstract(params, given) else measure(given),
+        random=None if is_abstract(params) else measure(random_like(given)),
         tolerance=tolerance_of(params, given, traced.outputs),
         leaks=(),
         before=size_of(traced, params),
-        after=size_of(capture(small, fewer, *inputs, **kwargs), fewer),
+        after=size_of(capture(run_smaller, fewer, *inputs, **kwargs), fewer),
         notes=_notes(analysis, dropped),
     )
 

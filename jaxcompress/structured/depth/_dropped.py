@@ -21,9 +21,9 @@ from jaxcompress.errors import (
     StructureError,
 )
 from jaxcompress.structured.depth._blocks import Analysis, Block, Layer
-from jaxcompress.structured.depth._residuals import closest
+from jaxcompress.structured.depth._residuals import find_closest
 from jaxcompress.structured.depth._surgery import take
-from jaxcompress.structured.depth._without import GONE, without
+from jaxcompress.structured.depth._without import GONE, drop_marked
 
 Chosen: TypeAlias = (
     str | Block | Layer | Mapping[str, Sequence[int]] | Sequence[str | Block | Layer]
@@ -70,7 +70,7 @@ class Dropped:
                 return GONE
             return take(leaf, *self.rows[path]) if path in self.rows else leaf
 
-        return without(tree.map_with_path(cut, params))
+        return drop_marked(tree.map_with_path(cut, params))
 
     def check(self, params: tree.Params) -> None:
         """Raise unless params have the leaves that blocks were dropped from.
@@ -181,7 +181,7 @@ def check_leaves(
     return given
 
 
-def described(leaf: Any) -> tuple[tuple[int, ...], str]:
+def describe(leaf: Any) -> tuple[tuple[int, ...], str]:
     return tuple(leaf.shape), str(leaf.dtype)
 
 
@@ -195,19 +195,21 @@ def choose(analysis: Analysis, chosen: Chosen) -> tuple[list[str], dict[str, tup
         SelectionError: If something is no block of fn.
         ArgumentError: If it cannot be dropped.
     """
-    names, iterations = collected(analysis, chosen)
-    error = something_stays(analysis, names, iterations)
+    names, iterations = collect_chosen(analysis, chosen)
+    error = find_emptied(analysis, names, iterations)
     if error is not None:
         raise error
     return names, iterations
 
 
-def collected(analysis: Analysis, chosen: Chosen) -> tuple[list[str], dict[str, tuple[int, ...]]]:
+def collect_chosen(
+    analysis: Analysis, chosen: Chosen
+) -> tuple[list[str], dict[str, tuple[int, ...]]]:
     """Find what is meant, whatever stays."""
     names: dict[str, None] = {}
     iterations: dict[str, set[int]] = {}
     for one in _items(chosen):
-        found, index = _meant(analysis, one)
+        found, index = _resolve(analysis, one)
         if index is None:
             names |= dict.fromkeys(found)
         else:
@@ -255,20 +257,20 @@ def _indices(given: Any) -> tuple[int, ...]:
         ) from None
 
 
-def _meant(analysis: Analysis, item: Item) -> tuple[tuple[str, ...], tuple[int, ...] | None]:
+def _resolve(analysis: Analysis, item: Item) -> tuple[tuple[str, ...], tuple[int, ...] | None]:
     name, indices = item
     if indices is not None:
-        return (name,), _checked_indices(analysis, name, indices)
+        return (name,), _check_indices(analysis, name, indices)
     if name in analysis.blocks:
         return (name,), None
     if name in analysis.layers:
         return analysis.layers[name].blocks, None
     if name in analysis.rejected:
-        raise _rejected(name, analysis.rejected[name])
+        raise _make_rejected_error(name, analysis.rejected[name])
     if indexed := re.fullmatch(r"(.+)\[(-?\d+)\]", name):
         known = indexed[1] in analysis.layers or indexed[1] in analysis.blocks
         if known:
-            return (indexed[1],), _checked_indices(analysis, indexed[1], (int(indexed[2]),))
+            return (indexed[1],), _check_indices(analysis, indexed[1], (int(indexed[2]),))
     layers = [layer.blocks for n, layer in analysis.layers.items() if tree.matches(name, n)]
     found = [n for n in analysis.blocks if tree.matches(name, n)]
     found += [block for blocks in layers for block in blocks]
@@ -276,23 +278,23 @@ def _meant(analysis: Analysis, item: Item) -> tuple[tuple[str, ...], tuple[int, 
         return tuple(dict.fromkeys(found)), None
     for known, reason in analysis.rejected.items():
         if tree.matches(name, known):
-            raise _rejected(known, reason)
-    raise _unknown(analysis, name)
+            raise _make_rejected_error(known, reason)
+    raise _make_unknown_error(analysis, name)
 
 
-def _unknown(analysis: Analysis, name: str) -> SelectionError:
+def _make_unknown_error(analysis: Analysis, name: str) -> SelectionError:
     known = list(dict.fromkeys([*analysis.blocks, *analysis.layers]))
     return SelectionError(
         "blocks",
         got=f"{name!r}, which is no residual block of fn",
         expected="names or globs of blocks and layers",
-        fix=f"The nearest are: {closest(name, known)}."
+        fix=f"The nearest are: {find_closest(name, known)}."
         if known
         else "fn has no residual block: no sum x + f(x) with a contraction of params in f.",
     )
 
 
-def _rejected(name: str, reason: str) -> ArgumentError:
+def _make_rejected_error(name: str, reason: str) -> ArgumentError:
     return ArgumentError(
         "blocks",
         got=f"{name!r}: {reason}",
@@ -301,10 +303,10 @@ def _rejected(name: str, reason: str) -> ArgumentError:
     )
 
 
-def _checked_indices(analysis: Analysis, name: str, indices: Sequence[int]) -> tuple[int, ...]:
+def _check_indices(analysis: Analysis, name: str, indices: Sequence[int]) -> tuple[int, ...]:
     layer = analysis.layers.get(name)
     if layer is None and name not in analysis.blocks:
-        raise _unknown(analysis, name)
+        raise _make_unknown_error(analysis, name)
     if layer is None or layer.length is None:
         home = analysis.layers[analysis.layer_of(name)] if layer is None else layer
         if home.length is None:
@@ -332,7 +334,7 @@ def _checked_indices(analysis: Analysis, name: str, indices: Sequence[int]) -> t
     return tuple(indices)
 
 
-def something_stays(
+def find_emptied(
     analysis: Analysis, names: Sequence[str], iterations: Mapping[str, Sequence[int]]
 ) -> ArgumentError | None:
     """Say what is wrong if a whole stack, or the last residual block, would go."""
@@ -355,7 +357,7 @@ def something_stays(
     return None
 
 
-def zeroed(params: tree.Params, dropped: Dropped) -> tree.Params:
+def set_zero(params: tree.Params, dropped: Dropped) -> tree.Params:
     """Set what goes to zero where it stands; integers stay, but for those that scales multiply."""
 
     def floats_to_zero(x: Any) -> Any:

@@ -104,7 +104,7 @@ class Flow:
     def varies(self, value: int) -> bool:
         return value != NO_VALUE and bool(self.varying >> value & 1)
 
-    def between(self, start: int, end: int) -> list[int]:
+    def list_between(self, start: int, end: int) -> list[int]:
         """List the values that are computed from `start`, and `end` from them; with `end`."""
         return [v for v in bits(self.above[end]) if v != start and self.above[v] >> start & 1]
 
@@ -268,7 +268,7 @@ class Needed:
     values: Mapping[Position, frozenset[int]]
 
 
-def needed_for(flow: Flow, roots: Iterable[int], passes: Mapping[Position, int]) -> Needed:
+def find_needed(flow: Flow, roots: Iterable[int], passes: Mapping[Position, int]) -> Needed:
     """Find what is needed for some values of a flow.
 
     Args:
@@ -323,7 +323,7 @@ def _find_needed(
     return needed
 
 
-def tainted(
+def find_tainted(
     flow: Flow,
     nodes: frozenset[Position],
     passes: Mapping[Position, int],
@@ -351,11 +351,11 @@ def tainted(
             if not found.isdisjoint(node.operands):
                 found.update(node.results)
         else:
-            found |= _tainted_scan(node, node.body, found, nodes, passes)
+            found |= _taint_scan(node, node.body, found, nodes, passes)
     return found
 
 
-def _tainted_scan(
+def _taint_scan(
     node: Node,
     body: Flow,
     found: set[int],
@@ -365,7 +365,7 @@ def _tainted_scan(
     consts, carry = scan_counts(node.eqn)
     start = {v for k, v in enumerate(body.inputs) if node.operands[k] in found}
     while True:
-        inside = tainted(body, nodes, passes, start)
+        inside = find_tainted(body, nodes, passes, start)
         more = {body.inputs[consts + k] for k in range(carry) if body.outputs[k] in inside} - start
         if not more:
             return {node.results[k] for k, v in enumerate(body.outputs) if v in inside}

@@ -14,7 +14,7 @@ from jaxcompress.errors import ArgumentError
 from jaxcompress.structured.depth._blocks import analyse
 from jaxcompress.structured.depth._dropped import check_leaves
 from jaxcompress.structured.depth._gated import run_gated
-from jaxcompress.structured.depth._influence import checked_scores
+from jaxcompress.structured.depth._influence import check_scores
 from jaxcompress.structured.depth._units import Level, block_gates, gate_shapes, units_of
 
 
@@ -28,9 +28,9 @@ def gate(
     """Put a trainable gate on each residual branch, `x + g f(x)`.
 
     Trained with a penalty on the gates (see `sparse_gates`), those of blocks that matter little
-    go to zero, and these can be dropped. The new function has residual blocks itself: to keep
-    the other gates as they were learned, drop in it, where names of blocks begin with `params/`
-    once more: `drop_layers(gated, trained, "params/layers_0", x)`.
+    go to zero, and these can be dropped. To keep the other gates as they were learned, drop the
+    blocks of the gated function, whose names begin with `params/`:
+    `drop_layers(gated, trained, "params/layers_0", x)`.
 
     Args:
         fn: `fn(params, *inputs, **kwargs) -> outputs`, pure.
@@ -104,7 +104,7 @@ def gate_scores(params: tree.Params) -> dict[str, float]:
             scores[name] = float(sizes)
         else:
             scores |= {f"{name}[{i}]": float(x) for i, x in enumerate(sizes)}
-    return checked_scores(scores)
+    return check_scores(scores)
 
 
 class SparseGatesState(NamedTuple):

@@ -11,7 +11,7 @@ from jaxcompress.graph import Equation
 from jaxcompress.graph.program import Cells
 from jaxcompress.graph.sites import execute
 from jaxcompress.structured.depth._blocks import Analysis
-from jaxcompress.structured.depth._surgery import new_plan, stepped
+from jaxcompress.structured.depth._surgery import add_step, new_plan
 
 
 def run_gated(
@@ -45,7 +45,7 @@ def run_gated(
         visits[one.node.position] = functools.partial(_gate, f"block {name}", one.skip)
     for name in layers:
         position = analysis.stacks[name].node.position
-        visits[position] = stepped(plan, position, f"layer {name}", _select)
+        visits[position] = add_step(plan, position, f"layer {name}", _select)
     return execute(analysis.traced, plan, args, cells)[0]
 
 

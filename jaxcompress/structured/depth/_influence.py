@@ -20,7 +20,7 @@ from jaxcompress.graph import Equation
 from jaxcompress.graph.program import Cells, Position, run
 from jaxcompress.structured.depth._blocks import Analysis, Layer, analyse
 from jaxcompress.structured.depth._gated import run_gated
-from jaxcompress.structured.depth._surgery import new_plan, stepped
+from jaxcompress.structured.depth._surgery import add_step, new_plan
 from jaxcompress.structured.depth._units import (
     Level,
     Unit,
@@ -55,11 +55,11 @@ def influence(
     Reference:
         Men et al., ShortGPT, arXiv:2403.03853, equation 1.
     """
-    total, count = _turned(jnp.asarray(x), jnp.asarray(y), axis)
+    total, count = _measure_turn(jnp.asarray(x), jnp.asarray(y), axis)
     return total / count
 
 
-def _turned(x: Array, y: Array, axis: int) -> Seen:
+def _measure_turn(x: Array, y: Array, axis: int) -> Seen:
     x, y = (_unit(z.astype(jnp.float32), axis) for z in (x, y))
     cosine = jnp.sum(x * y, axis=axis)
     nothing = ~jnp.any((x != 0) | (y != 0), axis=axis)
@@ -83,7 +83,7 @@ def block_influence(
     level: Level = "layer",
     axis: int = -1,
 ) -> dict[str, float]:
-    r"""Score layers by how far they turn the stream, `1 - E[cos(x, y)]` over tokens.
+    r"""Score layers by how far they turn the residual stream, `1 - E[cos(x, y)]` over tokens.
 
     x is what goes into a layer and y what comes out of it, sums included: a layer of low influence
     can be dropped. One jitted pass over the batches, memory does not grow with their number.
@@ -116,12 +116,12 @@ def block_influence(
     """
     units: list[Unit] = []
 
-    def seen(params: tree.Params, batch: tuple[Any, ...]) -> dict[str, Seen]:
+    def see(params: tree.Params, batch: tuple[Any, ...]) -> dict[str, Seen]:
         analysis = analyse(fn, params, batch, {})
         units[:] = units_of(analysis, level)
         return _watch(analysis, (params, batch, {}), level, axis)
 
-    step = jax.jit(seen)
+    step = jax.jit(see)
     totals: dict[str, list[np.ndarray]] = {}
     first, rest = open_stream(batches)
     for batch in itertools.chain([first], rest):
@@ -131,10 +131,10 @@ def block_influence(
             totals[base] = (
                 [a + b for a, b in zip(totals[base], new, strict=True)] if (base in totals) else new
             )
-    return checked_scores(by_unit(units, {base: s / n for base, (s, n) in totals.items()}))
+    return check_scores(by_unit(units, {base: s / n for base, (s, n) in totals.items()}))
 
 
-def checked_scores(scores: Mapping[str, float]) -> dict[str, float]:
+def check_scores(scores: Mapping[str, float]) -> dict[str, float]:
     wrong = [name for name, score in scores.items() if not math.isfinite(score)]
     if wrong:
         raise NonFiniteError(
@@ -173,13 +173,13 @@ def _watch(analysis: Analysis, args: Any, level: Level, axis: int) -> dict[str, 
     for name in stacks:
         stack = analysis.stacks[name]
         step = functools.partial(_see_layer, f"layer {name}", stack.carry, axis)
-        visits[stack.node.position] = stepped(plan, stack.node.position, f"layer {name}", step)
+        visits[stack.node.position] = add_step(plan, stack.node.position, f"layer {name}", step)
     found = run(analysis.traced.program, jax.tree.leaves(args), plan, {})[1]
     result: dict[str, Seen] = {name: found[f"layer {name}"] for name in stacks}
     for base, labels in filled.items():
         if len(labels) == 2:
             before, after = (found[label] for label in labels)
-            seen = _turned(before, after, axis)
+            seen = _measure_turn(before, after, axis)
         else:
             seen = found[labels[0]]
         alone = base in analysis.blocks and (
@@ -206,14 +206,14 @@ def _see(
     seen: Cells = {}
     for label in labels:
         kind = label.split(" ", 1)[0]
-        seen[label] = {"in": x, "out": y}[kind] if kind != "turn" else _turned(x, y, axis)
+        seen[label] = {"in": x, "out": y}[kind] if kind != "turn" else _measure_turn(x, y, axis)
     return [y], seen
 
 
 def _see_layer(
     label: str, carry: int, axis: int, before: Sequence[Any], after: Sequence[Any], cell: Any
 ) -> tuple[Sequence[Any], Cells]:
-    return after, {label: _turned(before[carry], after[carry], axis)}
+    return after, {label: _measure_turn(before[carry], after[carry], axis)}
 
 
 def loss_change(
@@ -225,7 +225,7 @@ def loss_change(
     level: Level = "layer",
     inputs: int = 1,
 ) -> dict[str, float]:
-    """Score layers by what the loss grows by if one of them is left out.
+    """Score each layer by how much the loss grows without it.
 
     `loss without the unit - loss`, by a single compiled function with a switch for each unit, at
     full size: it runs once for each unit and batch. Of a stack, the scan's carry passes by the
@@ -262,7 +262,7 @@ def loss_change(
     def value(params: tree.Params, off: Array, batch: tuple[Any, ...]) -> Array:
         analysis = analyse(fn, params, batch[:inputs], {})
         units[:] = units_of(analysis, level)
-        outputs = _switched(analysis, (params, batch[:inputs], {}), units, off, level)
+        outputs = _run_without(analysis, (params, batch[:inputs], {}), units, off, level)
         return jnp.mean(jnp.asarray(loss(outputs, *batch), jnp.float32))
 
     compiled = jax.jit(value)
@@ -282,12 +282,12 @@ def loss_change(
         gap = np.asarray([np.float64(x) for x in without]) - whole
         changes = gap * size[0] + (changes if total else 0.0)
         total += size[0]
-    return checked_scores(
+    return check_scores(
         {unit.name: float(x) for unit, x in zip(units, changes / total, strict=True)}
     )
 
 
-def _switched(analysis: Analysis, args: Any, units: list[Unit], off: Array, level: Level) -> Any:
+def _run_without(analysis: Analysis, args: Any, units: list[Unit], off: Array, level: Level) -> Any:
     """Run fn without unit number `off`; -1 for none."""
     shapes = gate_shapes(analysis, level)
     on = jnp.arange(len(units)) != off

@@ -89,7 +89,7 @@ def residuals_of(traced: Traced) -> Residuals:
         mine = list(_sums(one, paths, stack, tuple(scan.position for scan in scans)))
         found += mine
         inside = set().union(*(r.inner for r in mine))
-        rejected += _lookalikes(one, paths, mine, inside)
+        rejected += _find_lookalikes(one, paths, mine, inside)
         if mine and len(scans) == 1 and (layers := _stack(flow, scans[0], mine[0])):
             stacks.append(layers)
     found.sort(key=lambda r: r.node.position)
@@ -139,7 +139,7 @@ def _sum(
     root = flow.root[kept]
     for start in (root, *stream.get(root, ())):
         if flow.varies(start) and start != flow.root[branch] and flow.above[branch] >> start & 1:
-            inner = flow.between(start, branch)
+            inner = flow.list_between(start, branch)
             sites = tuple(flow.sites_of(inner))
             if not sites:
                 return None
@@ -148,7 +148,7 @@ def _sum(
     return None
 
 
-def _lookalikes(
+def _find_lookalikes(
     flow: Flow, paths: Sequence[str], found: Sequence[Residual], inside: set[int]
 ) -> Iterator[Rejected]:
     """Find sums of two branches that part at one value, where neither is that value."""
@@ -163,7 +163,7 @@ def _lookalikes(
         if not common:
             continue
         start = bits(common)[-1]
-        sites = [flow.sites_of(flow.between(start, end)) for end in (first, second)]
+        sites = [flow.sites_of(flow.list_between(start, end)) for end in (first, second)]
         if first == second or not any(sites):
             continue
         before, after = flow.shapes[start], flow.shapes[node.results[0]]
@@ -186,7 +186,7 @@ def _stack(flow: Flow, node: Node, first: Residual) -> Stack | None:
     paths = dict.fromkeys(
         path
         for k in slots
-        if body.inputs[k] in _read_by(body)
+        if body.inputs[k] in _list_read(body)
         for path in sorted(body.paths[body.inputs[k]])
     )
     carried = [
@@ -200,7 +200,7 @@ def _stack(flow: Flow, node: Node, first: Residual) -> Stack | None:
     return Stack(flow, node, node.eqn.params["length"], tuple(paths), carried[0])
 
 
-def _read_by(body: Flow) -> set[int]:
+def _list_read(body: Flow) -> set[int]:
     return {value for node in body.nodes for value in node.operands}
 
 
@@ -268,7 +268,7 @@ def layers_of(groups: Sequence[Sequence[str]], names: Sequence[str]) -> list[tup
         [('m_0', [0, 1]), ('m_1/a', [2])]
     """
     prefixes = [prefix_of(paths) for paths in groups]
-    joints = [_joint(a, b) for a, b in itertools.pairwise(prefixes)]
+    joints = [_find_joint(a, b) for a, b in itertools.pairwise(prefixes)]
     best = [max(joints[max(k - 1, 0) : k + 1], key=len, default=()) for k in range(len(prefixes))]
     layers: list[tuple[str, list[int]]] = []
     for number, joint in enumerate(best):
@@ -283,7 +283,7 @@ def layers_of(groups: Sequence[Sequence[str]], names: Sequence[str]) -> list[tup
     ]
 
 
-def _joint(first: tuple[str, ...], second: tuple[str, ...]) -> tuple[str, ...]:
+def _find_joint(first: tuple[str, ...], second: tuple[str, ...]) -> tuple[str, ...]:
     """Find the path of a layer that two blocks share; `()` if there is none."""
     shared = [
         a
@@ -297,7 +297,7 @@ def _joint(first: tuple[str, ...], second: tuple[str, ...]) -> tuple[str, ...]:
     return () if siblings else tuple(shared)
 
 
-def closest(name: str, known: Sequence[str]) -> str:
+def find_closest(name: str, known: Sequence[str]) -> str:
     """Write the names that are nearest to an unknown one."""
     near = difflib.get_close_matches(name, known, n=5, cutoff=0.3)
     return tree.shorten(near or list(known))

@@ -27,7 +27,14 @@ from jaxcompress.graph.program import (
     reenter,
     scan_counts,
 )
-from jaxcompress.structured.depth._flow import NO_VALUE, Flow, Needed, Node, needed_for, tainted
+from jaxcompress.structured.depth._flow import (
+    NO_VALUE,
+    Flow,
+    Needed,
+    Node,
+    find_needed,
+    find_tainted,
+)
 from jaxcompress.structured.depth._residuals import Residual
 
 _ROWWISE = CASTS | {"copy", "name", "transpose"}
@@ -92,15 +99,15 @@ def operate(
     leaves = set(flow.inputs[: len(parts)])
     through = {k for k in state if flow.outputs[k] in leaves}
     fixed = [v for k, v in enumerate(flow.outputs) if k not in state]
-    gone = needed_for(flow, fixed, {}).nodes - needed_for(flow, fixed, passes).nodes
-    touched = tainted(flow, gone, passes) if state else set[int]()
+    gone = find_needed(flow, fixed, {}).nodes - find_needed(flow, fixed, passes).nodes
+    touched = find_tainted(flow, gone, passes) if state else set[int]()
     lost = {k for k in state.keys() - through if flow.outputs[k] in touched}
     roots = [(k, v) for k, v in enumerate(flow.outputs) if k not in through]
-    before = needed_for(flow, [v for _, v in roots], {}).values[()]
-    after = needed_for(flow, [v for k, v in roots if k not in lost], passes)
+    before = find_needed(flow, [v for _, v in roots], {}).values[()]
+    after = find_needed(flow, [v for k, v in roots if k not in lost], passes)
     read_before = {parts[v] for v in before & leaves}
     read_after = {parts[v] for v in after.values[()] & leaves}
-    removed = _removed(list(traced.leaves), read_before, read_after)
+    removed = _list_removed(list(traced.leaves), read_before, read_after)
     lost |= {k for k in through if state[k] in removed}
     rows = _Rows(traced, flow, after, kept, state, lost, shorter)
     return Surgery(
@@ -121,7 +128,7 @@ def _parts(traced: Traced) -> list[str]:
     return [path for path, leaf in traced.leaves.items() for _ in jax.tree.leaves(leaf)]
 
 
-def _removed(paths: Sequence[str], before: set[str], after: set[str]) -> tuple[str, ...]:
+def _list_removed(paths: Sequence[str], before: set[str], after: set[str]) -> tuple[str, ...]:
     """List the leaves that are not read any more, and unread ones of what is gone altogether."""
     gone = before - after
     alive = {folder for path in paths if path in after for folder in _folders(path)}
@@ -300,11 +307,11 @@ def _plan_flow(flow: Flow, surgery: Surgery, plan: Plan, visits: dict[Position, 
                     for k in range(_first_slice(node), len(node.operands))
                     if node.operands[k] not in small
                 }
-                visits[here] = functools.partial(_shorter, plan, here, kept, whole)
+                visits[here] = functools.partial(_run_shorter, plan, here, kept, whole)
             _plan_flow(node.body, surgery, plan, visits)
 
 
-def _shorter(
+def _run_shorter(
     plan: Plan,
     position: Position,
     kept: tuple[int, ...] | None,
@@ -361,7 +368,7 @@ class _Stepped:
         return self._enter.derivative()
 
 
-def stepped(plan: Plan, position: Position, label: str, step: Step) -> Visit:
+def add_step(plan: Plan, position: Position, label: str, step: Step) -> Visit:
     """Make a visit that runs a scan with a step after each iteration."""
 
     def visit(equation: Equation, operands: Sequence[Any], cells: Cells) -> tuple[list, Cells]:

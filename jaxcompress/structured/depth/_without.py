@@ -19,7 +19,7 @@ class _Gone:
 GONE = _Gone()
 
 
-def without(marked: Any) -> Any:
+def drop_marked(marked: Any) -> Any:
     """Take the leaves that are `GONE` out of a tree.
 
     Args:
@@ -33,7 +33,7 @@ def without(marked: Any) -> Any:
         >>> without({"a": {"b": GONE}, "c": [GONE, 1]})
         {'c': [None, 1]}
     """
-    result = _without(marked)
+    result = _drop_marked(marked)
     if result is not GONE:
         return result
     return _like(marked, {}) if isinstance(marked, Mapping) else None
@@ -43,7 +43,7 @@ def _is_leaf(x: Any) -> bool:
     return isinstance(x, tree.LeafNode)
 
 
-def _without(node: Any) -> Any:
+def _drop_marked(node: Any) -> Any:
     leaves = jax.tree.leaves(node, is_leaf=_is_leaf)
     gone = sum(leaf is GONE for leaf in leaves)
     if not gone:
@@ -51,10 +51,10 @@ def _without(node: Any) -> Any:
     if gone == len(leaves):
         return GONE
     if isinstance(node, Mapping):
-        inside = {key: _without(value) for key, value in node.items()}
+        inside = {key: _drop_marked(value) for key, value in node.items()}
         return _like(node, {key: value for key, value in inside.items() if value is not GONE})
     if isinstance(node, tuple | list):
-        inside = [None if (x := _without(value)) is GONE else x for value in node]
+        inside = [None if (x := _drop_marked(value)) is GONE else x for value in node]
         kind: Any = type(node)
         return kind(*inside) if hasattr(node, "_fields") else kind(inside)
     return jax.tree.map(lambda x: None if x is GONE else x, node, is_leaf=_is_leaf)

@@ -14,11 +14,11 @@ from jaxcompress.structured._groups import Group, Member
 from jaxcompress.structured.importance._method import Given, Method
 from jaxcompress.structured.importance._seen import (
     Found,
-    beside_inner,
-    beside_outer,
+    collect_seen,
+    find_place,
     outputs_of_group,
-    place_of,
-    seen,
+    spread_inner,
+    spread_outer,
 )
 
 
@@ -63,7 +63,7 @@ class ActivationNorm(Method):
         reads = "channels" if self.at == "input" else "output"
         statistics = {"norm": stats.channel_norm(reads=reads)}
         paths = [m.path for group in given.groups.values() for m in self._members(group, given)]
-        return seen(given.fn, given.params, given.batches, statistics, paths)
+        return collect_seen(given.fn, given.params, given.batches, statistics, paths)
 
     def parts(self, group: Group, given: Given, prepared: Found) -> list[ArrayLike]:
         """Average over tokens, for each member with a site."""
@@ -98,9 +98,9 @@ class ActivationNorm(Method):
         total, tokens = np.zeros((*sizes, len(member.indices)), np.float32), np.float32(0)
         for site, norm in self._sites(member, found):
             sums = np.asarray(norm.l1 if self.order == 1 else np.square(norm.l2))
-            place = place_of(site, shape, window=False)
+            place = find_place(site, shape, window=False)
             inner = (self.at == "input") != bool(site.axes.lookup)
-            beside = beside_inner(sums, place) if inner else beside_outer(sums, place)
+            beside = spread_inner(sums, place) if inner else spread_outer(sums, place)
             if inner and place.form.feature_groups > 1:  # each channel once, not once an output
                 beside = beside / np.float32(outputs_of_group(place.form))
             total += _per_unit(beside, shape, member)

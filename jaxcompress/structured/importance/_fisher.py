@@ -13,8 +13,8 @@ from jaxcompress.batches import open_stream
 from jaxcompress.errors import ArgumentError
 from jaxcompress.structured._groups import Group
 from jaxcompress.structured.importance._method import Given, Method
-from jaxcompress.structured.importance._slopes import Slopes, differentiated, slopes
-from jaxcompress.structured.importance._taylor import no_slopes
+from jaxcompress.structured.importance._slopes import Slopes, differentiate, slopes
+from jaxcompress.structured.importance._taylor import make_zero_slopes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,7 +45,7 @@ class Fisher(Method):
 
     def prepare(self, given: Given) -> Slopes:
         """Sum squares over examples."""
-        gradient = differentiated(self, given)
+        gradient = differentiate(self, given)
 
         @jax.jit
         def step(totals: Slopes, params: tree.Params, batch: tuple) -> Slopes:
@@ -61,7 +61,7 @@ class Fisher(Method):
 
         first, rest = open_stream(given.batches)
         examples = batch_size(first)
-        totals = step(no_slopes(given), given.params, first)
+        totals = step(make_zero_slopes(given), given.params, first)
         for batch in rest:
             jax.block_until_ready(totals)  # one batch at a time on the device
             examples += batch_size(batch)

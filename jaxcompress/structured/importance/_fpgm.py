@@ -47,11 +47,11 @@ class FPGM(Method):
 
 def _distances(w: jax.Array, member: Member) -> jax.Array:
     indices = tuple(map(tuple, member.indices.tolist()))
-    return _compiled(w, kept=(*member.layers, member.axis), indices=indices)
+    return _sum_distances(w, kept=(*member.layers, member.axis), indices=indices)
 
 
 @functools.partial(jax.jit, static_argnames=("kept", "indices"))
-def _compiled(
+def _sum_distances(
     w: jax.Array, *, kept: tuple[int, ...], indices: tuple[tuple[int, ...], ...]
 ) -> jax.Array:
     by_unit = np.asarray(indices)

@@ -96,18 +96,18 @@ def importance(
     prepared = method.prepare(given)
     scores = {}
     for name, group in groups.items():
-        together = _reduced(method.parts(group, given, prepared), reduce)
+        together = _reduce(method.parts(group, given, prepared), reduce)
         _check_finite(together, group, given)
-        scores[name] = method.finish(jnp.asarray(_normalized(together, normalize)))
+        scores[name] = method.finish(jnp.asarray(_normalize(together, normalize)))
     return scores
 
 
-def _reduced(parts: list[ArrayLike], how: Reduce) -> np.ndarray:
+def _reduce(parts: list[ArrayLike], how: Reduce) -> np.ndarray:
     stacked = np.stack([np.asarray(part, np.float32) for part in parts])
     return {"sum": np.sum, "mean": np.mean, "max": np.max}[how](stacked, axis=0)
 
 
-def _normalized(scores: np.ndarray, how: Normalize) -> np.ndarray:
+def _normalize(scores: np.ndarray, how: Normalize) -> np.ndarray:
     if how is None:
         return scores
     whole = {"sum": np.sum, "mean": np.mean, "max": np.max}[how](scores, axis=-1, keepdims=True)

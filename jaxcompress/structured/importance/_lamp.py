@@ -23,7 +23,7 @@ def lamp(scores: jax.Array) -> jax.Array:
 
 @dataclass(frozen=True, kw_only=True)
 class LAMP(Magnitude):
-    r"""Score by what a unit is of all that would still be there: $s_u / \sum_{v \ge u} s_v$.
+    r"""Score a unit by its share of all units that score no less: $s_u / \sum_{v \ge u} s_v$.
 
     s are the scores of `Magnitude`, in ascending order; the largest unit of each group scores 1
     and goes last. It does not see the scale of a group, so `normalize` changes nothing here.

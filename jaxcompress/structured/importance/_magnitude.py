@@ -16,8 +16,8 @@ from jaxcompress.structured.importance._units import unit_sums
 class Magnitude(Method):
     r"""Score by size: $\sum |w|^p$ over the entries that go with a unit.
 
-    Summed over all kernels of the group, those that compute the unit and those that read it, and
-    no root is taken, as the group's own norm to the power p would have it. Biases, norm scales
+    Summed over all kernels of the group, those that compute the unit and those that read it. No
+    root is taken: the score is the norm of the unit to the power p. Biases, norm scales
     and running statistics are left out: their size does not say whether a unit is needed.
 
     Attributes:

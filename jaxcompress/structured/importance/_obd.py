@@ -10,9 +10,9 @@ from jaxtyping import ArrayLike
 from jaxcompress import stats
 from jaxcompress.structured._groups import Group, Member
 from jaxcompress.structured.importance._method import Given, Method
-from jaxcompress.structured.importance._seen import Found, Place, place_of, seen
+from jaxcompress.structured.importance._seen import Found, Place, collect_seen, find_place
 from jaxcompress.structured.importance._units import unit_sums
-from jaxcompress.structured.importance._wanda import with_sites
+from jaxcompress.structured.importance._wanda import list_with_sites
 
 
 def obd(w: jax.Array, h: jax.Array) -> jax.Array:
@@ -41,16 +41,16 @@ class OBD(Method):
         f = given.loss if given.loss is not None else given.fn
         assert f is not None and given.batches is not None
         paths = [m.path for group in given.groups.values() for m in given.weights(group)]
-        return seen(f, given.params, given.batches, {"fisher": stats.fisher()}, paths)
+        return collect_seen(f, given.params, given.batches, {"fisher": stats.fisher()}, paths)
 
     def parts(self, group: Group, given: Given, prepared: Found) -> list[ArrayLike]:
         """Sum saliencies per unit, for each kernel."""
-        return [_scores(m, given, prepared) for m in with_sites(group, given, prepared)]
+        return [_scores(m, given, prepared) for m in list_with_sites(group, given, prepared)]
 
 
 def _scores(member: Member, given: Given, found: Found) -> ArrayLike:
     w = given.array(member)
-    places = tuple(place_of(site, w.shape) for site, _ in found[member.path])
+    places = tuple(find_place(site, w.shape) for site, _ in found[member.path])
     totals = tuple(results["fisher"].total for _, results in found[member.path])
     return unit_sums(member, w, _diagonal(totals, places=places), of=obd)
 

@@ -18,7 +18,7 @@ Found = Mapping[str, tuple[tuple[Site, Any], ...]]
 """`{path: ((site, {key: result}), ...)}`."""
 
 
-def seen(
+def collect_seen(
     fn: Callable[..., Any],
     params: tree.Params,
     batches: Iterable[Any],
@@ -88,14 +88,14 @@ class Place(NamedTuple):
         return sums.reshape(*sizes, *groups, *sums.shape[sums.ndim - tail :])
 
 
-def place_of(site: Site, shape: Sequence[int], *, window: bool = True) -> Place:
+def find_place(site: Site, shape: Sequence[int], *, window: bool = True) -> Place:
     """Find where a site's results belong; without `window`, as if convolutions had none."""
     sizes = [1 if k in site.axes.spatial and not window else n for k, n in enumerate(shape)]
     form = form_of(sizes, site.axes, site.feature_groups)
     return Place(form, (*site.layers, *site.axes.batch))
 
 
-def beside_inner(sums: ArrayLike, place: Place) -> np.ndarray:
+def spread_inner(sums: ArrayLike, place: Place) -> np.ndarray:
     """Write sums for each contracted entry, `(*lead, features)`, beside the leaf.
 
     Returns:
@@ -112,7 +112,7 @@ def beside_inner(sums: ArrayLike, place: Place) -> np.ndarray:
     return x.transpose(np.argsort((*form.lead, *form.inner, *form.outer)))
 
 
-def beside_outer(sums: ArrayLike, place: Place) -> np.ndarray:
+def spread_outer(sums: ArrayLike, place: Place) -> np.ndarray:
     """Write sums for each output, `(*lead, outputs)`, or row of a table likewise.
 
     Returns:

@@ -31,7 +31,7 @@ def slopes(weights: Mapping[str, Any], gradients: Mapping[str, Any], given: Give
     }
 
 
-def differentiated(method: Method, given: Given) -> Callable[..., tuple[jax.Array, Any, Any]]:
+def differentiate(method: Method, given: Given) -> Callable[..., tuple[jax.Array, Any, Any]]:
     """Give `(params, batch) -> (loss, weights, gradients)`, both by path, of the members' leaves.
 
     The loss is the mean of the per-example losses, or the sum of fn's floating-point outputs.

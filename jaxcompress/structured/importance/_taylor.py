@@ -12,7 +12,7 @@ from jaxcompress.batches import open_stream
 from jaxcompress.errors import ArgumentError
 from jaxcompress.structured._groups import Group
 from jaxcompress.structured.importance._method import Given, Method
-from jaxcompress.structured.importance._slopes import Slopes, differentiated, slopes
+from jaxcompress.structured.importance._slopes import Slopes, differentiate, slopes
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -56,7 +56,7 @@ class Taylor(Method):
             found = dict(zip(tree.paths(given.params), entries, strict=True))
             _check_present(found, given)
             return jax.tree.map(effect, slopes(given.leaves, found, given))
-        gradient = differentiated(self, given)
+        gradient = differentiate(self, given)
 
         @jax.jit
         def step(totals: Slopes, params: tree.Params, batch: tuple) -> Slopes:
@@ -68,7 +68,7 @@ class Taylor(Method):
             )
 
         first, rest = open_stream(given.batches)
-        totals, count = step(no_slopes(given), given.params, first), 1
+        totals, count = step(make_zero_slopes(given), given.params, first), 1
         for batch in rest:
             jax.block_until_ready(totals)  # one batch at a time on the device
             totals, count = step(totals, given.params, batch), count + 1
@@ -79,7 +79,7 @@ class Taylor(Method):
         return [prepared[group.name]]
 
 
-def no_slopes(given: Given) -> Slopes:
+def make_zero_slopes(given: Given) -> Slopes:
     """Give zeros for each unit."""
     return {
         name: jnp.zeros((*group.layers, group.size), jnp.float32)

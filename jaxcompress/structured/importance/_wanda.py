@@ -13,10 +13,10 @@ from jaxcompress.structured._groups import Group, Member
 from jaxcompress.structured.importance._method import Given, Method
 from jaxcompress.structured.importance._seen import (
     Found,
-    beside_inner,
-    beside_outer,
-    place_of,
-    seen,
+    collect_seen,
+    find_place,
+    spread_inner,
+    spread_outer,
 )
 from jaxcompress.structured.importance._units import unit_sums
 
@@ -48,13 +48,13 @@ class Wanda(Method):
         assert given.fn is not None and given.batches is not None
         statistics = {"norm": stats.channel_norm(), "rows": stats.lookups()}
         paths = [m.path for group in given.groups.values() for m in given.weights(group)]
-        return seen(given.fn, given.params, given.batches, statistics, paths)
+        return collect_seen(given.fn, given.params, given.batches, statistics, paths)
 
     def parts(self, group: Group, given: Given, prepared: Found) -> list[ArrayLike]:
         """Sum |w| times the norm per unit, for each kernel."""
         return [
             unit_sums(m, given.array(m), _squares(m, given, prepared), of=wanda)
-            for m in with_sites(group, given, prepared)
+            for m in list_with_sites(group, given, prepared)
         ]
 
 
@@ -63,15 +63,15 @@ def _squares(member: Member, given: Given, found: Found) -> np.ndarray:
     shape = np.shape(given.leaves[member.path])
     total = np.zeros((1,) * len(shape), np.float32)
     for site, results in found[member.path]:
-        place = place_of(site, shape)
+        place = find_place(site, shape)
         if "norm" in results:
-            total = total + beside_inner(np.square(results["norm"].l2), place)
+            total = total + spread_inner(np.square(results["norm"].l2), place)
         else:
-            total = total + beside_outer(results["rows"].counts, place)
+            total = total + spread_outer(results["rows"].counts, place)
     return total
 
 
-def with_sites(group: Group, given: Given, found: Found) -> list[Member]:
+def list_with_sites(group: Group, given: Given, found: Found) -> list[Member]:
     """List the kernels of a group that statistics were collected at; refuse a group of none."""
     members = [m for m in given.weights(group) if found[m.path]]
     if not members:

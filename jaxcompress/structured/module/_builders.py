@@ -8,7 +8,7 @@ import jax
 
 from jaxcompress import adapters, tree
 from jaxcompress.errors import ArgumentTypeError
-from jaxcompress.structured.module._fields import Call, Settings, Shapes, having
+from jaxcompress.structured.module._fields import Call, Settings, Shapes, replace_numbers
 from jaxcompress.structured.module._flax import nn, nnx
 from jaxcompress.structured.module._literals import WidthLiteral
 
@@ -28,15 +28,17 @@ class Builder(Protocol):
         """Give the shapes of the leaves with some settings; `None` if it cannot be built."""
         ...
 
-    def module(self, source: Any, norms: Sequence[WidthLiteral]) -> tuple[Any, list[WidthLiteral]]:
+    def make_module(
+        self, source: Any, norms: Sequence[WidthLiteral]
+    ) -> tuple[Any, list[WidthLiteral]]:
         """Build it, with the epsilons of norms set; gives those where no attribute has it."""
         ...
 
-    def fn(self, module: Any, params: tree.Params) -> Callable[..., Any]:
+    def make_fn(self, module: Any, params: tree.Params) -> Callable[..., Any]:
         """Give its function of params."""
         ...
 
-    def holding(self, module: Any, params: tree.Params) -> Any:
+    def fill_module(self, module: Any, params: tree.Params) -> Any:
         """Give the module that the user gets."""
         ...
 
@@ -65,20 +67,22 @@ class _Linen:
         key = jax.random.key(0)
         rngs = {"dropout": key, **self._kwargs.get("rngs", {}), "params": key}
         try:
-            module = having(self.source, settings)
+            module = replace_numbers(self.source, settings)
             made = jax.eval_shape(lambda *args: module.init(rngs, *args, **kwargs), *self._inputs)
         except Exception:  # whatever the user's code raises at widths that do not go together
             return None
         made = nn.meta.unbox(made)
         return {path: tuple(leaf.shape) for path, leaf in tree.items(made)}
 
-    def module(self, source: Any, norms: Sequence[WidthLiteral]) -> tuple[Any, list[WidthLiteral]]:
+    def make_module(
+        self, source: Any, norms: Sequence[WidthLiteral]
+    ) -> tuple[Any, list[WidthLiteral]]:
         return source, list(norms)
 
-    def fn(self, module: Any, params: tree.Params) -> Callable[..., Any]:
+    def make_fn(self, module: Any, params: tree.Params) -> Callable[..., Any]:
         return adapters.from_linen(module, params, **self._kwargs)[0]
 
-    def holding(self, module: Any, params: tree.Params) -> Any:
+    def fill_module(self, module: Any, params: tree.Params) -> Any:
         return module
 
 
@@ -88,7 +92,7 @@ class _Nnx:
 
     def shapes_of(self, settings: Settings) -> Shapes | None:
         try:
-            state = nnx.state(self._abstract(having(self.source, settings)))
+            state = nnx.state(self._abstract(replace_numbers(self.source, settings)))
         except Exception:  # as above
             return None
         return {path: tuple(leaf.shape) for path, leaf in tree.items(state)}
@@ -96,7 +100,9 @@ class _Nnx:
     def _abstract(self, call: Call) -> Any:
         return nnx.eval_shape(lambda: call())
 
-    def module(self, source: Any, norms: Sequence[WidthLiteral]) -> tuple[Any, list[WidthLiteral]]:
+    def make_module(
+        self, source: Any, norms: Sequence[WidthLiteral]
+    ) -> tuple[Any, list[WidthLiteral]]:
         module = self._abstract(source)
         unset = []
         for norm in norms:
@@ -105,13 +111,13 @@ class _Nnx:
                 unset.append(norm)
         return module, unset
 
-    def fn(self, module: Any, params: tree.Params) -> Callable[..., Any]:
+    def make_fn(self, module: Any, params: tree.Params) -> Callable[..., Any]:
         if isinstance(module, Call):
             module = self._abstract(module)
         fn = adapters.from_nnx(module, **self._kwargs)[0]
         return lambda params, *inputs: fn(_as(nnx.state(module), params), *inputs)
 
-    def holding(self, module: Any, params: tree.Params) -> Any:
+    def fill_module(self, module: Any, params: tree.Params) -> Any:
         graphdef, state = nnx.split(module)
         return nnx.merge(graphdef, _as(state, params))
 

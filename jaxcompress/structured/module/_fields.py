@@ -50,7 +50,7 @@ class Call:
             *map(_fresh, bound.args), **{k: _fresh(x) for k, x in bound.kwargs.items()}
         )
 
-    def having(self, arguments: Mapping[str, Any]) -> "Call":
+    def replace(self, arguments: Mapping[str, Any]) -> "Call":
         """Give a copy with other arguments."""
         new = object.__new__(Call)
         new._bound, new._build, new.arguments = self._bound, self._build, dict(arguments)
@@ -98,7 +98,7 @@ def _children(node: Any) -> list[tuple[str | int, Any]]:
     return []
 
 
-def having(node: Any, settings: Settings) -> Any:
+def replace_numbers(node: Any, settings: Settings) -> Any:
     """Give a copy with other numbers in some places."""
     kind: Any = type(node)
     if () in settings:
@@ -107,11 +107,11 @@ def having(node: Any, settings: Settings) -> Any:
     for key, child in _children(node):
         inner = {place[1:]: value for place, value in settings.items() if place[0] == key}
         if inner:
-            new[key] = having(child, inner)
+            new[key] = replace_numbers(child, inner)
     if not new:
         return node
     if isinstance(node, Call):
-        return node.having({**node.arguments, **new})
+        return node.replace({**node.arguments, **new})
     if isinstance(node, nn.Module):
         return node.clone(**new)
     if isinstance(node, tuple) and hasattr(node, "_fields"):

@@ -53,14 +53,14 @@ def tag_of(literal: Any) -> Tag | None:
     return Tag(kind="number", value=float(value))
 
 
-def summed(x: Tag | None, sizes: Sequence[tuple[int, int]]) -> Tag | None:
+def sum_tag(x: Tag | None, sizes: Sequence[tuple[int, int]]) -> Tag | None:
     old, new = math.prod(a for a, _ in sizes), math.prod(b for _, b in sizes)
     if new == old:
         return None
     return Tag(kind="sum", old=old, new=new, centred=x is not None and x.kind == "deviation")
 
 
-def contracted(x: Tag | None, y: Tag | None, sizes: Sequence[tuple[int, int]]) -> Tag | None:
+def contract_tags(x: Tag | None, y: Tag | None, sizes: Sequence[tuple[int, int]]) -> Tag | None:
     kinds = {tag.kind if tag else "" for tag in (x, y)}
     for tag in (x, y):
         if tag and tag.kind == "leaf" and kinds != {"leaf"}:
@@ -71,7 +71,7 @@ def contracted(x: Tag | None, y: Tag | None, sizes: Sequence[tuple[int, int]]) -
     return None
 
 
-def _linear(operands: Sequence[Tag | None]) -> Tag | None:
+def _follow_linear(operands: Sequence[Tag | None]) -> Tag | None:
     """Follow what is computed from one product by whatever keeps it linear, such as a rotation."""
     tags = [tag for tag in operands if tag is not None and tag.kind != "number"]
     same = {tag.leaves for tag in tags if tag.kind == "output"}
@@ -86,12 +86,12 @@ def _pass(eqn: Any, x: Tag | None, *rest: Any) -> Tag | None:
 
 
 @_rule("add_any", "concatenate", "neg", "pad", "rev", "slice", "split")
-def _rearranged(eqn: Any, *operands: Tag | None) -> Tag | None:
-    return _linear(operands)
+def _rearrange(eqn: Any, *operands: Tag | None) -> Tag | None:
+    return _follow_linear(operands)
 
 
 @_rule("square", "integer_pow")
-def _power(eqn: Any, x: Tag | None) -> Tag | None:
+def _raise_integer(eqn: Any, x: Tag | None) -> Tag | None:
     power = eqn.params.get("y", 2)
     if x and x.kind == "number":
         return replace(x, value=x.value**power) if 1e-9 < abs(x.value) < 1e9 else None
@@ -101,7 +101,7 @@ def _power(eqn: Any, x: Tag | None) -> Tag | None:
 
 
 @_rule("sqrt", "rsqrt")
-def _rooted(eqn: Any, x: Tag | None) -> Tag | None:
+def _take_root(eqn: Any, x: Tag | None) -> Tag | None:
     inverse = eqn.primitive.name == "rsqrt"
     if x and x.kind == "number" and x.value > 0:
         return replace(x, value=x.value ** (-0.5 if inverse else 0.5))
@@ -109,23 +109,23 @@ def _rooted(eqn: Any, x: Tag | None) -> Tag | None:
 
 
 @_rule("pow")
-def _raised(eqn: Any, x: Tag | None, y: Tag | None) -> Tag | None:
+def _raise(eqn: Any, x: Tag | None, y: Tag | None) -> Tag | None:
     if x and y and x.kind == "mean" and y.kind == "number" and abs(y.value) == 0.5:
         return replace(x, kind="norm" if y.value < 0 else "root")
     return None
 
 
 @_rule("div")
-def _divided(eqn: Any, x: Tag | None, y: Tag | None) -> Tag | None:
+def _divide(eqn: Any, x: Tag | None, y: Tag | None) -> Tag | None:
     if x and y and x.kind == "sum" and y.kind == "number":
         return replace(x, kind="mean") if math.isclose(y.value, x.old, rel_tol=1e-3) else None
     if y and y.kind == "root":
         return replace(y, kind="norm")
-    return _linear([x]) if y is None or y.kind == "number" else None
+    return _follow_linear([x]) if y is None or y.kind == "number" else None
 
 
 @_rule("mul")
-def _multiplied(eqn: Any, x: Tag | None, y: Tag | None) -> Tag | None:
+def _multiply(eqn: Any, x: Tag | None, y: Tag | None) -> Tag | None:
     kinds = {tag.kind: tag for tag in (x, y) if tag}
     if "sum" in kinds and "number" in kinds:
         near = math.isclose(kinds["number"].value * kinds["sum"].old, 1, rel_tol=1e-3)
@@ -134,11 +134,11 @@ def _multiplied(eqn: Any, x: Tag | None, y: Tag | None) -> Tag | None:
         return kinds["norm"]
     if x is not None and x == y and x.kind in ("mean", "deviation"):  # a square
         return x
-    return _linear([x, y])
+    return _follow_linear([x, y])
 
 
 @_rule("add")
-def _added(eqn: Any, x: Tag | None, y: Tag | None) -> Tag | None:
+def _add(eqn: Any, x: Tag | None, y: Tag | None) -> Tag | None:
     kinds = {tag.kind: tag for tag in (x, y) if tag}
     number = kinds.get("number")
     for kind in ("mean", "leaf"):
@@ -146,18 +146,18 @@ def _added(eqn: Any, x: Tag | None, y: Tag | None) -> Tag | None:
             return replace(kinds[kind], value=kinds[kind].value + number.value)
     if "output" in kinds and "leaf" in kinds:  # a bias
         return replace(kinds["output"], leaves=kinds["output"].leaves | kinds["leaf"].leaves)
-    return _linear([x, y]) if x and y else None
+    return _follow_linear([x, y]) if x and y else None
 
 
 @_rule("sub")
-def _subtracted(eqn: Any, x: Tag | None, y: Tag | None) -> Tag | None:
+def _subtract(eqn: Any, x: Tag | None, y: Tag | None) -> Tag | None:
     if y and y.kind == "mean":
         return replace(y, kind="mean" if x and x.kind == "mean" else "deviation", centred=True)
-    return _linear([x, y]) if x and y else None
+    return _follow_linear([x, y]) if x and y else None
 
 
 @_rule("select_n")
-def _selected(eqn: Any, which: Any, *cases: Tag | None) -> Tag | None:
+def _select(eqn: Any, which: Any, *cases: Tag | None) -> Tag | None:
     """Follow a mean that NaN stands in for where nothing was counted."""
     means = [tag for tag in cases if tag and tag.kind in ("mean", "sum")]
     others = [tag for tag in cases if tag not in means]
@@ -165,5 +165,5 @@ def _selected(eqn: Any, which: Any, *cases: Tag | None) -> Tag | None:
 
 
 @_rule("max")
-def _at_least(eqn: Any, x: Tag | None, y: Tag | None) -> Tag | None:
+def _take_maximum(eqn: Any, x: Tag | None, y: Tag | None) -> Tag | None:
     return next((tag for tag in (x, y) if tag and tag.kind == "mean"), None)

@@ -34,8 +34,8 @@ from jaxcompress.structured.module._literal_rules import (
     ARITHMETIC,
     RULES,
     Tag,
-    contracted,
-    summed,
+    contract_tags,
+    sum_tag,
     tag_of,
 )
 
@@ -93,10 +93,10 @@ def width_literals(dims: graph.Dims, keep: graph.KeepIndices) -> tuple[WidthLite
     """
     reader = _Reader(dims, removed_by(dims, keep))
     reader.run()
-    return (*reader.found, *reader.bare())
+    return (*reader.found, *reader.list_bare())
 
 
-def with_epsilons(fn: Callable[..., Any], literals: Sequence[WidthLiteral]) -> Callable[..., Any]:
+def set_epsilons(fn: Callable[..., Any], literals: Sequence[WidthLiteral]) -> Callable[..., Any]:
     """Make fn add the wanted epsilons; it must be built like the function they were found in.
 
     Args:
@@ -143,7 +143,7 @@ class _Reader(Domain[Tag | None]):
         args += [None] * (len(program.invars) - len(args))
         interpret(program, args, self)
 
-    def bare(self) -> list[WidthLiteral]:
+    def list_bare(self) -> list[WidthLiteral]:
         """List the norms that no leaf scales."""
         return [
             WidthLiteral(kind="norm", leaves=(), old=tag.old, new=tag.new, epsilon=tag.value,
@@ -191,16 +191,16 @@ class _Reader(Domain[Tag | None]):
     ) -> Tag | None:
         name = eqn.primitive.name
         if name == "reduce_sum":
-            return summed(operands[0], [widths[0][k] for k in eqn.params["axes"]])
+            return sum_tag(operands[0], [widths[0][k] for k in eqn.params["axes"]])
         if name == "dot_general":
             (contract, _), _ = eqn.params["dimension_numbers"]
-            return contracted(operands[0], operands[1], [widths[0][k] for k in contract])
+            return contract_tags(operands[0], operands[1], [widths[0][k] for k in contract])
         if name in ARITHMETIC and all(x and x.kind == "number" for x in operands):
             a, b = (x.value for x in operands if x)
             known = name != "div" or b != 0
             return Tag(kind="number", value=ARITHMETIC[name](a, b)) if known else None
         if name in ("mul", "div"):
-            self._scores(name, operands, widths)
+            self._record_scores(name, operands, widths)
         tag = RULES[name](eqn, *operands) if name in RULES else None
         if name == "add" and tag is not None and tag.kind == "mean":
             side = next(k for k, x in enumerate(operands) if x and x.kind == "number")
@@ -208,12 +208,12 @@ class _Reader(Domain[Tag | None]):
         if tag is not None and tag.kind == "norm" and not tag.at:
             tag = self._norms[here] = replace(tag, at=here)
         if name == "mul":
-            self._scaled(operands)
+            self._record_scale(operands)
             if {x.kind for x in operands if x} == {"norm", "leaf"}:
                 return None
         return tag
 
-    def _scaled(self, operands: Sequence[Tag | None]) -> None:
+    def _record_scale(self, operands: Sequence[Tag | None]) -> None:
         """Record a norm that is multiplied by a leaf: its scale."""
         norm = next((x for x in operands if x and x.kind == "norm"), None)
         leaf = next((x for x in operands if x and x.kind == "leaf"), None)
@@ -225,7 +225,7 @@ class _Reader(Domain[Tag | None]):
                              centred=norm.centred)
             )  # fmt: skip
 
-    def _scores(
+    def _record_scores(
         self,
         name: str,
         operands: Sequence[Tag | None],

@@ -1,4 +1,4 @@
-"""`to_module`: the user's own class again, at the new widths."""
+"""`to_module`: the user's own class, built at the new widths."""
 
 import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -23,13 +23,13 @@ from jaxcompress.structured.module._fields import (
     Place,
     Settings,
     Shapes,
-    having,
     numbers,
     place_str,
+    replace_numbers,
     search,
 )
 from jaxcompress.structured.module._flax import nn, nnx
-from jaxcompress.structured.module._literals import WidthLiteral, width_literals, with_epsilons
+from jaxcompress.structured.module._literals import WidthLiteral, set_epsilons, width_literals
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,7 +84,7 @@ def to_module(
     exact: bool = True,
     **kwargs: Any,
 ) -> Rebuilt:
-    """Give the user's own Linen or NNX class again, with the new widths and the shrunk weights.
+    """Build the user's own Linen or NNX class at the new widths, with the shrunk weights.
 
     Integers in the module's fields (or in the keywords of an NNX constructor), in configuration
     dataclasses, tuples and dictionaries in them, are set such that the class makes leaves of the
@@ -142,15 +142,15 @@ def to_module(
         (3, True, (1, 2))
     """
     builder = builder_of(module, inputs, kwargs)
-    smaller = _at_new_size(params, keep)
+    smaller = _slice_to_size(params, keep)
     full = tree.map_with_path(
         lambda path, x: jax.ShapeDtypeStruct(keep.shapes[path], x.dtype), smaller
     )
-    fn = builder.fn(builder.source, full)
+    fn = builder.make_fn(builder.source, full)
     literals = width_literals(graph.dims(fn, full, *inputs), keep.leaves)
     reference = _Reference(rebuild(fn, keep), smaller, inputs)
     best = _nearest(builder, keep, literals, smaller, reference)
-    unfolded = best.distance is None and any(_inexact(literal) for literal in literals)
+    unfolded = best.distance is None and any(_is_inexact(literal) for literal in literals)
     if exact and (unfolded or (best.distance is not None and not best.agrees)):
         raise ArgumentError(
             "exact",
@@ -178,7 +178,7 @@ def _nearest(
         for candidate in _candidates(builder, settings, literals, smaller, reference):
             best = candidate if best is None or _rank(candidate) < _rank(best) else best
         # Where nothing can agree, the first is as good as any.
-        if best is None or best.distance is None or best.agrees or any(map(_inexact, literals)):
+        if best is None or best.distance is None or best.agrees or any(map(_is_inexact, literals)):
             break
     assert best is not None, "the search gives something, and each of it a candidate"
     return best
@@ -192,7 +192,7 @@ def _pairs(keep: Keep) -> list[tuple[int, int]]:
     return sorted(set(pairs))
 
 
-def _at_new_size(params: tree.Params, keep: Keep) -> tree.Params:
+def _slice_to_size(params: tree.Params, keep: Keep) -> tree.Params:
     shapes = {path: tuple(leaf.shape) for path, leaf in tree.items(params)}
     if shapes == {path: keep.shape(path) for path in keep.shapes}:
         return params
@@ -221,7 +221,7 @@ def _refuse_shapes(
 # --- Folding ------------------------------------------------------------------------------------
 
 
-def _inexact(literal: WidthLiteral) -> bool:
+def _is_inexact(literal: WidthLiteral) -> bool:
     return literal.centred or not literal.leaves
 
 
@@ -229,17 +229,17 @@ def _rank(rebuilt: Rebuilt) -> tuple[bool, float]:
     return not rebuilt.agrees, 0.0 if rebuilt.distance is None else rebuilt.distance.relative
 
 
-def _folds(params: tree.Params, literals: Sequence[WidthLiteral]) -> tuple[tree.Params, dict]:
+def _fold(params: tree.Params, literals: Sequence[WidthLiteral]) -> tuple[tree.Params, dict]:
     by_leaf = {path: literal for literal in literals for path in literal.leaves}
 
-    def folded(path: str, x: Any) -> Any:
+    def scale(path: str, x: Any) -> Any:
         if path not in by_leaf or isinstance(x, jax.ShapeDtypeStruct):
             return x
         offset = by_leaf[path].offset
         return ((x + offset) * by_leaf[path].factor - offset).astype(x.dtype)
 
     factors = {path: literal.factor for path, literal in by_leaf.items()}
-    return tree.map_with_path(folded, params), factors
+    return tree.map_with_path(scale, params), factors
 
 
 def _candidates(
@@ -250,30 +250,30 @@ def _candidates(
     reference: "_Reference",
 ) -> Iterator[Rebuilt]:
     """Give the module with everything folded, then (where that is a guess) with less."""
-    source = having(builder.source, settings)
+    source = replace_numbers(builder.source, settings)
     epsilons = _epsilons(builder.source, literals)
     norms = [literal for literal in literals if literal.kind == "norm" and literal.epsilon]
     centred = [literal for literal in literals if literal.centred]
     fewer = [literal for literal in literals if not literal.centred]
     for chosen in [literals, fewer] if centred else [literals]:
         for floats in [epsilons, {}] if epsilons else [{}]:
-            folded, factors = _folds(smaller, chosen)
+            folded, factors = _fold(smaller, chosen)
             covered = [known for known, _ in _changes(builder.source, floats).values()]
             open_norms = [x for x in norms if not any(is_near(x.epsilon, c) for c in covered)]
-            module, unset = builder.module(having(source, floats), open_norms)
-            fn = builder.fn(module, folded)
+            module, unset = builder.make_module(replace_numbers(source, floats), open_norms)
+            fn = builder.make_fn(module, folded)
             far = structural = reference.distance(fn, folded)
             if far is not None and unset:
-                structural = reference.distance(with_epsilons(fn, unset), folded)
+                structural = reference.distance(set_epsilons(fn, unset), folded)
             rebuilt = Rebuilt(
-                module=builder.holding(module, folded),
+                module=builder.fill_module(module, folded),
                 params=folded,
                 fields=_changes(builder.source, {**settings, **floats}),
                 folded=factors,
                 distance=far,
                 structural=structural,
                 tolerance=reference.tolerance,
-                notes=(*_why_inexact(literals), *_why_unset(unset)),
+                notes=(*_explain_inexact(literals), *_explain_unset(unset)),
             )
             yield rebuilt
             if rebuilt.agrees or far is None:
@@ -294,7 +294,7 @@ def _epsilons(source: Any, literals: Sequence[WidthLiteral]) -> dict[Place, floa
     return settings
 
 
-def _why_inexact(literals: Sequence[WidthLiteral]) -> list[str]:
+def _explain_inexact(literals: Sequence[WidthLiteral]) -> list[str]:
     notes = []
     for literal in literals:
         name = literal.leaves[0] if literal.leaves else f"a {literal.kind} without a scale"
@@ -308,7 +308,7 @@ def _why_inexact(literals: Sequence[WidthLiteral]) -> list[str]:
     return notes
 
 
-def _why_unset(literals: Sequence[WidthLiteral]) -> list[str]:
+def _explain_unset(literals: Sequence[WidthLiteral]) -> list[str]:
     return [
         f"{literal.leaves[0]}: epsilon stays {literal.epsilon:.1e}, where "
         f"{literal.wanted_epsilon:.1e} would agree"

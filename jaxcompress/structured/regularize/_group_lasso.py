@@ -15,8 +15,8 @@ from jaxcompress.structured.regularize._penalties import (
     Figure,
     check_figure,
     figure_at,
-    needed,
-    wide,
+    require_params,
+    widen,
 )
 
 
@@ -61,8 +61,7 @@ def group_lasso(
         learning_rate: $\eta$, likewise.
 
     Returns:
-        An optax transformation; its state is a `GroupLassoState`. Leaves that the optimizer does
-        not see are left out of the norms.
+        An optax transformation. Leaves that the optimizer does not see are left out of the norms.
 
     Raises:
         ArgumentError: If an argument is negative; in `init`, if a group has no leaf that learns;
@@ -101,7 +100,7 @@ def group_lasso(
         updates: tree.Params, state: Any, params: tree.Params | None = None, **extra: Any
     ) -> tuple[tree.Params, Any]:
         del extra
-        params = needed(params)
+        params = require_params(params)
         weight = figure_at(strength, state.step) * figure_at(learning_rate, state.step)
         before = dict(tree.items(params))
         given = dict(zip(before, tree.flatten_like(params, updates, name="updates"), strict=True))
@@ -109,7 +108,7 @@ def group_lasso(
         paths = dict.fromkeys(m.path for several in members.values() for m in several)
         moved = {path: _sum(before[path], given[path]) for path in paths}
         for several in members.values():
-            moved |= _shrunk(moved, several, weight)
+            moved |= _shrink_units(moved, several, weight)
         steps = {path: moved[path] - before[path].astype(moved[path].dtype) for path in paths}
         stepped = tree.map_with_path(lambda path, p, u: steps.get(path, u), params, updates)
         return stepped, GroupLassoState(step=jnp.asarray(optax.safe_increment(state.step)))
@@ -119,12 +118,12 @@ def group_lasso(
 
 def _sum(p: jax.Array, u: jax.Array) -> jax.Array:
     """Add in float32 or wider."""
-    p, u = wide(p), wide(u)
+    p, u = widen(p), widen(u)
     dtype = linalg.common_float(p.dtype, u.dtype)
     return p.astype(dtype) + u.astype(dtype)
 
 
-def _shrunk(
+def _shrink_units(
     leaves: dict[str, jax.Array], members: tuple[Member, ...], weight: jax.Array
 ) -> dict[str, jax.Array]:
     """Take the proximal step of one group, whose units do not overlap."""

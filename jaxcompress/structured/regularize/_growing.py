@@ -13,7 +13,7 @@ from jaxcompress import tree
 from jaxcompress.errors import ArgumentError, NonFiniteError, StructureError
 from jaxcompress.structured._groups import Group
 from jaxcompress.structured.importance._units import learned_members, spread
-from jaxcompress.structured.regularize._penalties import add_penalty, check_figure, needed
+from jaxcompress.structured.regularize._penalties import add_penalty, check_figure, require_params
 
 
 class GrowingState(NamedTuple):
@@ -29,7 +29,7 @@ class GrowingState(NamedTuple):
     penalties: dict[str, jax.Array]
 
 
-def lowest(scores: np.ndarray, count: int) -> np.ndarray:
+def choose_lowest(scores: np.ndarray, count: int) -> np.ndarray:
     """Choose so many of the lowest along the last axis, the first of equal ones: a bool array."""
     order = np.argsort(scores, axis=-1, kind="stable")
     chosen = np.zeros(scores.shape, bool)
@@ -64,7 +64,7 @@ def growing_regularization(
         ceiling: $\tau$, where the penalty stops.
 
     Returns:
-        An optax transformation; its state is a `GrowingState`.
+        An optax transformation.
 
     Raises:
         ArgumentError: If an argument is out of range or no unit is chosen; in `init`, if a group
@@ -90,7 +90,7 @@ def growing_regularization(
         (GReg-1), on all members of a group.
     """
     _check_growth(increment, every, ceiling)
-    chosen = _chosen(groups, scores, fraction)
+    chosen = _choose_units(groups, scores, fraction)
 
     def init(params: tree.Params) -> Any:
         learned_members(groups, params)
@@ -101,7 +101,7 @@ def growing_regularization(
         updates: tree.Params, state: Any, params: tree.Params | None = None, **extra: Any
     ) -> tuple[tree.Params, Any]:
         del extra
-        params = needed(params)
+        params = require_params(params)
         leaves = dict(tree.items(params))
         more = jnp.where(state.step % every == 0, jnp.float32(increment), jnp.float32(0))
         grown = {
@@ -129,7 +129,7 @@ def _check_growth(increment: float, every: int, ceiling: float) -> None:
         )
 
 
-def _chosen(
+def _choose_units(
     groups: Mapping[str, Group],
     scores: Mapping[str, ArrayLike],
     fraction: float | Mapping[str, float],
@@ -159,7 +159,7 @@ def _chosen(
                 "fraction", got=f"{share}", expected="from 0 to 1", fix="Use 0.5 for half."
             )
         # A little more than the product: 0.3 of 10 is 3, though 0.3 * 10 may round below.
-        found[name] = lowest(values, int(share * group.size + 1e-6))
+        found[name] = choose_lowest(values, int(share * group.size + 1e-6))
     unknown = sorted(set(fraction) - set(groups)) if isinstance(fraction, Mapping) else []
     if unknown or not any(units.any() for units in found.values()):
         raise ArgumentError(

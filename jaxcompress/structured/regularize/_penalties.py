@@ -30,7 +30,7 @@ def check_figure(name: str, figure: Figure, *, fix: str) -> None:
         raise ArgumentError(name, got=f"{figure}", expected="a number of at least 0", fix=fix)
 
 
-def needed(params: tree.Params | None) -> tree.Params:
+def require_params(params: tree.Params | None) -> tree.Params:
     """Refuse an update without params, as optax does."""
     if params is None:
         raise ArgumentError(
@@ -42,7 +42,7 @@ def needed(params: tree.Params | None) -> tree.Params:
     return params
 
 
-def wide(x: jax.Array) -> jax.Array:
+def widen(x: jax.Array) -> jax.Array:
     """Widen to float32 or more."""
     return x.astype(linalg.common_float(x.dtype, jnp.float32))
 
@@ -55,11 +55,11 @@ def add_penalty(
 ) -> tree.Params:
     """Add penalty * gradient(p) to the gradients of the leaves that have a penalty."""
 
-    def added(path: str, p: Any, g: Any) -> Any:
+    def add(path: str, p: Any, g: Any) -> Any:
         if path not in penalties or g is None:
             return g
-        more = penalties[path].astype(wide(p).dtype) * gradient(wide(p))
-        common = linalg.common_float(wide(g).dtype, more.dtype)
+        more = penalties[path].astype(widen(p).dtype) * gradient(widen(p))
+        common = linalg.common_float(widen(g).dtype, more.dtype)
         return (g.astype(common) + more.astype(common)).astype(g.dtype)
 
-    return tree.map_with_path(added, params, updates)
+    return tree.map_with_path(add, params, updates)

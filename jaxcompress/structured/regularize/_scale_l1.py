@@ -16,7 +16,7 @@ from jaxcompress.structured.regularize._penalties import (
     add_penalty,
     check_figure,
     figure_at,
-    needed,
+    require_params,
 )
 from jaxcompress.structured.regularize._scales import scale_members
 
@@ -46,7 +46,7 @@ def scale_l1(
         where: Which members are scales, as in `BatchNormScale`.
 
     Returns:
-        An optax transformation; its state is a `ScaleL1State`.
+        An optax transformation.
 
     Raises:
         ArgumentError: If `strength` is negative; in `init`, if a group has no norm scale; in
@@ -81,7 +81,7 @@ def scale_l1(
         updates: tree.Params, state: Any, params: tree.Params | None = None, **extra: Any
     ) -> tuple[tree.Params, Any]:
         del extra
-        params = needed(params)
+        params = require_params(params)
         leaves = dict(tree.items(params))
         weight, penalties = figure_at(strength, state.step), {}
         for name, members in scale_members(learned_members(groups, params), where, leaves).items():

@@ -63,13 +63,13 @@ def scale_members(
 ) -> dict[str, tuple[Member, ...]]:
     """Choose the members that are norm scales, by `where` or by name; refuse a group without."""
 
-    def chosen(member: Member) -> bool:
+    def is_scale(member: Member) -> bool:
         if where is not None:
             return tree.matches(where, member.path, leaves[member.path])
         along = not (member.produces or member.reads)
         return along and member.path.split("/")[-1] in _NAMES
 
-    found = {name: tuple(m for m in several if chosen(m)) for name, several in members.items()}
+    found = {name: tuple(m for m in several if is_scale(m)) for name, several in members.items()}
     bare = [name for name, several in found.items() if not several]
     if bare:
         named = "`where` selects" if where is not None else f"are called {', '.join(_NAMES)}"
