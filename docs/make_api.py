@@ -16,7 +16,8 @@ from typing import Any
 PAGE = pathlib.Path(__file__).with_name("api.md")
 PARTS = (
     "tree", "adapters", "graph", "stats", "numerics", "linalg", "budget", "sparsity", "structured",
-    "quantize", "lowrank", "distill", "train", "export", "report", "errors", "cli", "files", "lazy",
+    "quantize", "lowrank", "distill", "train", "export", "report", "errors", "cli",
+    "batches", "files", "lazy",
 )  # fmt: skip
 HEAD = """# API reference
 

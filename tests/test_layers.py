@@ -8,7 +8,7 @@ import pytest
 import jaxcompress
 
 LEVELS = {
-    0: {"tree", "errors", "files", "lazy", "adapters"},
+    0: {"tree", "errors", "files", "lazy", "adapters", "batches"},
     1: {"graph", "stats", "numerics", "linalg", "budget"},
     2: {"sparsity", "structured", "quantize", "lowrank", "distill"},
     3: {"train", "export", "report"},
@@ -24,6 +24,7 @@ ALLOWED = {
     ("adapters", "tree"),
     ("adapters", "errors"),
     ("adapters", "lazy"),
+    ("batches", "errors"),
     ("stats", "graph"),
 }
 PACKAGE = pathlib.Path(jaxcompress.__file__).parent

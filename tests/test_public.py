@@ -142,3 +142,18 @@ def test_the_top_level_stays_small():
     names = [name for name in dir(jaxcompress) if not name.startswith("_")]
     own = [n for n in names if not inspect.ismodule(getattr(jaxcompress, n))]
     assert len(own) <= 15
+
+
+DOORS = sorted(
+    "jaxcompress." + ".".join(path.parent.relative_to(PACKAGE).parts)
+    for path in PACKAGE.glob("*/*/__init__.py")
+)
+
+
+@pytest.mark.parametrize("name", DOORS)
+def test_doors_say_what_they_give(name):
+    """What a folder inside a package exports to other packages has a docstring."""
+    for attribute, value in vars(importlib.import_module(name)).items():
+        ours = getattr(value, "__module__", "").startswith("jaxcompress")
+        if not attribute.startswith("_") and ours and callable(value):
+            assert inspect.getdoc(value), f"{name}.{attribute}"

@@ -13,11 +13,11 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from jaxcompress.graph._moved import placed
-from jaxcompress.lowrank._factors import Carried
+from jaxcompress.graph.leaves import place_result
+from jaxcompress.lowrank._factors import CarriedFactors
 
 Program: TypeAlias = Callable[..., Array]
-"""`(*operands) -> result`, one operand a `Carried`."""
+"""`(*operands) -> result`, one operand a `CarriedFactors`."""
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,7 @@ def contract(equation: Any, operands: Sequence[Any], operand: int) -> Array | st
     program = rule(equation, operands, operand, node)
     if isinstance(program, str):
         return program
-    result = placed(program, equation, operands)(*operands)
+    result = place_result(program, equation, operands)(*operands)
     return result.astype(equation.result_dtype)
 
 
@@ -67,7 +67,7 @@ def _is_float(x: Any) -> bool:
     return jnp.issubdtype(x.dtype, jnp.floating)
 
 
-def _stages(node: Carried) -> list[Stage] | str:
+def _stages(node: CarriedFactors) -> list[Stage] | str:
     """Give the parts in the axes of the array at hand."""
     stages = []
     for number, part in enumerate(node.parts):
@@ -94,7 +94,9 @@ def _reversed(stages: Sequence[Stage]) -> list[Stage]:
 # --- dot_general ---------------------------------------------------------------------------------
 
 
-def _dot(equation: Any, operands: Sequence[Any], operand: int, node: Carried) -> Program | str:
+def _dot(
+    equation: Any, operands: Sequence[Any], operand: int, node: CarriedFactors
+) -> Program | str:
     (contracts, batches) = equation.params["dimension_numbers"]
     other = 1 - operand
     w_rank, x_rank = node.ndim, operands[other].ndim
@@ -108,7 +110,7 @@ def _dot(equation: Any, operands: Sequence[Any], operand: int, node: Carried) ->
     first, second = (free_w, free_x) if operand == 0 else (free_x, free_w)
     out = [*batches[operand], *first, *second]
 
-    def run(x: Array, node: Carried, *, flip: bool, tally: list[int]) -> Array:
+    def run(x: Array, node: CarriedFactors, *, flip: bool, tally: list[int]) -> Array:
         stages = _stages(node)
         assert not isinstance(stages, str)
         chain = _reversed(stages) if flip else stages
@@ -168,11 +170,11 @@ def _einsums(
     return x
 
 
-def _stages_of_shapes(node: Carried) -> str | None:
+def _stages_of_shapes(node: CarriedFactors) -> str | None:
     """Say why a node's parts cannot be told apart at its axes, if so; nothing is computed."""
     found: list[Any] = []
 
-    def look(node: Carried) -> Array:
+    def look(node: CarriedFactors) -> Array:
         found.append(_stages(node))
         return jnp.zeros(())
 
@@ -187,7 +189,7 @@ def _cost(run: Callable[..., Any], *args: Any, **kwargs: Any) -> int:
     return sum(tally)
 
 
-def _densifying(node: Carried) -> int:
+def _densifying(node: CarriedFactors) -> int:
     """FLOPs of multiplying the parts out."""
     ranks = [part.shape[-1] for part in node.parts[:-1]]
     return 2 * node.size * min(ranks)
@@ -196,7 +198,9 @@ def _densifying(node: Carried) -> int:
 # --- conv_general_dilated ------------------------------------------------------------------------
 
 
-def _conv(equation: Any, operands: Sequence[Any], operand: int, node: Carried) -> Program | str:
+def _conv(
+    equation: Any, operands: Sequence[Any], operand: int, node: CarriedFactors
+) -> Program | str:
     params = equation.params
     if operand != 1 or params["batch_group_count"] != 1 or params["feature_group_count"] != 1:
         return "the convolution has feature groups, or is one by an activation"
@@ -215,7 +219,7 @@ def _conv(equation: Any, operands: Sequence[Any], operand: int, node: Carried) -
     else:
         return "one of its factors holds input and output channels"
 
-    def run(x: Array, node: Carried, *, tally: list[int]) -> Array:
+    def run(x: Array, node: CarriedFactors, *, tally: list[int]) -> Array:
         stages = _stages(node)
         assert not isinstance(stages, str)
         return _convs(equation, x, _reversed(stages) if flip else stages, tally)
@@ -228,7 +232,7 @@ def _conv(equation: Any, operands: Sequence[Any], operand: int, node: Carried) -
     return lambda x, node: run(x, node, tally=[])
 
 
-def _holders(node: Carried) -> list[set[int]]:
+def _holders(node: CarriedFactors) -> list[set[int]]:
     """List for each axis of the array at hand the parts that vary along it."""
     return [
         {number for number, part in enumerate(node.parts) if any(part.shape[k] > 1 for k in stored)}
@@ -275,7 +279,9 @@ def _kernel(stage: Stage, number: int, count: int, inside: int, out: int) -> Arr
 # --- ragged_dot_general --------------------------------------------------------------------------
 
 
-def _ragged(equation: Any, operands: Sequence[Any], operand: int, node: Carried) -> Program | str:
+def _ragged(
+    equation: Any, operands: Sequence[Any], operand: int, node: CarriedFactors
+) -> Program | str:
     numbers = equation.params["ragged_dot_dimension_numbers"]
     (x_contract, w_contract), (x_batch, _) = numbers.dot_dimension_numbers
     groups, ragged = tuple(numbers.rhs_group_dimensions), tuple(numbers.lhs_ragged_dimensions)
@@ -291,7 +297,7 @@ def _ragged(equation: Any, operands: Sequence[Any], operand: int, node: Carried)
     if len(node.parts) != 2 or len(holders[group]) != 2 or ends not in ([0, 1], [1, 0]):
         return "its factors do not hold the sides of each expert's matrix"
 
-    def program(x: Array, node: Carried, sizes: Array) -> Array:
+    def program(x: Array, node: CarriedFactors, sizes: Array) -> Array:
         stages = _stages(node)
         assert not isinstance(stages, str)
         first, second = _reversed(stages) if ends == [1, 0] else stages

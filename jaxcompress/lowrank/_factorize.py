@@ -1,5 +1,6 @@
 """`factorize`: leaves of any function as factors of low rank, under a budget."""
 
+import itertools
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -9,6 +10,7 @@ import jax.numpy as jnp
 
 from jaxcompress import budget as budgets
 from jaxcompress import graph, stats, tree
+from jaxcompress.batches import open_stream
 from jaxcompress.errors import ArgumentError, ArgumentTypeError, NonFiniteError
 from jaxcompress.lowrank._candidate import Candidate, errors, saving
 from jaxcompress.lowrank._choose import Budget, Ranks, chosen
@@ -16,10 +18,9 @@ from jaxcompress.lowrank._execute import execute
 from jaxcompress.lowrank._factors import Factors
 from jaxcompress.lowrank._matrix_leaf import MatrixCandidate
 from jaxcompress.lowrank._methods import SVD, ActivationSVD, Method
-from jaxcompress.lowrank._plan import candidates, checked_methods, placed_like, seen_at
+from jaxcompress.lowrank._plan import candidates, checked_methods, place_factors, seen_at
 from jaxcompress.lowrank._report import FactorizedLeaf, LowRankReport
-from jaxcompress.stats import _by_matrix
-from jaxcompress.stats._collect import matching, opened
+from jaxcompress.stats import by_matrix, merge_results
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,7 +106,7 @@ def factorize(
         (64, 4)
     """
     _check(budget, multiple)
-    first, stream = opened(batches)
+    first, rest = open_stream(batches)
     traced = graph.trace(fn, params, *first)
     found, coverage = candidates(
         fn,
@@ -118,10 +119,10 @@ def factorize(
         strict=strict,
     )
     _require_finite({path: one.leaf for path, one in found.items()})
-    _observe(fn, params, (first, stream), found, progress=progress)
+    _observe(fn, params, (first, rest), found, progress=progress)
     ranks, seconds = chosen(fn, params, first, traced, found, budget, multiple)
     factored = {
-        path: placed_like(found[path].factors(r), found[path].leaf) for path, r in ranks.items()
+        path: place_factors(found[path].factors(r), found[path].leaf) for path, r in ranks.items()
     }
     result = tree.map_with_path(lambda path, x: factored.get(path, x), params)
     leaves = [_row(found[path], factored[path], ranks[path]) for path in ranks]
@@ -184,17 +185,17 @@ def _observe(
     if not wanted:
         return
     first, rest = batches
-    stream = (batch for part in ([first], matching(iter(rest), first)) for batch in part)
+    stream = itertools.chain([first], rest)
     where = lambda path, _: path in wanted
     collected = stats.collect(
         fn, params, stream, stats.second_moment(), where=where, progress=progress
     )
     for one in wanted.values():
         moments = [
-            _by_matrix.by_matrix(collected[site.name], site, one.form)
+            by_matrix(collected[site.name], site, one.form)
             for site in seen_at(one.leaf, one.sites, one.form)
         ]
-        one.gram = _by_matrix.together(moments).total
+        one.gram = merge_results(moments).total
 
 
 def _row(candidate: Candidate, factors: Factors, ranks: tuple[int, ...]) -> FactorizedLeaf:

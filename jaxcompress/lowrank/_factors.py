@@ -2,18 +2,17 @@
 
 import functools
 import math
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
-from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxcompress import tree
 from jaxcompress.errors import SelectionError
-from jaxcompress.graph._moved import Parted, placement
+from jaxcompress.graph.leaves import Parted
 
 
 @functools.partial(
@@ -83,7 +82,7 @@ class Factors:
         Returns:
             The array that it stands for.
         """
-        return carried(self, "").array()
+        return carry_factors(self, "").array()
 
 
 def is_factors(x: Any) -> bool:
@@ -144,7 +143,7 @@ def restore(params: tree.Params) -> tree.Params:
     meta_fields=("path", "split"),
 )
 @dataclass(frozen=True, kw_only=True, eq=False)
-class Carried(Parted):
+class CarriedFactors(Parted):
     """What a variable of fn holds of a factorised leaf.
 
     Attributes:
@@ -167,42 +166,13 @@ class Carried(Parted):
         return (self.left, self.right) if self.core is None else (self.left, self.core, self.right)
 
     @property
-    def lengths(self) -> tuple[int, ...]:
-        """The lengths of the stored axes."""
-        axes = range(self.left.ndim - 1)
-        return tuple(max(part.shape[k] for part in self.parts) for k in axes)
-
-    @property
     def dtype(self) -> Any:  # pyright: ignore[reportIncompatibleVariableOverride]
         """The dtype of the array at hand."""
         return self.left.dtype
 
-    @property
-    def nbytes(self) -> int:
-        """Bytes of the parts."""
-        return sum(part.nbytes for part in self.parts)
-
-    def moved(self, move: Callable[[Array], Array], **changes: Any) -> "Carried":
-        """Move the entries of every part about, and change fields."""
-        core = None if self.core is None else move(self.core)
-        return replace(self, left=move(self.left), core=core, right=move(self.right), **changes)
-
-    def cast(self, dtype: Any) -> "Carried":
+    def cast(self, dtype: Any) -> "CarriedFactors":
         """Describe the array in another floating dtype."""
         return self.moved(lambda part: part.astype(dtype))
-
-    def placement(self) -> NamedSharding | None:
-        """Say where the array at hand would live; `None` where there are no Explicit axes."""
-        found = [placement(part, self.stored_axes) for part in self.parts]
-        places = [place for place in found if place is not None]
-        if not places:
-            return None
-        padded = ((*place.spec, *(None,) * self.ndim)[: self.ndim] for place in places)
-        spec: list[Any] = []
-        for names in zip(*padded, strict=True):
-            left = (name for name in names if name is not None and name not in spec)
-            spec.append(next(left, None))
-        return NamedSharding(places[0].mesh, PartitionSpec(*spec))
 
     def array(self) -> Array:
         """Multiply the parts out."""
@@ -218,7 +188,7 @@ class Carried(Parted):
         return exact(*operands, list(axes)).reshape(self.shape)
 
 
-def carried(factors: Factors, path: str) -> Carried:
+def carry_factors(factors: Factors, path: str) -> CarriedFactors:
     """Start a leaf on its way.
 
     Args:
@@ -228,7 +198,7 @@ def carried(factors: Factors, path: str) -> Carried:
     Returns:
         The node.
     """
-    return Carried(
+    return CarriedFactors(
         left=factors.left,
         core=factors.core,
         right=factors.right,

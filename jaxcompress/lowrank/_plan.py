@@ -3,11 +3,10 @@
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import jax
-
 from jaxcompress import tree
 from jaxcompress.errors import ArgumentTypeError
 from jaxcompress.graph import Graph, Site
+from jaxcompress.graph.leaves import place_parts
 from jaxcompress.graph.sites import Form, form_at, form_of
 from jaxcompress.lowrank._candidate import Candidate, saving
 from jaxcompress.lowrank._conv_leaf import TuckerCandidate
@@ -100,7 +99,7 @@ def _candidate(
     graph: Graph, path: str, leaf: Any, methods: Sequence[Method], multiple: int
 ) -> Candidate | str:
     """Find how a leaf is factorised; a string says why it is not."""
-    reason = _leaf_obstacle(leaf) or _unread(graph, path)
+    reason = _leaf_obstacle(leaf) or graph.why_no_site(path)
     if reason:
         return reason
     sites = graph.sites_of(path)
@@ -129,16 +128,6 @@ def _leaf_obstacle(leaf: Any) -> str | None:
     if not tree.is_floating(leaf):
         return "is no floating-point array"
     return "has fewer than two axes" if leaf.ndim < 2 else None
-
-
-def _unread(graph: Graph, path: str) -> str | None:
-    """Say why a leaf has no site; `None` if it has one."""
-    if graph.sites_of(path):
-        return None
-    if path in graph.uses:
-        names = ", ".join(dict.fromkeys(use.primitive for use in graph.uses[path]))
-        return f"is used outside any contraction ({names})"
-    return "is returned as it came" if path in graph.returned else "is not read by fn"
 
 
 def _alike(leaf: Any, site: Site, form: Form) -> bool:
@@ -182,7 +171,7 @@ def seen_at(leaf: Any, sites: Sequence[Site], form: Form) -> tuple[Site, ...]:
     return tuple(s for s in sites if s.aligned and form_of(leaf.shape, s.axes) == form)
 
 
-def placed_like(factors: Any, leaf: Any) -> Any:
+def place_factors(factors: Any, leaf: Any) -> Any:
     """Shard factors like the array that they replace.
 
     Args:
@@ -192,14 +181,4 @@ def placed_like(factors: Any, leaf: Any) -> Any:
     Returns:
         The factors, each axis split as the leaf's was; as they are without a mesh.
     """
-    sharding = getattr(leaf, "sharding", None)
-    if not isinstance(sharding, jax.sharding.NamedSharding):
-        return factors
-    names = (*sharding.spec, *(None,) * leaf.ndim)
-
-    def place(part: Any) -> Any:
-        split = [name if n > 1 else None for name, n in zip(names, part.shape, strict=False)]
-        spec = jax.sharding.PartitionSpec(*split[: leaf.ndim])
-        return jax.device_put(part, jax.sharding.NamedSharding(sharding.mesh, spec))
-
-    return jax.tree.map(place, factors)
+    return place_parts(factors, leaf, lambda part: range(leaf.ndim))

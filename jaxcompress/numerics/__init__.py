@@ -43,6 +43,8 @@ from jaxcompress.numerics._range import LeastSquares as LeastSquares
 from jaxcompress.numerics._range import Percentile as Percentile
 from jaxcompress.numerics._range import Range as Range
 from jaxcompress.numerics._range import scale_of_range as scale_of_range
+from jaxcompress.numerics._scales import round_scale as round_scale
+from jaxcompress.numerics._scales import scale_bounds as scale_bounds
 from jaxcompress.numerics._types import binary as binary
 from jaxcompress.numerics._types import binary_basis as binary_basis
 from jaxcompress.numerics._types import float4_e2m1fn as float4_e2m1fn

@@ -8,7 +8,7 @@ from jax.typing import ArrayLike
 from jaxcompress.numerics._basis import Basis
 from jaxcompress.numerics._checks import check_array
 from jaxcompress.numerics._format import Format
-from jaxcompress.numerics._scales import GLOBAL_BOUNDS, bounds, require_global_scale
+from jaxcompress.numerics._scales import GLOBAL_BOUNDS, require_global_scale, scale_bounds
 
 
 def fit_global_scale(x: ArrayLike, format: Format) -> Array | None:
@@ -45,7 +45,7 @@ def global_scale_of(blocked: Array, format: Format) -> Array | None:
         return None
     peak = jnp.abs(blocked).max(tuple(range(blocked.ndim)), keepdims=True)
     largest_code = max(map(abs, format.limits)) if format.limits else 1.0
-    found = peak * np.float32(1 / (largest_code * bounds(format.scale_dtype)[1]))
+    found = peak * np.float32(1 / (largest_code * scale_bounds(format.scale_dtype)[1]))
     found = jnp.where(peak == 0, 1, jnp.clip(found, *GLOBAL_BOUNDS))
     return found[..., None] if isinstance(format.qtype, Basis) else found
 
@@ -82,7 +82,7 @@ def fit_scale(
         >>> fit_scale(jnp.asarray([[7.0, -2.0], [0.5, 0.1]]), mxfp4, shared=(1,))[0].tolist()
         [[1.0], [0.125]]
     """
-    require_global_scale(format, global_scale)
+    require_global_scale(global_scale, wanted=format.global_scale)
     assert format.range is not None
     if global_scale is None:  # ranges of one's own may not know of global scales
         return format.range.fit(blocked, shared=shared, format=format)

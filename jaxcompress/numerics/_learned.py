@@ -17,7 +17,7 @@ from jaxcompress.numerics._checks import check_array
 from jaxcompress.numerics._format import Format
 from jaxcompress.numerics._qtypes import Int, Limits
 from jaxcompress.numerics._quantize import scale_shape
-from jaxcompress.numerics._scales import rounded
+from jaxcompress.numerics._scales import round_scale
 
 
 def lsq(x: ArrayLike, step: ArrayLike, format: Format) -> Array:
@@ -50,7 +50,7 @@ def lsq(x: ArrayLike, step: ArrayLike, format: Format) -> Array:
     With `Convention.NARROW`, the default, $Q_N = Q_P$; `Convention.TIGHT` has the paper's $Q_N$.
     """
     x, limits = _prepare(x, format, symmetric=True)
-    step = jnp.asarray(rounded(_check_size(step, x, format, "step"), format))
+    step = jnp.asarray(round_scale(_check_size(step, x, format, "step"), format.scale_dtype))
     blocked = format.granularity.block(x.astype(jnp.float32))
     quantized = _round_to_steps(blocked, _scale_parameter_gradient(step, x, limits), limits)
     return format.granularity.unblock(quantized).astype(x.dtype)

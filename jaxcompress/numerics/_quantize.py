@@ -17,7 +17,7 @@ from jaxcompress.numerics._fit import fit_scale, global_scale_of
 from jaxcompress.numerics._format import Format
 from jaxcompress.numerics._qarray import QArray
 from jaxcompress.numerics._qtypes import Scaled
-from jaxcompress.numerics._scales import multiply_scales, rounded
+from jaxcompress.numerics._scales import multiply_scales, round_scale
 
 
 def quantize(
@@ -329,4 +329,4 @@ def _check_given(
     given = _Given(*wide)
     if given.scale is None:
         return given
-    return given._replace(scale=rounded(given.scale, format))
+    return given._replace(scale=round_scale(given.scale, format.scale_dtype))

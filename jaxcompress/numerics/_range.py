@@ -5,7 +5,7 @@ import enum
 import math
 from dataclasses import dataclass
 from fractions import Fraction
-from typing import TYPE_CHECKING
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -15,18 +15,16 @@ from jax.typing import ArrayLike
 
 from jaxcompress.errors import ArgumentError
 from jaxcompress.numerics._basis import Basis
+from jaxcompress.numerics._qtypes import Limits, QType
 from jaxcompress.numerics._scales import (
     POWERS,
-    bounds,
     microscale,
     multiply_scales,
     require_global_scale,
-    rounded,
-    settle,
+    round_scale,
+    scale_bounds,
+    settle_scale,
 )
-
-if TYPE_CHECKING:
-    from jaxcompress.numerics._format import Format
 
 Fit = tuple[Array, Array | None]  # float32 scale and zero point
 
@@ -50,6 +48,23 @@ class Convention(enum.Enum):
     SIGNED = "signed"
 
 
+class RangeTarget(Protocol):
+    """What ranges read of a `Format`; see there."""
+
+    @property
+    def qtype(self) -> QType: ...
+    @property
+    def symmetric(self) -> bool: ...
+    @property
+    def scale_dtype(self) -> Any: ...
+    @property
+    def convention(self) -> Convention | None: ...
+    @property
+    def global_scale(self) -> bool: ...
+    @property
+    def limits(self) -> Limits | None: ...
+
+
 @dataclass(frozen=True)
 class Range(abc.ABC):
     """How a slice's scale is found: the base class of the methods below."""
@@ -60,7 +75,7 @@ class Range(abc.ABC):
         x: Array,
         *,
         shared: tuple[int, ...],
-        format: "Format",
+        format: RangeTarget,
         global_scale: Array | None = None,
     ) -> Fit:
         """Find the scale and zero point of every slice.
@@ -88,11 +103,11 @@ class AbsMax(Range):
         x: Array,
         *,
         shared: tuple[int, ...],
-        format: "Format",
+        format: RangeTarget,
         global_scale: Array | None = None,
     ) -> Fit:
         """Take the smallest and largest entries."""
-        require_global_scale(format, global_scale)
+        require_global_scale(global_scale, wanted=format.global_scale)
         return _from_range(*_extremes(x, shared, format), format, global_scale)
 
 
@@ -124,11 +139,11 @@ class Percentile(Range):
         x: Array,
         *,
         shared: tuple[int, ...],
-        format: "Format",
+        format: RangeTarget,
         global_scale: Array | None = None,
     ) -> Fit:
         """Cut the range of each slice at its percentile."""
-        require_global_scale(format, global_scale)
+        require_global_scale(global_scale, wanted=format.global_scale)
         low, high = _extremes(x, shared, format)
         cut = self._cut(jnp.abs(x), shared)
         cut = jnp.where(cut > 0, cut, jnp.inf)
@@ -187,7 +202,7 @@ class MSE(Range):
         x: Array,
         *,
         shared: tuple[int, ...],
-        format: "Format",
+        format: RangeTarget,
         global_scale: Array | None = None,
         weights: Array | None = None,
     ) -> Fit:
@@ -201,7 +216,7 @@ class MSE(Range):
             weights: What each entry's error counts, non-negative, at most about 1, broadcastable
                 to x; all alike by default.
         """
-        require_global_scale(format, global_scale)
+        require_global_scale(global_scale, wanted=format.global_scale)
         low, high = _extremes(x, shared, format)
         peak = _power_below(_peak(low, high))  # dividing by it is exact
         unit = x / peak  # squares must not overflow
@@ -221,7 +236,7 @@ class MSE(Range):
         (_, fraction), _ = jax.lax.scan(attempt, start, jnp.asarray(self._fractions(format)))
         return _from_fraction(low, high, fraction, format, global_scale)
 
-    def _fractions(self, format: "Format") -> np.ndarray:
+    def _fractions(self, format: RangeTarget) -> np.ndarray:
         if format.scale_dtype != POWERS:
             return np.linspace(1, self.lowest, self.points, dtype=np.float32)
         least = math.ceil(math.log2(self.lowest))
@@ -241,7 +256,7 @@ class Entropy(Range):
         x: Array,
         *,
         shared: tuple[int, ...],
-        format: "Format",
+        format: RangeTarget,
         global_scale: Array | None = None,
     ) -> Fit:
         """Refuse.
@@ -285,11 +300,11 @@ class LeastSquares(Range):
         x: Array,
         *,
         shared: tuple[int, ...],
-        format: "Format",
+        format: RangeTarget,
         global_scale: Array | None = None,
     ) -> Fit:
         """Refine the scale of each slice."""
-        require_global_scale(format, global_scale)
+        require_global_scale(global_scale, wanted=format.global_scale)
         peak = _peak(x.min(shared, keepdims=True), x.max(shared, keepdims=True))
         if isinstance(format.qtype, Basis):
             unit = format.qtype.fit(x / peak, shared=shared, iterations=self.iterations)
@@ -297,7 +312,7 @@ class LeastSquares(Range):
             if global_scale is not None:
                 alphas = alphas * (1 / global_scale)
             largest = float(jnp.finfo(format.scale_dtype).max)
-            return rounded(jnp.clip(alphas, -largest, largest), format), None
+            return round_scale(jnp.clip(alphas, -largest, largest), format.scale_dtype), None
         start, zero = MSE().fit(x, shared=shared, format=format, global_scale=global_scale)
         unit = x / peak
 
@@ -310,10 +325,10 @@ class LeastSquares(Range):
 
         start = multiply_scales(start, global_scale) / peak
         unit_scale = jax.lax.fori_loop(0, self.iterations, refine, start)
-        return settle(unit_scale * peak, format, global_scale), zero
+        return settle_scale(unit_scale * peak, format.scale_dtype, global_scale), zero
 
 
-def scale_of_range(low: ArrayLike, high: ArrayLike, format: "Format") -> Fit:
+def scale_of_range(low: ArrayLike, high: ArrayLike, format: RangeTarget) -> Fit:
     """Give the scale (and zero point) of a known range: a static one, say.
 
     Args:
@@ -340,7 +355,7 @@ def scale_of_range(low: ArrayLike, high: ArrayLike, format: "Format") -> Fit:
     return _from_range(low, high, format, None)
 
 
-def _extremes(x: Array, shared: tuple[int, ...], format: "Format") -> tuple[Array, Array]:
+def _extremes(x: Array, shared: tuple[int, ...], format: RangeTarget) -> tuple[Array, Array]:
     """Find each slice's range, made to include 0, and to be centred where that is what counts."""
     low_limit, high_limit = format.limits or (-1.0, 1.0)
     if (format.symmetric and -low_limit == high_limit) or format.convention is Convention.HALF:
@@ -361,7 +376,7 @@ def _power_below(x: Array) -> Array:
     return jax.lax.bitcast_convert_type(bits & 0x7F80_0000, jnp.float32)
 
 
-def _from_range(low: Array, high: Array, format: "Format", global_scale: Array | None) -> Fit:
+def _from_range(low: Array, high: Array, format: RangeTarget, global_scale: Array | None) -> Fit:
     """Turn a range `low <= 0 <= high` into a scale and zero point.
 
     Products with reciprocal constants and nothing that could be contracted to a fused
@@ -369,33 +384,34 @@ def _from_range(low: Array, high: Array, format: "Format", global_scale: Array |
     """
     assert format.limits is not None
     least, most = format.limits
+    settle = lambda scale: settle_scale(scale, format.scale_dtype, global_scale)
     if format.scale_dtype == POWERS:
         return microscale(low, high, (least, most)), None
     if not format.symmetric:
         scale = (high * 0.5 - low * 0.5) * np.float32(2 / (most - least))
-        scale = settle(scale, format, global_scale)
+        scale = settle(scale)
         zero = jnp.round(-low * (1 / multiply_scales(scale, global_scale))) + least
         return scale, jnp.clip(zero, least, most)
     if format.convention is Convention.HALF:
-        return settle(high * np.float32(2 / (most - least)), format, global_scale), None
+        return settle(high * np.float32(2 / (most - least))), None
     if format.convention is Convention.SIGNED:
         extreme = jnp.where(-low >= high, low, high)
-        return settle(extreme * np.float32(1 / least), format, global_scale), None
+        return settle(extreme * np.float32(1 / least)), None
     scale = high * np.float32(1 / most)
     if least < 0:
         scale = jnp.maximum(scale, low * np.float32(1 / least))
-    return settle(scale, format, global_scale), None
+    return settle(scale), None
 
 
 def _from_fraction(
-    low: Array, high: Array, fraction: Array, format: "Format", global_scale: Array | None
+    low: Array, high: Array, fraction: Array, format: RangeTarget, global_scale: Array | None
 ) -> Fit:
     """Turn a fraction of a range into a scale and zero point."""
     if format.scale_dtype == POWERS:  # twice the range may be past float32
         scale, _ = _from_range(low, high, format, global_scale)
-        return jnp.clip(scale * fraction, *bounds(POWERS)), None
+        return jnp.clip(scale * fraction, *scale_bounds(POWERS)), None
     return _from_range(low * fraction, high * fraction, format, global_scale)
 
 
-def _round_trip(x: Array, scale: Array, zero: Array | None, format: "Format") -> Array:
+def _round_trip(x: Array, scale: Array, zero: Array | None, format: RangeTarget) -> Array:
     return format.qtype.round_trip(x, scale, zero, limits=format.limits)

@@ -2,7 +2,7 @@
 
 import functools
 import math
-from typing import TYPE_CHECKING
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -12,9 +12,6 @@ from jax import Array
 from jaxcompress.errors import ArgumentError
 from jaxcompress.numerics._qtypes import Float, Limits
 
-if TYPE_CHECKING:
-    from jaxcompress.numerics._format import Format
-
 WIDE = tuple(np.dtype(dtype) for dtype in (jnp.float32, jnp.bfloat16, jnp.float16))
 POWERS = np.dtype(jnp.float8_e8m0fnu)
 NARROW = np.dtype(jnp.float8_e4m3fn)
@@ -23,10 +20,20 @@ _NARROW_GRID = Float(name=NARROW.name, bits=8)
 _INFINITE = 255  # the exponent field of float32 infinity and NaN
 
 
-def bounds(scale_dtype: np.dtype) -> tuple[float, float]:
+def scale_bounds(scale_dtype: Any) -> tuple[float, float]:
     """Give the smallest and the largest scale in use, both with a normal float32 reciprocal.
 
     `float8_e8m0fnu` would also hold 2**-127, a float32 subnormal, which most backends take for 0.
+
+    Args:
+        scale_dtype: A dtype of scales; see `Format.scale_dtype`.
+
+    Returns:
+        The two.
+
+    Example:
+        >>> scale_bounds(jnp.float8_e8m0fnu) == (2.0**-126, 2.0**126)
+        True
     """
     if scale_dtype == POWERS:
         return 2.0**-126, 2.0**126
@@ -40,46 +47,60 @@ def bounds(scale_dtype: np.dtype) -> tuple[float, float]:
 GLOBAL_BOUNDS = 2.0**-117, 2.0**117
 
 
-def rounded(scale: Array, format: "Format") -> Array:
-    """Round float32 scales to what `scale_dtype` holds; the gradient passes straight through."""
-    return scale if format.scale_dtype == jnp.float32 else jnp.asarray(_round(scale, format))
+def round_scale(scale: Array, scale_dtype: Any) -> Array:
+    """Round float32 scales to what `scale_dtype` holds; the gradient passes straight through.
+
+    Args:
+        scale: Scales, float32.
+        scale_dtype: A dtype of scales; see `Format.scale_dtype`.
+
+    Returns:
+        Scales, float32.
+
+    Example:
+        >>> round_scale(jnp.float32(1 + 2**-9), jnp.bfloat16)
+        Array(1., dtype=float32)
+    """
+    if scale_dtype == jnp.float32:
+        return scale
+    return jnp.asarray(_round_scale(scale, np.dtype(scale_dtype)))
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(1,))
-def _round(scale: Array, format: "Format") -> Array:
-    if format.scale_dtype == POWERS:
+def _round_scale(scale: Array, scale_dtype: np.dtype) -> Array:
+    if scale_dtype == POWERS:
         return _nearest_power(scale)
     # Not a pair of casts, which XLA may drop as excess precision.
-    if format.scale_dtype == NARROW:
+    if scale_dtype == NARROW:
         low, high = _NARROW_GRID.limits
         return _NARROW_GRID.encode(jnp.clip(scale, low, high))
-    info = jnp.finfo(format.scale_dtype)
+    info = jnp.finfo(scale_dtype)
     return jax.lax.reduce_precision(scale, info.nexp, info.nmant)
 
 
-@_round.defjvp
-def _round_jvp(
-    format: "Format", primals: tuple[Array], tangents: tuple[Array]
+@_round_scale.defjvp
+def _round_scale_jvp(
+    scale_dtype: np.dtype, primals: tuple[Array], tangents: tuple[Array]
 ) -> tuple[Array, Array]:
-    return rounded(primals[0], format), tangents[0]
+    return round_scale(primals[0], scale_dtype), tangents[0]
 
 
 def _nearest_power(scale: Array) -> Array:
     """Find the nearest power of two in bounds, half-way up; NaN for what is not finite."""
-    bits = jax.lax.bitcast_convert_type(jnp.clip(jnp.abs(scale), *bounds(POWERS)), jnp.int32)
+    bits = jax.lax.bitcast_convert_type(jnp.clip(jnp.abs(scale), *scale_bounds(POWERS)), jnp.int32)
     power = (bits + 0x40_0000) & 0x7F80_0000
     power = jax.lax.bitcast_convert_type(power, jnp.float32)
     return jnp.where(jnp.isfinite(scale), power, jnp.nan)
 
 
-def settle(scale: Array, format: "Format", global_scale: Array | None) -> Array:
+def settle_scale(scale: Array, scale_dtype: Any, global_scale: Array | None) -> Array:
     """Bring a scale to what `scale_dtype` holds, beside a global scale; 1 for an empty range."""
     if global_scale is not None:
         scale = scale * (1 / global_scale)
     # The selects also keep XLA on CPU from fusing the slice's reduction with the rounding that
     # follows, which would write a float32 temporary and take four times as long.
-    size = jnp.clip(jnp.abs(scale), *bounds(format.scale_dtype))
-    return rounded(jnp.where(scale == 0, 1, jnp.where(scale < 0, -size, size)), format)
+    size = jnp.clip(jnp.abs(scale), *scale_bounds(scale_dtype))
+    return round_scale(jnp.where(scale == 0, 1, jnp.where(scale < 0, -size, size)), scale_dtype)
 
 
 def microscale(low: Array, high: Array, limits: Limits) -> Array:
@@ -95,7 +116,7 @@ def microscale(low: Array, high: Array, limits: Limits) -> Array:
     field = up - math.floor(math.log2(most))
     if least < 0:
         field = jnp.maximum(field, down - math.floor(math.log2(-least)))
-    first, last = (math.frexp(bound)[1] - 1 + 127 for bound in bounds(POWERS))
+    first, last = (math.frexp(bound)[1] - 1 + 127 for bound in scale_bounds(POWERS))
     power = jax.lax.bitcast_convert_type(jnp.clip(field, first, last) << 23, jnp.float32)
     largest = jnp.maximum(up, down)
     # A field of 0 is zero or subnormal, which counts as zero.
@@ -112,9 +133,9 @@ def multiply_scales(scale: Array, global_scale: Array | None) -> Array:
     return scale if global_scale is None else scale * global_scale
 
 
-def require_global_scale(format: "Format", global_scale: object) -> None:
-    """Refuse a global scale where there is none, and its absence where there is one."""
-    if (global_scale is not None) != format.global_scale:
+def require_global_scale(global_scale: object, *, wanted: bool) -> None:
+    """Refuse a global scale where none is wanted, and its absence where one is."""
+    if (global_scale is not None) != wanted:
         raise ArgumentError(
             "global_scale",
             got="nothing" if global_scale is None else "an array",

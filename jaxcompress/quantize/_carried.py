@@ -1,23 +1,20 @@
 """A quantized leaf on its way to a site: its parts, reshaped and transposed as fn does its array.
 
 A quantized kernel in groups is stored `(groups, size, out)`: one axis of the array, two of its
-codes. `Carried` says how many stored axes make up each axis of the array at hand. A transpose
+codes. `CarriedCodes` says how many stored axes make up each axis of the array at hand. A transpose
 permutes them, a reshape splits or merges the lists, and codes stay codes until a site is reached.
 """
 
 import functools
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import Array
-from jax.sharding import NamedSharding
 
 from jaxcompress import numerics
-from jaxcompress.graph._moved import Parted, placement
-from jaxcompress.graph._moved import follow as follow_moves
+from jaxcompress.graph.leaves import Parted
 from jaxcompress.numerics import Activation, Float, Format, Int, PerGroup, QArray, Scaled
 
 _PLAIN = (jnp.float32, jnp.bfloat16, jnp.float16)
@@ -30,7 +27,7 @@ _PLAIN = (jnp.float32, jnp.bfloat16, jnp.float16)
     meta_fields=("path", "format", "activation_format", "dtype", "split"),
 )
 @dataclass(frozen=True, kw_only=True, eq=False)
-class Carried(Parted):
+class CarriedCodes(Parted):
     """What a variable of fn holds of a quantized leaf.
 
     Invariants: the parts have as many axes as `values`, each of its length there or 1; `split`
@@ -42,7 +39,8 @@ class Carried(Parted):
         zero: float32 zero point, or `None`.
         activation_scale: Static scale of the activations that it meets, or `None`.
         activation_zero: Static zero point, or `None`.
-        original: The array itself, where fn is run on it beside the codes; else `None`.
+        original: The array itself in the shape of `values`, where fn is run on it beside the
+            codes; else `None`.
         path: The leaf's path.
         format: The leaf's format; its granularity is not that of the parts at hand.
         activation_format: The format of the activations that it meets, or `None`.
@@ -61,20 +59,6 @@ class Carried(Parted):
     activation_format: Format | None
     dtype: Any
     split: tuple[int, ...]
-
-    @property
-    def lengths(self) -> tuple[int, ...]:
-        """The lengths of the stored axes."""
-        return self.values.shape
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of the parts; not asked for on the way."""
-        return sum(x.nbytes for x in jax.tree.leaves(self))
-
-    def placement(self) -> NamedSharding | None:
-        """Say where the array at hand would live; `None` where there are no Explicit axes."""
-        return placement(self.values, self.stored_axes)
 
     @property
     def activation(self) -> Activation | None:
@@ -111,18 +95,21 @@ class Carried(Parted):
         scale = self.scale.astype(jnp.float32)
         return qtype.to_numbers(self.values, scale, self.zero).astype(dtype)
 
-    def moved(self, move: Callable[[Array], Array], **changes: Any) -> "Carried":
-        """Move the entries of every part about, and change fields."""
-        parts = {name: getattr(self, name) for name in _PARTS}
-        moved = {name: None if part is None else move(part) for name, part in parts.items()}
-        return replace(self, **moved, **changes)
+    def cast(self, dtype: Any) -> "CarriedCodes":
+        """Describe the array in another floating dtype."""
+        original = None if self.original is None else self.original.astype(dtype)
+        return replace(self, dtype=dtype, original=original)
 
     def array(self) -> Array:
+        """Give the array at hand: the original, where fn is run on it."""
+        return self.dequantize() if self.original is None else self.original.reshape(self.shape)
+
+    def dequantize(self) -> Array:
         """Give the array that the codes stand for."""
         return self.numbers().reshape(self.shape).astype(self.dtype)
 
 
-def carried(q: QArray, path: str, original: Array | None = None) -> Carried | None:
+def carry_codes(q: QArray, path: str, original: Array | None = None) -> CarriedCodes | None:
     """Start a leaf on its way.
 
     Args:
@@ -151,13 +138,13 @@ def carried(q: QArray, path: str, original: Array | None = None) -> Carried | No
         shape = [n for n, parts in zip(part.shape, split, strict=True) for n in (n, 1)[:parts]]
         return part.astype(jnp.float32).reshape(shape)
 
-    node = Carried(
+    node = CarriedCodes(
         values=q.values,
         scale=q.scale if q.scale.dtype in _PLAIN else numerics.effective_scale(q),
         zero=None if q.zero is None else q.zero.astype(jnp.float32),
         activation_scale=None if static is None else stored(static.scale),
         activation_zero=None if static is None else stored(static.zero),
-        original=original,
+        original=None if original is None else original.reshape(q.values.shape),
         path=path,
         format=q.format,
         activation_format=None if static is None else static.format,
@@ -167,31 +154,9 @@ def carried(q: QArray, path: str, original: Array | None = None) -> Carried | No
     return _without_single_group(node, axis=split.index(2)) if 2 in split else node
 
 
-def _without_single_group(node: Carried, *, axis: int) -> Carried:
+def _without_single_group(node: CarriedCodes, *, axis: int) -> CarriedCodes:
     """Merge a split axis whose one group is all of it."""
     if node.scale.shape[axis] > 1 or node.values.shape[axis] > 1:
         return node
     split = tuple(1 if k == axis else n for k, n in enumerate(node.split))
     return node.moved(lambda part: jnp.squeeze(part, axis), split=split)
-
-
-_PARTS = ("values", "scale", "zero", "activation_scale", "activation_zero")
-
-
-def follow(equation: Any, operands: Sequence[Any]) -> list[Carried] | None:
-    """Run an equation on a node, if it only moves its entries about.
-
-    Args:
-        equation: A `graph.Equation`, or what has its `primitive`, `params` and `bind`.
-        operands: Its operands, at least one of them a node.
-
-    Returns:
-        Its results as nodes; `None` if it needs the array.
-    """
-    nodes = follow_moves(equation, operands)
-    node, *others = operands
-    if nodes is None or node.original is None:
-        return nodes
-    results = equation.bind(node.original, *others)
-    originals = results if equation.primitive.multiple_results else [results]
-    return [replace(n, original=x) for n, x in zip(nodes, originals, strict=True)]

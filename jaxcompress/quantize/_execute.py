@@ -2,24 +2,28 @@
 
 import functools
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from dataclasses import dataclass, replace
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from jaxcompress import numerics, tree
-from jaxcompress.errors import ArgumentError, JaxCompressError, SelectionError, StructureError
+from jaxcompress.errors import ArgumentError
 from jaxcompress.graph import Equation
-from jaxcompress.graph._moved import sliced
-from jaxcompress.graph.program import CLOSED, Cells, Position, Visit
-from jaxcompress.graph.sites import SitesAt, capture_call, make_plan
-from jaxcompress.graph.sites import execute as execute_plan
+from jaxcompress.graph.leaves import (
+    Converted,
+    LeafKind,
+    LeafUse,
+    SiteResult,
+    SiteRule,
+    list_uses,
+    run_leaves,
+)
 from jaxcompress.numerics import QArray
 from jaxcompress.quantize import kernels as kernels_of
-from jaxcompress.quantize._carried import Carried, carried, follow
-from jaxcompress.quantize.kernels import Choice
+from jaxcompress.quantize._carried import CarriedCodes, carry_codes
 
 _BACKENDS = ("cpu", "gpu", "tpu")
 
@@ -88,7 +92,7 @@ def execute(fn: Callable[..., Any], *, backend: str | None = None) -> Callable[.
 
     @functools.wraps(fn)
     def executed(params: tree.Params, *inputs: Any, **kwargs: Any) -> Any:
-        return _Run(chosen()).call(fn, params, inputs, kwargs)
+        return run_leaves(_kind(chosen()), fn, params, inputs, kwargs).outputs
 
     return executed
 
@@ -125,9 +129,8 @@ def site_kernels(
         dequantized abs takes arrays
         weights
     """
-    run = _Run(_checked_backend(backend)())
-    jax.eval_shape(lambda *args: run.call(fn, *args), params, inputs, kwargs)
-    return tuple(dict.fromkeys(run.uses))
+    kind = _kind(_checked_backend(backend)())
+    return _site_kernels(list_uses(kind, fn, params, inputs, kwargs))
 
 
 def _checked_backend(backend: str | None) -> Callable[[], str]:
@@ -141,117 +144,36 @@ def _checked_backend(backend: str | None) -> Callable[[], str]:
     return jax.default_backend if backend is None else (lambda: backend)
 
 
-@dataclass
-class _Run:
-    """One call: the carrier of its quantized leaves, and a log of what was done with them."""
-
-    backend: str
-    uses: list[SiteKernel] = field(default_factory=list)
-    fills: ClassVar[bool] = False
-
-    def call(self, fn: Callable[..., Any], params: Any, inputs: Any, kwargs: Any) -> Any:
-        quantized = {path for path, leaf in tree.items(params) if isinstance(leaf, QArray)}
-        if not quantized:
-            raise SelectionError(
-                "params",
-                got="params without any QArray",
-                expected="params with quantized leaves",
-                fix="Make them with quantize.ptq or quantize.pack.",
-            )
-        dense = tree.map_with_path(
-            lambda _, x: _stand_in(x) if isinstance(x, QArray) else x, params
-        )
-        try:
-            traced = capture_call(fn, dense, inputs, kwargs, prune=True)
-        except (TypeError, ValueError) as error:
-            raise _not_traced(error, params, quantized) from error
-        plan = make_plan(
-            traced,
-            lambda program, sites: self._visits(sites, quantized),
-            fills=self.fills,
-            carrier=self,
-        )
-        args = tree.map_with_path(self._start, params), inputs, kwargs
-        return self._outputs(*execute_plan(traced, plan, args, {}))
-
-    def _outputs(self, outputs: Any, filled: Cells) -> Any:
-        return outputs
-
-    def _start(self, path: str, leaf: Any) -> Any:
-        if not isinstance(leaf, QArray):
-            return leaf
-        node = carried(leaf, path)
-        if node is not None:
-            return node
-        self._log(path, None, Choice("dequantized", f"{leaf.format.qtype.name} has no kernel"))
-        return numerics.dequantize(leaf)
-
-    def _visits(self, sites: SitesAt, quantized: set[str]) -> dict[Position, Visit]:
-        return {
-            position: self._visit
-            for position, found in sites.items()
-            if any(s.path in quantized and not {*s.scope} & CLOSED for s in found)
-        }
-
-    def _visit(
-        self, equation: Equation, operands: Sequence[Any], cells: Cells
-    ) -> tuple[list, Cells]:
-        nodes = [k for k, x in enumerate(operands) if isinstance(x, Carried)]
-        if not nodes:  # dequantized on the way
-            return [equation.bind(*operands)], {}
-        first, *others = nodes
-        operands = list(operands)
-        for k in others:
-            operands[k] = self.array(operands[k], "a contraction of two quantized leaves")
-        moved = follow(equation, operands)  # a slice at a traced index looks rows up
-        if moved is not None:
-            return moved, {}
-        result, filled = self._site(equation, operands, first)
-        return [result], filled
-
-    def _site(self, equation: Equation, operands: Sequence[Any], operand: int) -> tuple[Any, Cells]:
-        """Run a site."""
-        node, name = operands[operand], equation.primitive.name
-        x = operands[1 - operand]
-        choice = kernels_of.choose(name, equation.params, operand, node, x, self.backend)
-        names = [s.name for s in equation.sites if s.path == node.path]
-        self._log(node.path, names[0] if names else None, choice)
-        return kernels_of.run(equation, operands, operand, choice, self.backend), {}
-
-    # --- what a carrier does; see `graph._replay.Carrier` ---
-
-    def follow(self, equation: Equation, operands: Sequence[Any]) -> list[Any] | None:
-        return follow(equation, operands)
-
-    def sliced(self, node: Any) -> Any:
-        return sliced(node)
-
-    def array(self, node: Any, why: str) -> Any:
-        self._log(node.path, None, Choice("dequantized", f"{why} takes arrays"))
-        return node.array() if node.original is None else node.original
-
-    def _log(self, path: str, site: str | None, choice: Choice) -> None:
-        self.uses.append(SiteKernel(path=path, site=site, kernel=choice.kernel, why=choice.why))
-
-
-def _not_traced(error: Exception, params: tree.Params, quantized: set[str]) -> Exception:
-    """Say that fn could not be run on params: they may be another model's."""
-    if isinstance(error, JaxCompressError):
-        return error
-    shapes = {p: tuple(leaf.shape) for p, leaf in tree.items(params) if p in quantized}
-    listed = ", ".join(f"{path!r} {shape}" for path, shape in list(shapes.items())[:4])
-    return StructureError(
-        "params",
-        got=f"QArrays on which fn raises {type(error).__name__}: {str(error).splitlines()[0]}",
-        expected="params and inputs of fn's own model",
-        fix=f"Quantize the params of this fn; those here have {listed}.",
+def _kind(backend: str) -> LeafKind:
+    """Describe quantized leaves on a backend."""
+    return LeafKind(
+        leaf_type=QArray,
+        start=_start,
+        run_site=functools.partial(_run_site, backend=backend),
+        converted="dequantized",
+        adjective="quantized",
+        makers="quantize.ptq or quantize.pack",
     )
 
 
-def _stand_in(q: QArray) -> jax.ShapeDtypeStruct:
-    node = carried(q, "")
-    where = None if node is None else node.placement()
-    return jax.ShapeDtypeStruct(q.shape, q.dtype, sharding=where)
+def _start(leaf: QArray, path: str) -> CarriedCodes | Converted:
+    node = carry_codes(leaf, path)
+    if node is not None:
+        return node
+    return Converted(numerics.dequantize(leaf), f"{leaf.format.qtype.name} has no kernel")
+
+
+def _run_site(
+    equation: Equation, operands: Sequence[Any], operand: int, *, backend: str
+) -> SiteResult:
+    name, node, x = equation.primitive.name, operands[operand], operands[1 - operand]
+    choice = kernels_of.choose(name, equation.params, operand, node, x, backend)
+    result = kernels_of.run(equation, operands, operand, choice, backend)
+    return SiteResult(result, choice.kernel, choice.why)
+
+
+def _site_kernels(uses: Sequence[LeafUse]) -> tuple[SiteKernel, ...]:
+    return tuple(SiteKernel(path=u.path, site=u.site, kernel=u.how, why=u.why) for u in uses)
 
 
 def measure(
@@ -275,37 +197,41 @@ def measure(
         `{Site.name: dB}`, the signal-to-quantization-noise ratio of each site's result; and what
         was run.
     """
-    run = _Measured(_checked_backend(backend)(), originals=dict(tree.items(params)))
-    powers = jax.jit(lambda *args: run.call(fn, *args))(quantized, tuple(inputs), {})
+    kind = _kind(_checked_backend(backend)())
+    originals = dict(tree.items(params))
+    uses: list[LeafUse] = []
+
+    def start(leaf: QArray, path: str) -> CarriedCodes | Converted:
+        node = carry_codes(leaf, path, originals[path])
+        why = f"{leaf.format.qtype.name} has no kernel"
+        return Converted(originals[path], why) if node is None else node
+
+    def run(params: tree.Params, inputs: Any) -> Any:
+        beside = replace(
+            kind, start=start, run_site=functools.partial(_run_beside, kind.run_site), fills=True
+        )
+        _, powers, used = run_leaves(beside, fn, params, inputs, {})
+        uses.extend(used)
+        return {name: (noise.sum(), signal.sum()) for name, (noise, signal) in powers.items()}
+
+    powers = jax.device_get(jax.jit(run)(quantized, tuple(inputs)))
     ratios = {
         name: 10 * np.log10(signal / noise) if noise > 0 else np.inf
-        for name, (noise, signal) in jax.device_get(powers).items()
+        for name, (noise, signal) in powers.items()
     }
-    return {name: float(ratio) for name, ratio in ratios.items()}, tuple(dict.fromkeys(run.uses))
+    return {name: float(ratio) for name, ratio in ratios.items()}, _site_kernels(uses)
 
 
-@dataclass
-class _Measured(_Run):
-    """Runs fn as it was, and the kernels beside it, whose errors it sums up."""
-
-    originals: dict[str, Any] = field(default_factory=dict)
-    fills: ClassVar[bool] = True
-
-    def _start(self, path: str, leaf: Any) -> Any:
-        if not isinstance(leaf, QArray):
-            return leaf
-        node = carried(leaf, path, self.originals[path])
-        return self.originals[path] if node is None else node
-
-    def _outputs(self, outputs: Any, filled: Cells) -> Any:
-        return {name: (noise.sum(), signal.sum()) for name, (noise, signal) in filled.items()}
-
-    def _site(self, equation: Equation, operands: Sequence[Any], operand: int) -> tuple[Any, Cells]:
-        by_kernel, _ = super()._site(equation, operands, operand)
-        node, before = operands[operand], list(operands)
-        before[operand] = node.original
-        result = equation.bind(*before)
-        off = jnp.square((by_kernel - result).astype(jnp.float32)).sum()
-        power = jnp.square(result.astype(jnp.float32)).sum()
-        names = [s.name for s in equation.sites if s.path == node.path]
-        return result, dict.fromkeys(names, (off, power))
+def _run_beside(
+    run_site: SiteRule, equation: Equation, operands: Sequence[Any], operand: int
+) -> SiteResult:
+    """Run a site as it was, and its kernel beside it, whose errors are summed up."""
+    by_kernel = run_site(equation, operands, operand)
+    assert isinstance(by_kernel, SiteResult)
+    node, before = operands[operand], list(operands)
+    before[operand] = node.array()
+    result = equation.bind(*before)
+    off = jnp.square((by_kernel.result - result).astype(jnp.float32)).sum()
+    power = jnp.square(result.astype(jnp.float32)).sum()
+    names = [s.name for s in equation.sites if s.path == node.path]
+    return by_kernel._replace(result=result, filled=dict.fromkeys(names, (off, power)))

@@ -14,7 +14,6 @@ from jaxtyping import ArrayLike, Float
 from jaxcompress import linalg, numerics, stats
 from jaxcompress.errors import ArgumentError
 from jaxcompress.numerics import Format, PerGroup, PerTensor, QArray, Scaled
-from jaxcompress.numerics._scales import bounds, rounded
 from jaxcompress.quantize._method import Method
 from jaxcompress.stats import Statistic
 
@@ -335,7 +334,8 @@ def _refit(
     units = format.qtype.to_numbers(codes, jnp.ones_like(scale), zero)
     shared = (0, 1) if isinstance(format.granularity, PerTensor) else (0,)
     unit_scale = jnp.float32(1) if overall is None else overall
-    smallest = bounds(format.scale_dtype)[0] * unit_scale
+    settled = functools.partial(numerics.round_scale, scale_dtype=format.scale_dtype)
+    smallest = numerics.scale_bounds(format.scale_dtype)[0] * unit_scale
 
     def run(group: Array, carry: tuple[Array, Array]) -> tuple[Array, Array]:
         error, scale = carry
@@ -345,7 +345,7 @@ def _refit(
         unit, old = (lax.dynamic_index_in_dim(x, group, keepdims=False) for x in (units, scale))
         slope = (unit * _matmul(across, error)).sum(shared, keepdims=True)
         power = (unit * _matmul(within, unit)).sum(shared, keepdims=True)
-        new = rounded((old + slope / power) / unit_scale, format) * unit_scale
+        new = settled((old + slope / power) / unit_scale) * unit_scale
         change = new - old
         better = change * (2 * slope - change * power) > 0  # false where it is NaN
         better &= (new * old > 0) & (jnp.abs(new) >= smallest)
@@ -367,7 +367,8 @@ def _stored(
     scale, zero = scales
     if overall is not None:
         overall = overall.reshape((1,) * scale.ndim)
-        scale = rounded(scale / overall, format)  # what it was before they were multiplied
+        # What it was before they were multiplied.
+        scale = numerics.round_scale(scale / overall, format.scale_dtype)
     stored = numerics.quantize(w_hat, format, scale=scale, zero=zero, global_scale=overall)
     return dataclasses.replace(stored, dtype=dtype)
 

@@ -101,7 +101,7 @@ def make_plan(graph: Graph, params: tree.Params, policy: Policy, *, strict: bool
     for path, rule in rule_of.items():
         if rule.weights is None:
             continue
-        why = _unread(graph, path) or obstacle(leaves[path], None)
+        why = graph.why_no_site(path) or obstacle(leaves[path], None)
         found = why or _task(graph, path, leaves[path], rule, book)
         if isinstance(found, Task):
             tasks[path] = found
@@ -131,16 +131,6 @@ class _Book:
         key = self._keys.setdefault(identity, f"{len(self._keys)}")
         self.statistics.setdefault(key, statistic)
         return key
-
-
-def _unread(graph: Graph, path: str) -> str | None:
-    """Say why a leaf has no site; `None` if it has one."""
-    if graph.sites_of(path):
-        return None
-    if path in graph.uses:
-        names = ", ".join(dict.fromkeys(use.primitive for use in graph.uses[path]))
-        return f"is used outside any contraction or lookup ({names})"
-    return "is returned as it came" if path in graph.returned else "is not read by fn"
 
 
 def _task(graph: Graph, path: str, leaf: Any, rule: Rule, book: _Book) -> Task | str:

@@ -8,13 +8,13 @@ from typing import Any
 import jax.numpy as jnp
 
 from jaxcompress import graph, numerics, stats, tree
+from jaxcompress.batches import open_stream
 from jaxcompress.errors import NonFiniteError
 from jaxcompress.quantize._execute import measure
 from jaxcompress.quantize._plan import Plan, Task, make_plan, untouched
 from jaxcompress.quantize._policy import Policy
 from jaxcompress.quantize._report import QLeaf, QReport
 from jaxcompress.quantize._work import Work
-from jaxcompress.stats._collect import matching, opened
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,11 +89,11 @@ def ptq(
         >>> float(abs(execute(fn)(result.params, x) - fn(params, x)).max()) < 0.2
         True
     """
-    first, stream = opened(batches)
+    first, rest = open_stream(batches)
     traced = graph.capture(fn, params, *first)
     plan = make_plan(graph.trace(traced), params, policy, strict=strict)
     works = {path: Work(task, leaf) for path, task, leaf in _with_leaves(plan, params)}
-    stream = itertools.chain([first], matching(stream, first))
+    stream = itertools.chain([first], rest)
     replaces = any(task.method.sequential for task in plan.tasks.values())
     try:
         if replaces or any(task.is_indexed for task in plan.tasks.values()):

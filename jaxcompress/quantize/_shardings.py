@@ -3,13 +3,13 @@
 from typing import Any
 
 import jax
-import numpy as np
 
 from jaxcompress import numerics
+from jaxcompress.graph.leaves import part_shardings, place_parts
 from jaxcompress.numerics import QArray
 
 
-def placed_like(q: QArray, leaf: Any) -> QArray:
+def place_codes(q: QArray, leaf: Any) -> QArray:
     """Shard the parts of a quantized leaf like the array that it replaces.
 
     Args:
@@ -19,10 +19,7 @@ def placed_like(q: QArray, leaf: Any) -> QArray:
     Returns:
         The quantized leaf, placed; as it is where the array has no sharding over a mesh.
     """
-    sharding = getattr(leaf, "sharding", None)
-    if not isinstance(sharding, jax.sharding.NamedSharding):
-        return q
-    return jax.device_put(q, shardings(q, sharding))
+    return place_parts(q, leaf, lambda part: _axes_of(q, part))
 
 
 def shardings(q: QArray, sharding: jax.sharding.NamedSharding) -> QArray:
@@ -36,23 +33,13 @@ def shardings(q: QArray, sharding: jax.sharding.NamedSharding) -> QArray:
         A `QArray` of shardings: each axis split as the leaf's was where its length divides, the
         groups of an axis in its place.
     """
-    mesh, ndim = sharding.mesh, len(q.shape)
-    names = (*sharding.spec, *(None,) * ndim)[:ndim]
-    blocked: list[Any] = list(names)
-    if isinstance(q.format.granularity, numerics.PerGroup):
-        blocked.insert(q.format.granularity.axis % ndim + 1, None)
-
-    def place(part: Any) -> jax.sharding.NamedSharding:
-        spec = names if part.ndim == ndim else blocked
-        kept = [
-            name if name is not None and n % _ways(mesh, name) == 0 and n > 1 else None
-            for n, name in zip(part.shape, [*spec, *(None,) * part.ndim], strict=False)
-        ]
-        return jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(*kept))
-
-    return jax.tree.map(place, q)
+    return part_shardings(q, sharding, lambda part: _axes_of(q, part))
 
 
-def _ways(mesh: Any, names: Any) -> int:
-    names = (names,) if isinstance(names, str) else names
-    return int(np.prod([mesh.shape[name] for name in names]))
+def _axes_of(q: QArray, part: Any) -> list[int | None]:
+    """List the axis of the leaf that each axis of a part stands for."""
+    ndim = len(q.shape)
+    axes: list[int | None] = list(range(ndim))
+    if part.ndim > ndim and isinstance(q.format.granularity, numerics.PerGroup):
+        axes.insert(q.format.granularity.axis % ndim + 1, None)
+    return (axes + [None] * part.ndim)[: part.ndim]

@@ -19,8 +19,8 @@ from jaxcompress.quantize._bias import bias_shift
 from jaxcompress.quantize._matrix import assemble
 from jaxcompress.quantize._method import Method, RoundToNearest
 from jaxcompress.quantize._plan import Task
-from jaxcompress.quantize._shardings import placed_like
-from jaxcompress.stats import _by_matrix
+from jaxcompress.quantize._shardings import place_codes
+from jaxcompress.stats import by_matrix, merge_results, scans_of
 
 Picks: TypeAlias = tuple[tuple[int, int], ...]
 """Which slice of a leaf: `(axis, index)` pairs, sorted; empty for the whole leaf."""
@@ -59,10 +59,10 @@ class Work:
         form, here = self.task.form.without(tuple(picks)), tuple(sorted(picks.items()))
         mean_key, range_key = self.task.mean_key, self.task.range_key
         if mean_key is not None and len(self.task.sites) == 1:
-            self._means[here] = _by_matrix.by_matrix(results[mean_key], site, form).mean
+            self._means[here] = by_matrix(results[mean_key], site, form).mean
         if self._ranges is not None and range_key is not None:
             left = [k for k in range(len(self.task.form.shape)) if k not in picks]
-            axes, _ = _by_matrix.scans(site)
+            axes, _ = scans_of(site)
             named = tuple(None if k is None else left[k] for k in axes)
             self._ranges.add(results[range_key], named, picks)
 
@@ -88,7 +88,7 @@ class Work:
             self._parts[()] = q
             return numerics.dequantize(q)
         seen = {
-            name: _by_matrix.together([_by_matrix.by_matrix(r[key], s, form) for s, r in found])
+            name: merge_results([by_matrix(r[key], s, form) for s, r in found])
             for name, key in task.method_keys.items()
         }
         matrices = form.to_matrices(jnp.asarray(leaf).astype(jnp.float32))
@@ -109,7 +109,7 @@ class Work:
         if task.activations is not None:
             static = None if self._ranges is None else self._ranges.settle()
             q = replace(q, activation=static or Activation(format=task.activations))
-        return placed_like(q, self.leaf)
+        return place_codes(q, self.leaf)
 
     def shift(self) -> jax.Array | None:
         """Give the mean error of each output, `(*matrices, out)`; `None` if no mean was seen."""

@@ -12,6 +12,9 @@ wherever it contracts its params. What holds for all of them:
   `collect` refuses them by the name of the site.
 """
 
+from jaxcompress.stats._by_matrix import by_matrix as by_matrix
+from jaxcompress.stats._by_matrix import merge_results as merge_results
+from jaxcompress.stats._by_matrix import scans_of as scans_of
 from jaxcompress.stats._collect import Collected as Collected
 from jaxcompress.stats._collect import collect as collect
 from jaxcompress.stats._gradients import Fisher as Fisher

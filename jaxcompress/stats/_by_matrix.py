@@ -27,8 +27,8 @@ def by_matrix(result: Any, site: Site, form: Form) -> Any:
     Returns:
         The same, its arrays leading with `form.matrices`.
     """
-    apart, loose = scans(site)
-    result = merged(result, loose)
+    apart, loose = scans_of(site)
+    result = merge_axes(result, loose)
     source = [*(k for k in apart if k is not None), *site.axes.batch]
     known = [k for k in form.lead if k in source]
     groups = form.matrices[len(form.lead) :]
@@ -44,7 +44,7 @@ def by_matrix(result: Any, site: Site, form: Form) -> Any:
     return jax.tree.map(place, result)
 
 
-def scans(site: Site) -> tuple[tuple[int | None, ...], tuple[int, ...]]:
+def scans_of(site: Site) -> tuple[tuple[int | None, ...], tuple[int, ...]]:
     """Tell which scan around a site takes which axis of the leaf apart, and which take none.
 
     Args:
@@ -56,7 +56,7 @@ def scans(site: Site) -> tuple[tuple[int | None, ...], tuple[int, ...]]:
     return site.layers, tuple(k for k, axis in enumerate(site.layers) if axis is None)
 
 
-def together(results: Sequence[Any]) -> Any:
+def merge_results(results: Sequence[Any]) -> Any:
     """Merge what several sites of one leaf have seen.
 
     Args:
@@ -67,10 +67,10 @@ def together(results: Sequence[Any]) -> Any:
     """
     if len(results) == 1:
         return results[0]
-    return merged(jax.tree.map(lambda *xs: jnp.stack(xs), *results), (0,))
+    return merge_axes(jax.tree.map(lambda *xs: jnp.stack(xs), *results), (0,))
 
 
-def merged(result: Any, axes: Sequence[int]) -> Any:
+def merge_axes(result: Any, axes: Sequence[int]) -> Any:
     """Merge the results of one statistic along leading axes, as if it had seen all rows there.
 
     Args:

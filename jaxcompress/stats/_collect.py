@@ -10,7 +10,8 @@ import jax
 import numpy as np
 
 from jaxcompress import tree
-from jaxcompress.errors import ArgumentError, ArgumentTypeError, NonFiniteError, StructureError
+from jaxcompress.batches import open_stream
+from jaxcompress.errors import ArgumentTypeError, NonFiniteError
 from jaxcompress.graph import Traced
 from jaxcompress.graph.sites import call_of
 from jaxcompress.stats._plan import Plan, make_plan
@@ -123,7 +124,7 @@ def collect(
         (['down', 'up'], 2)
     """
     several = check_statistics(statistics)
-    first, stream = opened(batches)
+    first, rest = open_stream(batches)
     plan = make_plan(call_of(fn, params, first, {}), params, several, where)
     sharding = find_sharding((params, first))
     # donated: the states are updated in place
@@ -131,7 +132,7 @@ def collect(
     states = jax.jit(lambda: init_states(plan), out_shardings=sharding)()
     flags = _Flags(allow=allow_non_finite)
     pending: collections.deque[dict[str, jax.Array]] = collections.deque()
-    stream = itertools.chain([first], matching(stream, first))
+    stream = itertools.chain([first], rest)
     total = len(batches) if hasattr(batches, "__len__") else None  # pyright: ignore
     for batch in show_progress(stream, total, progress):
         states, bad = step(states, params, batch)
@@ -158,62 +159,6 @@ def check_statistics(statistics: Any) -> dict[str, Statistic]:
             fix='For example stats.absmax(), called, or {"range": stats.min_max()}.',
         )
     return dict(found)
-
-
-def iterate(batches: Any) -> Iterator[Any]:
-    if isinstance(batches, str | Mapping) or not hasattr(batches, "__iter__"):
-        raise ArgumentTypeError(
-            "batches",
-            got=type(batches).__name__,
-            expected="an iterable of input tuples for fn",
-            fix="Pass a list of batches, or a generator.",
-        )
-    return iter(batches)
-
-
-def opened(batches: Any) -> tuple[tuple[Any, ...], Iterator[tuple[Any, ...]]]:
-    """Read the first batch; returns it and those after it, as tuples of inputs."""
-    stream = map(to_inputs, iterate(batches))
-    first = next(stream, None)
-    if first is None:
-        raise ArgumentError(
-            "batches",
-            got="no batches",
-            expected="at least one",
-            fix="An iterator that was read before is empty: make it anew.",
-        )
-    return first, stream
-
-
-def to_inputs(batch: Any) -> tuple[Any, ...]:
-    return batch if isinstance(batch, tuple) else (batch,)
-
-
-def matching(stream: Iterator[tuple], first: tuple) -> Iterator[tuple]:
-    """Pass batches on that are structured like the first; only sizes may differ."""
-
-    def describe(batch: tuple) -> Any:
-        leaves, structure = jax.tree.flatten(batch)
-        return structure, [(np.ndim(x), _dtype(x)) for x in leaves]
-
-    expected = describe(first)
-    for number, batch in enumerate(stream, start=1):
-        if describe(batch) != expected:
-            raise StructureError(
-                "batches",
-                got=f"batch {number} with {_sketch(batch)}",
-                expected=f"the structure, ranks and dtypes of the first: {_sketch(first)}",
-                fix="Give all batches one form; only sizes may differ.",
-            )
-        yield batch
-
-
-def _sketch(batch: tuple) -> str:
-    return str(jax.tree.map(lambda x: jax.ShapeDtypeStruct(np.shape(x), _dtype(x)), batch))
-
-
-def _dtype(x: Any) -> Any:
-    return x.dtype if hasattr(x, "dtype") else jax.dtypes.result_type(x)
 
 
 def find_sharding(arrays: Any) -> jax.sharding.Sharding | None:

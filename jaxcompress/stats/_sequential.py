@@ -11,6 +11,7 @@ import numpy as np
 from jax import Array, lax
 
 from jaxcompress import tree
+from jaxcompress.batches import open_stream
 from jaxcompress.errors import ArgumentError, NonFiniteError, StructureError
 from jaxcompress.graph import Site, Traced
 from jaxcompress.stats import _collect, _step
@@ -125,11 +126,11 @@ def sequential(
     """
     several = _collect.check_statistics(statistics)
     _refuse_gradients(several)
-    first, stream = _collect.opened(batches)
+    first, rest = open_stream(batches)
     stages = Stages(fn, where, host=host, sharding=_collect.find_sharding((params, first)))
     batch_runs = [stages.make_pipeline(params, first).start(first)]
     plan = make_plan(batch_runs[0].pipeline.traced, params, several, where)
-    for batch in _collect.matching(stream, first):
+    for batch in rest:
         batch_runs.append(stages.make_pipeline(params, batch).start(batch))
     stops = _find_common_stops(batch_runs)
     run = _Run(stages, plan, params, batch_runs, single=isinstance(statistics, Statistic))
@@ -244,7 +245,7 @@ class _Run:
 
     def replace(self, stop: Boundary, before: Mapping[str, Any], replaced: Any) -> None:
         """Put the visitor's leaves in place."""
-        for path, new in check_replaced(before, replaced).items():
+        for path, new in check_leaves(before, replaced).items():
             picks = stop.slices[path]
             if not picks:
                 self.current[path] = _place_like(new, before[path])
@@ -282,7 +283,7 @@ def _check_finite(bad: Mapping[str, Array], stop: Boundary) -> None:
         )
 
 
-def check_replaced(before: Mapping[str, Any], replaced: Any) -> Mapping[str, Any]:
+def check_leaves(before: Mapping[str, Any], replaced: Any) -> Mapping[str, Any]:
     """Refuse what `visit` may not return."""
     if replaced is None:
         return {}

@@ -8,8 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxcompress import graph, tree
+from jaxcompress.batches import open_stream
 from jaxcompress.errors import ArgumentError, ArgumentTypeError, NonFiniteError, StructureError
-from jaxcompress.stats._collect import matching, opened
 
 _TOLERANCE = 1e-2
 """How far a running average may be from `m old + update(0)`, relative to its largest entry."""
@@ -81,7 +81,7 @@ def reestimate(
         batches rather than moving ones); Li et al., EagleEye, arXiv:2007.02491, for why pruned
         networks need it.
     """
-    first, rest = opened(batches)
+    first, rest = open_stream(batches)
     active, others = _state_of(fn, params, first, where)
     names = _find_means(active) if between else {}
     start = jax.jit(_probe(fn, active, others))(params, first)
@@ -96,7 +96,7 @@ def reestimate(
     blank = lambda: {p: jnp.zeros(np.shape(x), jnp.float32) for p, x in active.items()}
     totals = _Totals(jnp.zeros((), jnp.float32), blank(), blank())
     totals = step(totals, params, first, _weight(first))
-    for batch in matching(rest, first):
+    for batch in rest:
         jax.block_until_ready(totals)  # one batch at a time on the device
         totals = step(totals, params, batch, _weight(batch))
     new = dict(totals.mean)

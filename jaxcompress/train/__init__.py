@@ -1,4 +1,4 @@
-"""Training: optimizers by name, a jitted and sharded step, a fit loop that resumes bit for bit."""
+"""Training: optax's optimizers, a jitted and sharded step, a fit loop that resumes bit for bit."""
 
 from jaxcompress.train import augment as augment
 from jaxcompress.train import metrics as metrics

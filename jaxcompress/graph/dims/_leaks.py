@@ -64,12 +64,12 @@ class _Opened(Masker):
             pairs = zip(operands, fill(0), strict=True)
             gaps = [jnp.max(jnp.abs(x - z), initial=0) for x, z in pairs if _is_float(x)]
             seen = jnp.max(jnp.stack([jnp.float32(0), *map(jnp.float32, gaps)]))
-            return _compat.bind(equation._eqn, operands), {seen_at(here): seen}
+            return _compat.bind(equation.eqn, operands), {seen_at(here): seen}
         flag = self._opened(self.places[here][0])
-        clean = fill(neutral_of(equation._eqn))
+        clean = fill(neutral_of(equation.eqn))
         if flag is not None:
             clean = [jnp.where(flag, x, z) for x, z in zip(operands, clean, strict=True)]
-        return _compat.bind(equation._eqn, clean), {}
+        return _compat.bind(equation.eqn, clean), {}
 
 
 def _is_float(x: Any) -> bool:

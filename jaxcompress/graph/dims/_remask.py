@@ -94,16 +94,16 @@ class Masker:
         self, here: Position, equation: Equation, operands: Sequence[Any], cells: Cells
     ) -> tuple[list, Cells]:
         rule: Any = construct(equation.primitive.name)
-        (body,) = rule.bodies(equation._eqn)
+        (body,) = rule.bodies(equation.eqn)
         return run(body.program, operands, self.plan, cells, (*here, 0))
 
     def _visit(
         self, here: Position, kept: Kept, equation: Equation, operands: Sequence[Any], cells: Cells
     ) -> tuple[list, Cells]:
-        neutral = neutral_of(equation._eqn)
+        neutral = neutral_of(equation.eqn)
         fill = functools.partial(self._fill, here, kept, cells)
         operands = [fill(x, "operand", k, neutral) for k, x in enumerate(operands)]
-        results = _compat.bind(equation._eqn, operands)
+        results = _compat.bind(equation.eqn, operands)
         return [fill(y, "result", k, 0) for k, y in enumerate(results)], {}
 
     def _fill(

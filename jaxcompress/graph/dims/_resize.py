@@ -145,9 +145,9 @@ class _Resizer:
                 for key, (x, layer) in rows.items()
             })  # fmt: skip
         if resize is None:
-            return _compat.bind(equation._eqn, operands), {}
-        with _compat.context(equation._eqn):
-            return resize(equation._eqn, operands, kept), {}
+            return _compat.bind(equation.eqn, operands), {}
+        with _compat.context(equation.eqn):
+            return resize(equation.eqn, operands, kept), {}
 
     # --- rules of differentiation ---------------------------------------------------------------
 

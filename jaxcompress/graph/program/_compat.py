@@ -97,6 +97,7 @@ def call_types(args: Any) -> tuple[Hashable, Hashable, Hashable]:
 
 
 def is_jaxpr(value: Any) -> bool:
+    """Tell whether a value is an open or closed jaxpr."""
     return hasattr(value, "eqns") and hasattr(value, "outvars")
 
 

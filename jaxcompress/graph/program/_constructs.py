@@ -135,6 +135,7 @@ def register_construct(*primitives: str) -> Callable[[type], type]:
 
 
 def construct(primitive: str) -> Construct | None:
+    """Give what is known of a primitive that runs jaxprs, by its name; `None` for any other."""
     return _CONSTRUCTS.get(primitive)
 
 

@@ -24,17 +24,18 @@ class Equation:
         primitive: The JAX primitive; `primitive.name` is its name.
         params: Its parameters, such as `dimension_numbers`.
         sites: The sites at this equation, one per weight operand; empty elsewhere.
+        eqn: The JAX equation itself.
     """
 
     primitive: Primitive
     params: Mapping[str, Any]
     sites: tuple[Any, ...]
-    _eqn: Any = field(repr=False)
+    eqn: Any = field(repr=False)
 
     @property
     def result_dtype(self) -> Any:
         """The dtype of its (first) result."""
-        return self._eqn.outvars[0].aval.dtype
+        return self.eqn.outvars[0].aval.dtype
 
     def bind(self, *operands: Any, **changes: Any) -> Any:
         """Do what the equation does, on the given operands.
@@ -46,7 +47,7 @@ class Equation:
         Returns:
             The result; a list of results for a primitive that has several.
         """
-        results = _compat.bind(self._eqn, operands, {**self._eqn.params, **changes})
+        results = _compat.bind(self.eqn, operands, {**self.eqn.params, **changes})
         return results if self.primitive.multiple_results else results[0]
 
 
@@ -231,7 +232,7 @@ def run(
 
 def leave_out(equation: Equation, operands: Sequence[Any], cells: Cells) -> tuple[list, Cells]:
     """Visit an equation that nothing needs."""
-    return [None] * len(equation._eqn.outvars), {}
+    return [None] * len(equation.eqn.outvars), {}
 
 
 def pass_on(
@@ -254,7 +255,7 @@ def reenter(
     plan: Plan, position: Position, equation: Equation, operands: Sequence[Any], cells: Cells
 ) -> tuple[list, Cells]:
     """Visit a construct by entering it, though nothing in it may be visited."""
-    return rebuild(plan, position, equation._eqn, operands, cells)
+    return rebuild(plan, position, equation.eqn, operands, cells)
 
 
 def rebuild(

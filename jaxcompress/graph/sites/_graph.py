@@ -93,6 +93,22 @@ class Graph:
         """
         return self._by_path.get(path, ())
 
+    def why_no_site(self, path: str) -> str | None:
+        """Say why a leaf has no site, as a predicate: "is not read by fn".
+
+        Args:
+            path: The leaf's path.
+
+        Returns:
+            The words; `None` if it has a site.
+        """
+        if self.sites_of(path):
+            return None
+        if path in self.uses:
+            names = ", ".join(dict.fromkeys(use.primitive for use in self.uses[path]))
+            return f"is used outside any contraction or lookup ({names})"
+        return "is returned as it came" if path in self.returned else "is not read by fn"
+
     @functools.cached_property
     def _by_path(self) -> dict[str, tuple[Site, ...]]:
         several: dict[str, list[Site]] = {}

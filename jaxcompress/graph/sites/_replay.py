@@ -153,7 +153,7 @@ def _call(
     several = equation.primitive.multiple_results
     result = handler(equation, *operands)
     results = list(result) if several and isinstance(result, Sequence) else [result]
-    count = len(equation._eqn.outvars)
+    count = len(equation.eqn.outvars)
     if len(results) != count or any(isinstance(x, tuple | list | None) for x in results):
         at = ", ".join(site.name for site in equation.sites) or equation.primitive.name
         raise ArgumentError(

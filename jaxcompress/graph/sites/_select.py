@@ -47,6 +47,7 @@ def named_sites(traced: Traced, names: Mapping[str, Any], argument: str) -> list
 
 
 def refuse_inside(traced: Traced, names: Sequence[str], labels: Sequence[str], why: str) -> None:
+    """Raise if a site of these names lies inside a construct of these labels, and say why."""
     for site in traced.sites:
         inside = [label for label in site.scope if label in labels]
         if site.name in names and inside:

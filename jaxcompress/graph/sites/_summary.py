@@ -10,7 +10,7 @@ from jaxcompress.errors import ArgumentError
 from jaxcompress.graph._text import grid, plain, scaled
 from jaxcompress.graph.sites._graph import Graph, stored
 from jaxcompress.graph.sites._sites import Axes
-from jaxcompress.graph.sites._trace import trace
+from jaxcompress.graph.sites._trace import Traced, trace
 
 if TYPE_CHECKING:
     import rich.table
@@ -113,8 +113,8 @@ def _share(part: int, whole: int) -> float:
 
 
 def summary(
-    fn: Callable[..., Any],
-    params: tree.Params,
+    fn: Callable[..., Any] | Traced,
+    params: tree.Params = None,
     *inputs: Any,
     depth: int | None = None,
     **kwargs: Any,
@@ -122,7 +122,7 @@ def summary(
     """List every leaf of params with what fn does with it, and what that costs.
 
     Args:
-        fn: `fn(params, *inputs, **kwargs) -> outputs`, pure.
+        fn: `fn(params, *inputs, **kwargs) -> outputs`, pure; or a `Traced`, without arguments.
         params: Any pytree of arrays; shapes are enough.
         *inputs: fn's other arguments; shapes are enough.
         depth: Sum up leaves whose paths agree in so many segments, so that a deep model fits a

@@ -8,11 +8,11 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from jaxcompress.quantize import _activations as activations
-from jaxcompress.quantize._carried import Carried
+from jaxcompress.quantize._carried import CarriedCodes
 from jaxcompress.quantize.kernels import _codes as codes_of
 
 
-def obstacle(params: Any, operand: int, node: Carried) -> str | None:
+def obstacle(params: Any, operand: int, node: CarriedCodes) -> str | None:
     """Say why codes cannot enter a convolution; `None` if they can."""
     if operand != 1 or params["batch_group_count"] != 1:
         return "the weights take the place of an activation in the convolution"
@@ -24,7 +24,7 @@ def obstacle(params: Any, operand: int, node: Carried) -> str | None:
     return None
 
 
-def by_codes(params: Any, node: Carried, x: Array, backend: str, *, patches: bool) -> Array:
+def by_codes(params: Any, node: CarriedCodes, x: Array, backend: str, *, patches: bool) -> Array:
     r"""Convolve codes with codes; symmetric weights.
 
     $s_x s_w (q_x * q_w - z_x \sum q_w)$, the borders padded with $z_x$, so that zeros are zeros.
@@ -59,7 +59,7 @@ def by_codes(params: Any, node: Carried, x: Array, backend: str, *, patches: boo
     return sums.astype(jnp.float32) * along(weights.scale, channels) * along(acts.scale, batch)
 
 
-def by_weights(params: Any, node: Carried, x: Array, backend: str) -> Array:
+def by_weights(params: Any, node: CarriedCodes, x: Array, backend: str) -> Array:
     """Convolve a float activation with codes, and scale the result.
 
     Returns:

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from jaxcompress.quantize import _activations as activations
-from jaxcompress.quantize._carried import Carried
+from jaxcompress.quantize._carried import CarriedCodes
 from jaxcompress.quantize.kernels import _codes as codes_of
 from jaxcompress.quantize.kernels._codes import Operand
 from jaxcompress.quantize.kernels._turns import in_turn
@@ -95,7 +95,7 @@ class Arrangement:
         return part.sum(self.summed[1 if of_weights else 0], keepdims=True, dtype=jnp.int32)
 
 
-def arrange(params: Any, operand: int, node: Carried, x: Any) -> Arrangement:
+def arrange(params: Any, operand: int, node: CarriedCodes, x: Any) -> Arrangement:
     """Work out how the stored axes of the weights meet those of an activation.
 
     Args:
@@ -163,7 +163,7 @@ def _contract(
     return lax.dot_general(x, w, (contract, batch), **options)
 
 
-def by_codes(params: Any, operand: int, node: Carried, x: Array, backend: str) -> Array:
+def by_codes(params: Any, operand: int, node: CarriedCodes, x: Array, backend: str) -> Array:
     r"""Contract codes with codes; `node.activation` says how x becomes codes.
 
     $s_x s_w (\sum q_x q_w - z_w \sum q_x - z_x \sum q_w + n z_x z_w)$, summed once more over
@@ -208,7 +208,7 @@ def _beside_free(how: Arrangement, part: Array) -> Array:
     return jnp.squeeze(how.beside(part, of_weights=False), tuple(range(lead)))
 
 
-def _few_rows(how: Arrangement, x: Array, node: Carried) -> bool:
+def _few_rows(how: Arrangement, x: Array, node: CarriedCodes) -> bool:
     """Tell whether the sums of all groups, float32, are smaller than the weights in x's dtype."""
     rows = math.prod(how.cut(x).shape[k] for k in how.x_free)
     depth = math.prod(node.values.shape[k] for k in how.summed[1])
@@ -217,7 +217,7 @@ def _few_rows(how: Arrangement, x: Array, node: Carried) -> bool:
 
 
 def _in_groups(
-    how: Arrangement, node: Carried, x: Array, backend: str, options: dict[str, Any]
+    how: Arrangement, node: CarriedCodes, x: Array, backend: str, options: dict[str, Any]
 ) -> Array:
     """Contract group by group, as a batch; scale the sums and add them up."""
     batch = ((*how.x_batch, *how.groups[0]), (*how.w_batch, *how.groups[1]))
@@ -245,7 +245,7 @@ def _sums(how: Arrangement, acts: Operand, weights: Operand, dtype: Any) -> Arra
     return sums
 
 
-def by_weights(params: Any, operand: int, node: Carried, x: Array, backend: str) -> Array:
+def by_weights(params: Any, operand: int, node: CarriedCodes, x: Array, backend: str) -> Array:
     """Contract a float activation with codes, scales after the sum where they do not vary in it.
 
     Where they do, scaled codes are contracted over both axes at once. CUDA's compiler would write

@@ -6,11 +6,11 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from jaxcompress.quantize import _activations as activations
-from jaxcompress.quantize._carried import Carried
+from jaxcompress.quantize._carried import CarriedCodes
 from jaxcompress.quantize.kernels import _codes as codes_of
 
 
-def lookup_obstacle(params: Any, node: Carried) -> str | None:
+def lookup_obstacle(params: Any, node: CarriedCodes) -> str | None:
     """Say why rows of codes cannot be looked up; `None` if they can."""
     numbers, sizes = params["dimension_numbers"], params["slice_sizes"]
     if len(numbers.start_index_map) != 1 or numbers.operand_batching_dims:
@@ -24,7 +24,7 @@ def lookup_obstacle(params: Any, node: Carried) -> str | None:
     return None
 
 
-def lookup(params: Any, node: Carried, indices: Array) -> Array:
+def lookup(params: Any, node: CarriedCodes, indices: Array) -> Array:
     """Look up rows of codes and their scales, and multiply.
 
     Indices out of bounds give what the equation gives for them: the nearest row, or its fill.
@@ -75,7 +75,7 @@ def lookup(params: Any, node: Carried, indices: Array) -> Array:
     return jnp.transpose(found, order)
 
 
-def ragged_obstacle(params: Any, operand: int, node: Carried) -> str | None:
+def ragged_obstacle(params: Any, operand: int, node: CarriedCodes) -> str | None:
     """Say why codes cannot enter a `ragged_dot`; `None` if they can."""
     numbers = params["ragged_dot_dimension_numbers"]
     (_, (contract,)), batch = numbers.dot_dimension_numbers
@@ -86,7 +86,7 @@ def ragged_obstacle(params: Any, operand: int, node: Carried) -> str | None:
     return None
 
 
-def ragged(params: Any, node: Carried, x: Array, sizes: Array, backend: str) -> Array:
+def ragged(params: Any, node: CarriedCodes, x: Array, sizes: Array, backend: str) -> Array:
     """Contract tokens sorted by expert with each expert's codes, and scale each token's result.
 
     Returns:

@@ -9,9 +9,9 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from jaxcompress.graph._moved import placed
+from jaxcompress.graph.leaves import place_result
 from jaxcompress.quantize import _activations as activations
-from jaxcompress.quantize._carried import Carried
+from jaxcompress.quantize._carried import CarriedCodes
 from jaxcompress.quantize.kernels import _codes, _conv, _dot, _rows
 
 _PATCHES: Mapping[str, int] = {"cpu": 16}
@@ -38,7 +38,9 @@ class Choice:
     why: str = ""
 
 
-def choose(name: str, params: Any, operand: int, node: Carried, x: Any, backend: str) -> Choice:
+def choose(
+    name: str, params: Any, operand: int, node: CarriedCodes, x: Any, backend: str
+) -> Choice:
     """Look a site up in the table.
 
     Args:
@@ -65,14 +67,14 @@ def choose(name: str, params: Any, operand: int, node: Carried, x: Any, backend:
     return rule(params, operand, node, x, backend)
 
 
-def _against(node: Carried, count: int) -> str | None:
+def _against(node: CarriedCodes, count: int) -> str | None:
     """Say why `count` codes of weights and activations cannot be multiplied and added, if so."""
     assert node.activation_format is not None
     formats = node.format, node.activation_format
     return _codes.obstacle(*formats) or _codes.overflow(*formats, count)
 
 
-def _choose_dot(params: Any, operand: int, node: Carried, x: Any, backend: str) -> Choice:
+def _choose_dot(params: Any, operand: int, node: CarriedCodes, x: Any, backend: str) -> Choice:
     how = _dot.arrange(params, operand, node, x)
     grouped = any(how.grouped)
     if node.activation_format is None:
@@ -83,7 +85,7 @@ def _choose_dot(params: Any, operand: int, node: Carried, x: Any, backend: str) 
     return Choice("codes in groups" if grouped else "codes")
 
 
-def _choose_conv(params: Any, operand: int, node: Carried, x: Any, backend: str) -> Choice:
+def _choose_conv(params: Any, operand: int, node: CarriedCodes, x: Any, backend: str) -> Choice:
     why = _conv.obstacle(params, operand, node)
     if why is None and node.activation_format is None:
         return Choice("weights")
@@ -101,12 +103,12 @@ def _choose_conv(params: Any, operand: int, node: Carried, x: Any, backend: str)
     return Choice("codes as patches" if gathered else "codes")
 
 
-def _choose_rows(params: Any, operand: int, node: Carried, x: Any, backend: str) -> Choice:
+def _choose_rows(params: Any, operand: int, node: CarriedCodes, x: Any, backend: str) -> Choice:
     why = "the indices are quantized" if operand else _rows.lookup_obstacle(params, node)
     return Choice("dequantized", why) if why else Choice("rows")
 
 
-def _choose_ragged(params: Any, operand: int, node: Carried, x: Any, backend: str) -> Choice:
+def _choose_ragged(params: Any, operand: int, node: CarriedCodes, x: Any, backend: str) -> Choice:
     why = _rows.ragged_obstacle(params, operand, node)
     if why is None and node.activation_format is not None:
         (_, (contract,)), _ = params["ragged_dot_dimension_numbers"].dot_dimension_numbers
@@ -140,16 +142,16 @@ def run(
     if choice.kernel == "dequantized":
         return equation.bind(*_exchanged(operands, operand, _rounded(equation, operand, node, x)))
 
-    def kernel(x: Array, node: Carried, *rest: Any) -> Array:
+    def kernel(x: Array, node: CarriedCodes, *rest: Any) -> Array:
         how = choice.kernel, name, params, operand
         return _kernel(*how, node, x, *rest, backend=backend).astype(dtype)
 
-    run = placed(kernel, equation, operands)
+    run = place_result(kernel, equation, operands)
     if not choice.kernel.startswith("codes"):
         return run(x, node, *rest)
     through = _straight_through(
         lambda x, node: run(x, node, *rest),
-        lambda x, node: equation.bind(*_exchanged(operands, operand, (x, node.array()))),
+        lambda x, node: equation.bind(*_exchanged(operands, operand, (x, node.dequantize()))),
         _shared(equation, operand, node, x),
     )
     return through(x, node)
@@ -160,7 +162,7 @@ def _kernel(
     name: str,
     params: Any,
     operand: int,
-    node: Carried,
+    node: CarriedCodes,
     x: Array,
     *rest: Array,
     backend: str,
@@ -187,35 +189,35 @@ def _exchanged(operands: Sequence[Any], operand: int, pair: tuple[Any, Any]) -> 
     return new
 
 
-def _shared(equation: Any, operand: int, node: Carried, x: Any) -> tuple[int, ...]:
+def _shared(equation: Any, operand: int, node: CarriedCodes, x: Any) -> tuple[int, ...]:
     activation = node.activation
     assert activation is not None
     name, params = equation.primitive.name, equation.params
     return activations.shared_axes(name, params, 1 - operand, activation, x.ndim)
 
 
-def _rounded(equation: Any, operand: int, node: Carried, x: Any) -> tuple[Any, Array]:
+def _rounded(equation: Any, operand: int, node: CarriedCodes, x: Any) -> tuple[Any, Array]:
     """Give what codes would stand for, on both sides; indices are no activation."""
     contracts = equation.primitive.name in _CONTRACTIONS
     if node.activation is not None and contracts and not jnp.iscomplexobj(x):
         shared = _shared(equation, operand, node, x)
         scale, zero = activations.fit(x, node.activation, shared)
         x = activations.round_through(x, scale, zero, node.activation)
-    return x, node.array()
+    return x, node.dequantize()
 
 
 def _straight_through(
-    by_codes: Callable[[Array, Carried], Array],
-    linear: Callable[[Array, Carried], Array],
+    by_codes: Callable[[Array, CarriedCodes], Array],
+    linear: Callable[[Array, CarriedCodes], Array],
     shared: tuple[int, ...],
-) -> Callable[[Array, Carried], Array]:
+) -> Callable[[Array, CarriedCodes], Array]:
     """Give a function of codes the gradient of the contraction, where the activation was rounded.
 
     The weights are constants.
     """
 
     @jax.custom_jvp
-    def call(x: Array, node: Carried) -> Array:
+    def call(x: Array, node: CarriedCodes) -> Array:
         return by_codes(x, node)
 
     @call.defjvp

@@ -1,6 +1,7 @@
 """Scores of depth: block influence, and the change of a loss."""
 
 import functools
+import itertools
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
@@ -13,6 +14,7 @@ from jax.typing import ArrayLike
 from jaxtyping import Float
 
 from jaxcompress import tree
+from jaxcompress.batches import open_stream
 from jaxcompress.errors import ArgumentError, NonFiniteError
 from jaxcompress.graph import Equation
 from jaxcompress.graph.program import Cells, Position, run
@@ -121,29 +123,15 @@ def block_influence(
 
     step = jax.jit(see)
     totals: dict[str, list[np.ndarray]] = {}
-    for batch in batches:
-        for base, pair in step(params, to_inputs(batch)).items():
+    first, rest = open_stream(batches)
+    for batch in itertools.chain([first], rest):
+        for base, pair in step(params, batch).items():
             # Sums of a batch are added in float64: tokens are many.
             new = [np.asarray(z, np.float64) for z in pair]
             totals[base] = (
                 [a + b for a, b in zip(totals[base], new, strict=True)] if (base in totals) else new
             )
-    if not totals:
-        raise make_no_batches_error()
     return check_scores(by_unit(units, {base: s / n for base, (s, n) in totals.items()}))
-
-
-def to_inputs(batch: Any) -> tuple[Any, ...]:
-    return tuple(batch) if isinstance(batch, tuple | list) else (batch,)
-
-
-def make_no_batches_error() -> ArgumentError:
-    return ArgumentError(
-        "batches",
-        got="no batches",
-        expected="at least one",
-        fix="A generator can be read once; pass a list to read it again.",
-    )
 
 
 def check_scores(scores: Mapping[str, float]) -> dict[str, float]:
@@ -279,8 +267,8 @@ def loss_change(
 
     compiled = jax.jit(value)
     changes, total = np.zeros(0), 0
-    for batch in batches:
-        batch = to_inputs(batch)
+    first, rest = open_stream(batches)
+    for batch in itertools.chain([first], rest):
         if not 1 <= inputs <= len(batch):
             raise ArgumentError(
                 "inputs",
@@ -294,8 +282,6 @@ def loss_change(
         gap = np.asarray([np.float64(x) for x in without]) - whole
         changes = gap * size[0] + (changes if total else 0.0)
         total += size[0]
-    if not total:
-        raise make_no_batches_error()
     return check_scores(
         {unit.name: float(x) for unit, x in zip(units, changes / total, strict=True)}
     )

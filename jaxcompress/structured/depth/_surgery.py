@@ -321,7 +321,7 @@ def _run_shorter(
     cells: Cells,
 ) -> tuple[list, Cells]:
     """Run a scan with the iterations that stay; `whole` are the operands that have all rows."""
-    eqn = equation._eqn
+    eqn = equation.eqn
     if kept is not None:
         eqn = eqn.replace(params={**eqn.params, "length": len(kept)})
         operands = [
@@ -372,9 +372,9 @@ def add_step(plan: Plan, position: Position, label: str, step: Step) -> Visit:
     """Make a visit that runs a scan with a step after each iteration."""
 
     def visit(equation: Equation, operands: Sequence[Any], cells: Cells) -> tuple[list, Cells]:
-        consts, carry = scan_counts(equation._eqn)
+        consts, carry = scan_counts(equation.eqn)
         carried = slice(consts, consts + carry)
         around = lambda enter: _Stepped(enter, carried, label, step)
-        return rebuild(plan, position, equation._eqn, operands, cells, around)
+        return rebuild(plan, position, equation.eqn, operands, cells, around)
 
     return visit

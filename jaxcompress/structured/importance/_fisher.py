@@ -9,8 +9,8 @@ import numpy as np
 from jaxtyping import ArrayLike
 
 from jaxcompress import tree
+from jaxcompress.batches import open_stream
 from jaxcompress.errors import ArgumentError
-from jaxcompress.stats._collect import matching, opened
 from jaxcompress.structured._groups import Group
 from jaxcompress.structured.importance._method import Given, Method
 from jaxcompress.structured.importance._slopes import Slopes, differentiate, slopes
@@ -59,10 +59,10 @@ class Fisher(Method):
             )
             return jax.tree.map(lambda total, found: total + found.sum(0), totals, several)
 
-        first, rest = opened(given.batches)
+        first, rest = open_stream(given.batches)
         examples = batch_size(first)
         totals = step(make_zero_slopes(given), given.params, first)
-        for batch in matching(rest, first):
+        for batch in rest:
             jax.block_until_ready(totals)  # one batch at a time on the device
             examples += batch_size(batch)
             totals = step(totals, given.params, batch)

@@ -9,10 +9,10 @@ import numpy as np
 from jaxtyping import ArrayLike
 
 from jaxcompress import graph, stats, tree
+from jaxcompress.batches import open_stream
 from jaxcompress.errors import ArgumentError
 from jaxcompress.graph import Site
 from jaxcompress.graph.sites import Form, form_of
-from jaxcompress.stats._collect import opened
 
 Found = Mapping[str, tuple[tuple[Site, Any], ...]]
 """`{path: ((site, {key: result}), ...)}`."""
@@ -26,7 +26,7 @@ def collect_seen(
     paths: Iterable[str],
 ) -> Found:
     """Collect statistics at all sites of some leaves; a leaf without any has an empty entry."""
-    first, rest = opened(batches)
+    first, rest = open_stream(batches)
     traced = graph.trace(fn, params, *first)
     wanted = [path for path in dict.fromkeys(paths) if traced.sites_of(path)]
     crooked = [path for path in wanted if not all(s.aligned for s in traced.sites_of(path))]

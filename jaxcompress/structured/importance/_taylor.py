@@ -8,8 +8,8 @@ import jax.numpy as jnp
 from jaxtyping import ArrayLike
 
 from jaxcompress import tree
+from jaxcompress.batches import open_stream
 from jaxcompress.errors import ArgumentError
-from jaxcompress.stats._collect import matching, opened
 from jaxcompress.structured._groups import Group
 from jaxcompress.structured.importance._method import Given, Method
 from jaxcompress.structured.importance._slopes import Slopes, differentiate, slopes
@@ -67,9 +67,9 @@ class Taylor(Method):
                 slopes(weights, gradients, given),
             )
 
-        first, rest = opened(given.batches)
+        first, rest = open_stream(given.batches)
         totals, count = step(make_zero_slopes(given), given.params, first), 1
-        for batch in matching(rest, first):
+        for batch in rest:
             jax.block_until_ready(totals)  # one batch at a time on the device
             totals, count = step(totals, given.params, batch), count + 1
         return {name: total / count for name, total in totals.items()}
