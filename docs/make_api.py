@@ -82,7 +82,8 @@ def list_names(module: types.ModuleType) -> Iterator[tuple[str, Any, str]]:
 
 def first_line(doc: str | None) -> str:
     """Give the first line of a docstring, fit for a table."""
-    return (doc or "").strip().split("\n")[0].replace("|", "\\|")
+    line = (doc or "").strip().split("\n")[0]
+    return line.replace("\\|", "\\Vert ").replace("|", "\\|")  # a norm, then any other bar
 
 
 def show_name(name: str, value: Any) -> str:
