@@ -245,10 +245,10 @@ class _Run:
 
     def replace(self, stop: Boundary, before: Mapping[str, Any], replaced: Any) -> None:
         """Put the visitor's leaves in place."""
-        for path, new in check_leaves(before, replaced).items():
+        for path, new in check_replaced(before, replaced).items():
             picks = stop.slices[path]
             if not picks:
-                self.current[path] = _place_like(new, before[path])
+                self.current[path] = _place_as_before(new, before[path])
                 continue
             axes, leaf = tuple(sorted(picks)), self.current[path]
             sharding = leaf.sharding if isinstance(leaf, jax.Array) else None
@@ -256,7 +256,7 @@ class _Run:
             put = jax.jit(
                 _put, static_argnames="axes", out_shardings=sharding, donate_argnames=donated
             )
-            new = _place_like(new, before[path])
+            new = _place_as_before(new, before[path])
             self.current[path] = put(leaf, new, [picks[a] for a in axes], axes=axes)
             self._ours.add(path)
 
@@ -283,7 +283,7 @@ def _check_finite(bad: Mapping[str, Array], stop: Boundary) -> None:
         )
 
 
-def check_leaves(before: Mapping[str, Any], replaced: Any) -> Mapping[str, Any]:
+def check_replaced(before: Mapping[str, Any], replaced: Any) -> Mapping[str, Any]:
     """Refuse what `visit` may not return."""
     if replaced is None:
         return {}
@@ -314,7 +314,7 @@ def _form(leaf: Any) -> tuple[Any, list[str]]:
     return structure, [f"{jax.dtypes.result_type(x)} {np.shape(x)}" for x in leaves]
 
 
-def _place_like(new: Any, old: Any) -> Any:
+def _place_as_before(new: Any, old: Any) -> Any:
     def place(new: Any, old: Any) -> Any:
         return jax.device_put(new, old.sharding) if isinstance(old, jax.Array) else new
 
