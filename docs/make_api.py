@@ -16,8 +16,8 @@ from typing import Any
 PAGE = pathlib.Path(__file__).with_name("api.md")
 PARTS = (
     "tree", "adapters", "graph", "stats", "numerics", "linalg", "budget", "sparsity", "structured",
-    "quantize", "lowrank", "distill", "train", "export", "report", "errors", "cli", "batches", "files",
-    "lazy",
+    "quantize", "lowrank", "distill", "train", "export", "report", "errors", "cli",
+    "batches", "files", "lazy",
 )  # fmt: skip
 HEAD = """# API reference
 
@@ -82,7 +82,8 @@ def list_names(module: types.ModuleType) -> Iterator[tuple[str, Any, str]]:
 
 def first_line(doc: str | None) -> str:
     """Give the first line of a docstring, fit for a table."""
-    return (doc or "").strip().split("\n")[0].replace("|", "\\|")
+    line = (doc or "").strip().split("\n")[0]
+    return line.replace("\\|", "\\Vert ").replace("|", "\\|")  # a norm, then any other bar
 
 
 def show_name(name: str, value: Any) -> str:

@@ -384,23 +384,23 @@ def _from_range(low: Array, high: Array, format: RangeTarget, global_scale: Arra
     """
     assert format.limits is not None
     least, most = format.limits
-    settled = lambda scale: settle_scale(scale, format.scale_dtype, global_scale)
+    settle = lambda scale: settle_scale(scale, format.scale_dtype, global_scale)
     if format.scale_dtype == POWERS:
         return microscale(low, high, (least, most)), None
     if not format.symmetric:
         scale = (high * 0.5 - low * 0.5) * np.float32(2 / (most - least))
-        scale = settled(scale)
+        scale = settle(scale)
         zero = jnp.round(-low * (1 / multiply_scales(scale, global_scale))) + least
         return scale, jnp.clip(zero, least, most)
     if format.convention is Convention.HALF:
-        return settled(high * np.float32(2 / (most - least))), None
+        return settle(high * np.float32(2 / (most - least))), None
     if format.convention is Convention.SIGNED:
         extreme = jnp.where(-low >= high, low, high)
-        return settled(extreme * np.float32(1 / least)), None
+        return settle(extreme * np.float32(1 / least)), None
     scale = high * np.float32(1 / most)
     if least < 0:
         scale = jnp.maximum(scale, low * np.float32(1 / least))
-    return settled(scale), None
+    return settle(scale), None
 
 
 def _from_fraction(

@@ -96,7 +96,7 @@ def drop_layers(
 def rebuild_layers(
     fn: Callable[..., Any], dropped: Dropped, params: tree.Params
 ) -> Callable[..., Any]:
-    """Make fn' again from fn and a decision, without dense weights.
+    """Make the function without the dropped layers again; dense weights are not needed.
 
     Args:
         fn: The dense function.

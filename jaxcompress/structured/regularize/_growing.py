@@ -46,7 +46,7 @@ def growing_regularization(
     every: int = 10,
     ceiling: float = 1.0,
 ) -> optax.GradientTransformationExtraArgs:
-    r"""Push the lowest units out by an L2 penalty that grows: $g + \lambda_t w$ on their entries.
+    r"""Push the units of the lowest scores to zero by a growing L2 penalty: $g + \lambda_t w$.
 
     $\lambda_t = \min(\tau, \delta\,(1 + \lfloor t / k \rfloor))$ at update t for the lowest units
     of each group, 0 for the others; w are all learned entries that go with a unit. The units to
