@@ -193,7 +193,7 @@ def _arrange(found: list[structure.Found], like: Any) -> tuple[Any, Any]:
             expected="a tree with the paths and shapes of the file's leaves",
             fix="Build it from the model that was saved, or load without `like`.",
         )
-    treedef = jax.tree.structure(like, is_leaf=lambda x: isinstance(x, tree.LeafNode))
+    treedef = jax.tree.structure(like, is_leaf=tree.is_leaf)
     order = [by_path[path] for path in wanted]
     return (
         jax.tree.unflatten(treedef, [one.leaf for one in order]),

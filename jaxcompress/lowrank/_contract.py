@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
+from jaxcompress import tree
 from jaxcompress.graph.leaves import place_result
 from jaxcompress.lowrank._factors import CarriedFactors
 
@@ -48,12 +49,13 @@ def contract(equation: Any, operands: Sequence[Any], operand: int) -> Array | st
     node = operands[operand]
     if rule is None:
         return f"{equation.primitive.name} takes arrays"
-    if not _is_float(operands[1 - min(operand, 1)]):
+    if not tree.is_floating(operands[1 - min(operand, 1)]):
         return "the activation is no floating-point array"
     if operands[1 - min(operand, 1)].dtype != node.dtype:
         wide = equation.result_dtype
         operands = [
-            x.cast(wide) if x is node else x.astype(wide) if _is_float(x) else x for x in operands
+            x.cast(wide) if x is node else x.astype(wide) if tree.is_floating(x) else x
+            for x in operands
         ]
         node = operands[operand]
     program = rule(equation, operands, operand, node)
@@ -61,10 +63,6 @@ def contract(equation: Any, operands: Sequence[Any], operand: int) -> Array | st
         return program
     result = place_result(program, equation, operands)(*operands)
     return result.astype(equation.result_dtype)
-
-
-def _is_float(x: Any) -> bool:
-    return jnp.issubdtype(x.dtype, jnp.floating)
 
 
 def _stages(node: CarriedFactors) -> list[Stage] | str:

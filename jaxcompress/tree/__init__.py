@@ -13,6 +13,7 @@ from jaxcompress.tree._partition import partition as partition
 from jaxcompress.tree._paths import LeafNode as LeafNode
 from jaxcompress.tree._paths import Params as Params
 from jaxcompress.tree._paths import flatten_like as flatten_like
+from jaxcompress.tree._paths import is_leaf as is_leaf
 from jaxcompress.tree._paths import items as items
 from jaxcompress.tree._paths import leaves as leaves
 from jaxcompress.tree._paths import map_with_path as map_with_path

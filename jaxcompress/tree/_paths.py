@@ -41,6 +41,7 @@ class LeafNode(abc.ABC):
 
 
 def is_leaf(x: Any) -> bool:
+    """Tell whether a node counts as one leaf: the `is_leaf` of `jax.tree.map` and others."""
     return isinstance(x, LeafNode)
 
 

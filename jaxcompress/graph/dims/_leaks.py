@@ -62,7 +62,7 @@ class _Opened(Masker):
         ]
         if self._opened is None:
             pairs = zip(operands, fill(0), strict=True)
-            gaps = [jnp.max(jnp.abs(x - z), initial=0) for x, z in pairs if _is_float(x)]
+            gaps = [jnp.max(jnp.abs(x - z), initial=0) for x, z in pairs if tree.is_floating(x)]
             seen = jnp.max(jnp.stack([jnp.float32(0), *map(jnp.float32, gaps)]))
             return _compat.bind(equation.eqn, operands), {seen_at(here): seen}
         flag = self._opened(self.places[here][0])
@@ -70,10 +70,6 @@ class _Opened(Masker):
         if flag is not None:
             clean = [jnp.where(flag, x, z) for x, z in zip(operands, clean, strict=True)]
         return _compat.bind(equation.eqn, clean), {}
-
-
-def _is_float(x: Any) -> bool:
-    return jnp.issubdtype(x.dtype, jnp.floating)
 
 
 def leaks(
@@ -126,7 +122,7 @@ def leaks(
         opened = lambda place: flags[chosen.index(place)] if place in chosen else None
         masker = _Opened(removed, opened)
         results, _ = execute(traced, masker.plan, args, masker.cells)
-        return [x for x in jax.tree.leaves(results) if _is_float(x)]
+        return [x for x in jax.tree.leaves(results) if tree.is_floating(x)]
 
     flags = np.concatenate([np.zeros((1, len(chosen)), bool), np.eye(len(chosen), dtype=bool)])
     results = jax.jit(lambda flags: lax.map(outputs, flags))(flags)

@@ -30,7 +30,7 @@ def execute(traced: Traced, plan: Plan, args: Any, cells: Cells) -> tuple[Any, C
 
     With a carrier, a node among the arguments is the argument for the array it stands for.
     """
-    is_leaf = None if plan.carrier is None else (lambda x: isinstance(x, tree.LeafNode))
+    is_leaf = None if plan.carrier is None else tree.is_leaf
     results, filled = run(traced.program, jax.tree.leaves(args, is_leaf=is_leaf), plan, cells)
     results = [x if isinstance(x, jax.Array) else jnp.asarray(x) for x in results]
     return jax.tree.unflatten(jax.tree.structure(traced.outputs), results), filled

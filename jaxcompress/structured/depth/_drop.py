@@ -125,7 +125,7 @@ def rebuild_layers(
     """
     dropped.check(params)
     dense = abstract(params)
-    structure = jax.tree.structure(dense, is_leaf=_is_leaf)
+    structure = jax.tree.structure(dense, is_leaf=tree.is_leaf)
     shapes = dict(tree.items(dense))
 
     calls: Calls[_Smaller] = Calls()
@@ -201,10 +201,6 @@ def decide(analysis: Analysis, blocks: Chosen) -> tuple[Dropped, Surgery]:
         leaves={path: describe(leaf) for path, leaf in analysis.traced.leaves.items()},
     )
     return dropped, surgery
-
-
-def _is_leaf(x: Any) -> bool:
-    return isinstance(x, tree.LeafNode)
 
 
 def _of_shape(x: Any, like: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:

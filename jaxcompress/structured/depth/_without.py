@@ -39,12 +39,8 @@ def drop_marked(marked: Any) -> Any:
     return _like(marked, {}) if isinstance(marked, Mapping) else None
 
 
-def _is_leaf(x: Any) -> bool:
-    return isinstance(x, tree.LeafNode)
-
-
 def _drop_marked(node: Any) -> Any:
-    leaves = jax.tree.leaves(node, is_leaf=_is_leaf)
+    leaves = jax.tree.leaves(node, is_leaf=tree.is_leaf)
     gone = sum(leaf is GONE for leaf in leaves)
     if not gone:
         return node
@@ -57,7 +53,7 @@ def _drop_marked(node: Any) -> Any:
         inside = [None if (x := _drop_marked(value)) is GONE else x for value in node]
         kind: Any = type(node)
         return kind(*inside) if hasattr(node, "_fields") else kind(inside)
-    return jax.tree.map(lambda x: None if x is GONE else x, node, is_leaf=_is_leaf)
+    return jax.tree.map(lambda x: None if x is GONE else x, node, is_leaf=tree.is_leaf)
 
 
 def _like(node: Mapping[Any, Any], entries: dict[Any, Any]) -> Any:
