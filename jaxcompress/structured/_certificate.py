@@ -129,7 +129,8 @@ def distance(outputs: Any, reference: Any) -> Distance:
         reference: A tree of the same structure and shapes.
 
     Returns:
-        The distance; NaN in both at one entry is no difference, in one of them an infinite one.
+        The distance, infinite between different dtypes; NaN in both at one entry is no
+        difference, in one of them an infinite one.
 
     Example:
         >>> distance({"y": jnp.array([1.0, 4.0])}, {"y": jnp.array([1.0, 5.0])})
@@ -138,6 +139,8 @@ def distance(outputs: Any, reference: Any) -> Distance:
     absolute, relative = 0.0, 0.0
     for x, y in zip(jax.tree.leaves(outputs), jax.tree.leaves(reference), strict=True):
         assert jnp.shape(x) == jnp.shape(y), (jnp.shape(x), jnp.shape(y))
+        if x.dtype != y.dtype:  # it computes something else, whatever the numbers
+            return Distance(absolute=np.inf, relative=np.inf)
         if not x.size or jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
             continue
         a, b = (np.asarray(z, np.complex128 if np.iscomplexobj(z) else np.float64) for z in (x, y))

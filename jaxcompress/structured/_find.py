@@ -9,6 +9,7 @@ import numpy as np
 
 from jaxcompress import graph, tree
 from jaxcompress.errors import ArgumentError
+from jaxcompress.graph.sites import describe_array
 from jaxcompress.structured._certificate import capture_exactly
 from jaxcompress.structured._groups import Group, Groups, Member, Role
 
@@ -62,7 +63,7 @@ def groups(
         'it is axis 1 of output 0'
     """
     traced = capture_exactly(fn, params, inputs, kwargs)
-    shapes = {path: jax.tree.map(_struct, leaf) for path, leaf in traced.leaves.items()}
+    shapes = {path: jax.tree.map(describe_array, leaf) for path, leaf in traced.leaves.items()}
     dims = graph.dims(replace(traced, leaves=shapes))  # it holds no weights
     found = _Finder(dims, whole_heads).groups()
     named = _name_groups(found)
@@ -76,14 +77,10 @@ def groups(
         },
         dims=dims,
         fn=fn,
-        like=jax.tree.map(_struct, params),
-        inputs=jax.tree.map(_struct, inputs),
-        kwargs=jax.tree.map(_struct, kwargs),
+        like=jax.tree.map(describe_array, params),
+        inputs=jax.tree.map(describe_array, inputs),
+        kwargs=jax.tree.map(describe_array, kwargs),
     )
-
-
-def _struct(x: Any) -> Any:
-    return jax.ShapeDtypeStruct(x.shape, x.dtype) if hasattr(x, "shape") else x
 
 
 def _multiple(group: Group, round_to: int | Mapping[str, int]) -> int:

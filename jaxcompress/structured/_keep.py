@@ -39,6 +39,9 @@ class Keep(Mapping[str, np.ndarray]):
     shapes: Mapping[str, tuple[int, ...]] = field(repr=False)
     traced: graph.Traced | None = field(default=None, repr=False)
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "traced": None}  # a program is neither pickled nor copied
+
     def __getitem__(self, name: str) -> np.ndarray:
         return self.indices[name]
 

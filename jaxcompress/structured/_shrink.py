@@ -1,5 +1,6 @@
 """`shrink`: a function and its params made smaller, with a certificate of equivalence."""
 
+import types
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -12,11 +13,11 @@ from jaxcompress import graph, tree
 from jaxcompress.errors import ArgumentError
 from jaxcompress.graph import Traced
 from jaxcompress.graph.sites import call as run_call
+from jaxcompress.graph.sites import call_of
 from jaxcompress.structured._certificate import (
     Certificate,
     Distances,
     Leak,
-    capture_exactly,
     distance,
     is_abstract,
     random_like,
@@ -159,10 +160,36 @@ def shrink(
     """
     if not isinstance(keep, Keep):
         keep = make_keep(find_groups(fn, params, *inputs, whole_heads=False, **kwargs), keep)
-    known = keep.traced if keep.traced is not None and keep.traced.fn is fn else fn
-    traced = capture_exactly(known, params, inputs, kwargs)
-    smaller = slice_params(params, keep)
-    small = graph.resize(traced, keep.leaves, keep.shapes)
+    with jax.default_matmul_precision("highest"):  # accelerators use fewer bits otherwise
+        traced = call_of(_known_call(keep, fn), params, inputs, kwargs)
+        smaller, small = slice_params(params, keep), rebuild(fn, keep)
+        certificate = _certify(
+            traced, small, params, smaller, keep, inputs, kwargs, compiled=compiled
+        )
+    return small, smaller, certificate
+
+
+def _known_call(keep: Keep, fn: Callable[..., Any]) -> Callable[..., Any] | Traced:
+    """Give the call that indices were chosen for, if it is one of fn; fn otherwise."""
+    known = keep.traced
+    if known is None:
+        return fn
+    # A method is made anew each time that it is asked for.
+    alike = isinstance(fn, types.MethodType) and known.fn == fn
+    return known if known.fn is fn or alike else fn
+
+
+def _certify(
+    traced: Traced,
+    small: Callable[..., Any],
+    params: tree.Params,
+    smaller: tree.Params,
+    keep: Keep,
+    inputs: Sequence[Any],
+    kwargs: Mapping[str, Any],
+    *,
+    compiled: bool,
+) -> Certificate:
     given = distances_on = None
     leaks: tuple[Leak, ...] = ()
     tolerance = 0.0
@@ -174,7 +201,7 @@ def shrink(
         tolerance = compare.tolerance
         if distances_on.weights.relative > tolerance:
             leaks = graph.leaks(traced, keep.leaves, params, *drawn, **kwargs)
-    certificate = Certificate(
+    return Certificate(
         given=given,
         random=distances_on,
         tolerance=tolerance,
@@ -182,7 +209,6 @@ def shrink(
         before=size_of(traced, params, compiled=compiled),
         after=size_of(graph.capture(small, smaller, *inputs, **kwargs), smaller, compiled=compiled),
     )
-    return rebuild(fn, keep), smaller, certificate
 
 
 class _Comparison:
@@ -225,7 +251,7 @@ class _Comparison:
         if wide == jax.eval_shape(lambda x: x, narrow):
             return None
         try:
-            return capture_exactly(traced.fn, wide[0], tuple(wide[1]), self._kwargs)
+            return call_of(traced.fn, wide[0], tuple(wide[1]), self._kwargs)
         except (TypeError, ValueError):  # it mixes them with a dtype of its own
             return None
 

@@ -335,3 +335,19 @@ def test_bypass_refuses_what_is_no_chain():
         graph.bypass(layer_norm, ["w"])(params, x)
     with pytest.raises(ArgumentError, match="'scale': fn has no such contraction"):
         graph.bypass(CONSTRUCTS["plain"], ["scale"])(params, x)
+
+
+@pytest.mark.parametrize("together", [jax.device_put, jax.lax.optimization_barrier])
+def test_leaves_that_pass_beside_inputs_are_still_known(together):
+    """Result k of such an equation is operand k, whatever the others depend on."""
+
+    def fn(params, x):
+        params, x = together((params, x))
+        return jnp.tanh((x @ params["w"] + params["b"]) * params["s"])
+
+    params = {"w": jnp.ones((3, 2)), "b": jnp.arange(2.0), "s": jnp.array([2.0, 3.0])}
+    chain = graph.affine(fn, params, jnp.ones((1, 3)))["w"]
+    assert chain.leaves == ("b", "s") and chain.unfoldable is None
+    A, B = chain.affine(params)
+    np.testing.assert_allclose(A, [2.0, 3.0])
+    np.testing.assert_allclose(B, [0.0, 3.0])

@@ -146,6 +146,8 @@ class _Reading(Domain[Known | None]):
     def equation(
         self, eqn: Any, operands: Sequence[Known | None], here: Position, place: Place
     ) -> Sequence[Known | None]:
+        if eqn.primitive.name in PASSES:
+            return operands
         known = [value for value in operands if value is not None]
         if len(known) == len(operands):
             return [_result(eqn, known, k) for k in range(len(eqn.outvars))]
@@ -188,8 +190,6 @@ class _Reading(Domain[Known | None]):
 def _result(eqn: Any, operands: Sequence[Known], k: int) -> Known:
     """Say what result `k` of an equation on known operands is."""
     name, out = eqn.primitive.name, eqn.outvars[k].aval
-    if name in PASSES:
-        return operands[k]
     leaves = frozenset[str]().union(*(value.leaves for value in operands))
     levels = frozenset[Position]().union(*(value.levels for value in operands))
     plain = Known(leaves, levels=levels)
@@ -261,6 +261,8 @@ class _Evaluation:
                     if (body, k) in inside:
                         env[var] = inside.pop((body, k))
                 found |= inside
+            elif eqn.primitive.name in PASSES:
+                env.update(zip(eqn.outvars, operands, strict=True))
             elif not any(x is None for x in operands):
                 env.update(zip(eqn.outvars, self._bind(eqn, operands), strict=True))
         found |= {

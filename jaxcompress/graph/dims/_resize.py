@@ -30,7 +30,7 @@ from jaxcompress.graph.program._constructs import Cells, construct
 from jaxcompress.graph.program._interpret import Position
 from jaxcompress.graph.program._run import Equation, Plan, Visit, leave_out
 from jaxcompress.graph.sites._replay import execute
-from jaxcompress.graph.sites._trace import Traced, call_of, wraps
+from jaxcompress.graph.sites._trace import Traced, call_of, describe_array, wraps
 
 
 class _Resizer:
@@ -241,11 +241,7 @@ def dense_like(params: tree.Params, shapes: Mapping[str, tuple[int, ...]]) -> tr
                 expected="the params that `shrink` gave, or trained from them",
                 fix="Give the params of the model that the indices were chosen for.",
             )
-        aval = jax.typeof(leaf) if isinstance(leaf, jax.Array) else leaf
-        spec = getattr(aval, "sharding", None)
-        explicit = spec is not None and getattr(spec, "mesh", None) is not None \
-            and any(name is not None for name in getattr(spec, "spec", ()))  # fmt: skip
-        return jax.ShapeDtypeStruct(shape, aval.dtype, sharding=spec if explicit else None)
+        return describe_array(leaf, None if tuple(leaf.shape) == tuple(shape) else shape)
 
     return tree.map_with_path(like, params)
 

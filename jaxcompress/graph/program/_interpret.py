@@ -123,7 +123,7 @@ class Domain(abc.ABC, Generic[Value]):
     def carry(self, before: Value, after: Value, frame: Frame[Value]) -> Value:
         """Say what a carry is that was this and comes round as that.
 
-        If it is not `before` itself the body is walked again.
+        Give `before` itself where nothing changed: for any other object the body is walked again.
         """
         return before
 

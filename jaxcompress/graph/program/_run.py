@@ -205,12 +205,9 @@ def run(
         elif rule is not None and (
             here in plan.cells or here in plan.entered or (nodes and _passes(eqn, rule))
         ):
-            below = sorted(plan.cells.get(here, ()))
-            inside = {name: cells[name] for name in below if name in cells}
-            bodies, passes = functools.partial(rule.bodies, eqn), _passes(eqn, rule)
-            enter = Entry(bodies, plan, here, returns_nodes=passes)
             operands = _entering(eqn, rule, operands, plan.carrier) if nodes else operands
-            results, new = rule.rebuild(eqn, operands, inside, enter)
+            passes = _passes(eqn, rule)
+            results, new = rebuild(plan, here, eqn, operands, cells, returns_nodes=passes)
             filled |= new
         else:
             results = None
@@ -265,6 +262,8 @@ def rebuild(
     operands: Sequence[Any],
     cells: Cells,
     around: Callable[[Entry], Enter] = lambda enter: enter,
+    *,
+    returns_nodes: bool = False,
 ) -> tuple[list, Cells]:
     """Run a construct with its bodies run under a plan.
 
@@ -275,6 +274,7 @@ def rebuild(
         operands: Its operands.
         cells: The cells that are there.
         around: Wraps what runs the bodies.
+        returns_nodes: Whether results may be nodes.
 
     Returns:
         Its results, and the cells that were filled.
@@ -283,7 +283,8 @@ def rebuild(
     assert rule is not None
     names = sorted(plan.cells.get(position, ()))
     inside = {name: cells[name] for name in names if name in cells}
-    enter = Entry(functools.partial(rule.bodies, eqn), plan, position)
+    bodies = functools.partial(rule.bodies, eqn)
+    enter = Entry(bodies, plan, position, returns_nodes=returns_nodes)
     return rule.rebuild(eqn, operands, inside, around(enter))
 
 

@@ -41,7 +41,7 @@ def named_sites(traced: Traced, names: Mapping[str, Any], argument: str) -> list
             argument,
             got=f"{tree.shorten(unknown)}, which fn has no site of" if unknown else "none",
             expected="names of sites",
-            fix=f"The sites are: {tree.shorten(known)}.",
+            fix=f"The sites are: {tree.shorten(known)}." if known else no_sites(traced.record),
         )
     return [name for name in known if name in names]
 

@@ -2,13 +2,13 @@
 
 import functools
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
 import jax
 from jax.core import Tracer
-from jax.sharding import NamedSharding
+from jax.sharding import AxisType, NamedSharding
 
 from jaxcompress import tree
 from jaxcompress.errors import ArgumentError, ArgumentTypeError
@@ -35,6 +35,7 @@ class Traced:
             where it is in that.
         outputs: The tree of results as shapes.
         args: The tree of `(params, inputs, kwargs)` as shapes, with shardings over a mesh.
+        types: Equal for calls that are traced alike; see `takes`.
         record: What was found in it; sites have their final names.
         walk: The values of its variables.
         derived: What was derived from it, by name; see `derive`.
@@ -46,6 +47,7 @@ class Traced:
     inputs: tuple[str, ...]
     outputs: Any
     args: Any = field(repr=False)
+    types: Any = field(repr=False)
     record: Record = field(repr=False)
     walk: Walk[Value] = field(repr=False)
     derived: dict[str, Any] = field(default_factory=dict, repr=False)
@@ -63,9 +65,9 @@ class Traced:
 
     @property
     def lasts(self) -> bool:
-        """Whether it may be kept: none of its constants belongs to a trace around, and ends."""
-        bodies = self.walk.bodies.values()
-        return not any(isinstance(x, Tracer) for body in bodies for x in body.program.consts)
+        """Whether it may be kept: nothing in it belongs to a trace around, and ends."""
+        consts = [x for body in self.walk.bodies.values() for x in body.program.consts]
+        return not any(isinstance(x, Tracer) for x in (*consts, *jax.tree.leaves(self.leaves)))
 
     def derive(self, name: str, make: Callable[[], T]) -> T:
         """Give what was derived from this call before, such as its labels, or derive it.
@@ -90,13 +92,10 @@ class Traced:
             kwargs: Its keyword arguments.
 
         Returns:
-            Whether they have the structure, shapes and dtypes that it was captured for.
+            Whether they have the structure, shapes and dtypes that it was captured for, and JAX
+            is set as it was then: precision, 64 bits, mesh.
         """
-        return _compat.call_types((params, inputs, kwargs))[:2] == self._types
-
-    @functools.cached_property
-    def _types(self) -> Any:
-        return _compat.call_types(self.args)[:2]
+        return _compat.call_types((params, inputs, kwargs)) == self.types
 
 
 def capture(
@@ -174,7 +173,7 @@ def capture_call(
             fix="Use jnp.where, lax.cond or lax.while_loop, or bind the argument with "
             "functools.partial.",
         ) from error
-    domain = Sites({path: jax.tree.map(_like, leaf) for path, leaf in leaves.items()})
+    domain = Sites({path: jax.tree.map(describe_array, leaf) for path, leaf in leaves.items()})
     args = [
         Value((view,), False, domain.fresh())
         for path, leaf in leaves.items()
@@ -190,20 +189,34 @@ def capture_call(
         leaves=leaves,
         inputs=tuple(tree.path_str(keypath[1:]) for keypath, _ in named),
         outputs=outputs,
-        args=jax.tree.map(_like, (params, inputs, kwargs)),
+        args=jax.tree.map(describe_array, (params, inputs, kwargs)),
+        types=_compat.call_types((params, inputs, kwargs)),
         record=record,
         walk=walk,
     )
 
 
-def _like(x: Any) -> Any:
-    """Describe an array, and how it is sharded over a mesh; numbers stay."""
-    if isinstance(x, jax.ShapeDtypeStruct) or not hasattr(x, "dtype"):
+def describe_array(x: Any, shape: Sequence[int] | None = None) -> Any:
+    """Describe an array as tracing sees it; what is no array stays.
+
+    Args:
+        x: An array, traced or not, or a `ShapeDtypeStruct`.
+        shape: Another shape than its own.
+
+    Returns:
+        A `ShapeDtypeStruct` with its dtype, weak type, and how it is sharded over a mesh (over
+        Explicit axes only, for another shape).
+    """
+    if not hasattr(x, "dtype"):
         return x
-    where = getattr(x, "sharding", None)
-    where = where if isinstance(where, NamedSharding) else None
-    weak = getattr(jax.typeof(x), "weak_type", False)
-    return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where, weak_type=weak)
+    aval = x if isinstance(x, jax.ShapeDtypeStruct) else jax.typeof(x)
+    where = getattr(aval, "sharding", None)
+    if AxisType.Explicit not in getattr(getattr(where, "mesh", None), "axis_types", ()):
+        where = None if shape is not None or isinstance(x, Tracer) else getattr(x, "sharding", None)
+        where = where if isinstance(where, NamedSharding) else None
+    weak = getattr(aval, "weak_type", False)
+    shape = x.shape if shape is None else tuple(shape)
+    return jax.ShapeDtypeStruct(shape, x.dtype, sharding=where, weak_type=weak)
 
 
 def _check_inputs(inputs: Any, kwargs: Any) -> None:

@@ -6,17 +6,16 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import AxisType
 
 from jaxcompress import tree
 from jaxcompress.errors import ArgumentError
 from jaxcompress.graph import capture
 from jaxcompress.graph.program import Calls, Position, run
 from jaxcompress.graph.sites import call as run_call
+from jaxcompress.graph.sites import describe_array
 from jaxcompress.structured._certificate import (
     Certificate,
     Distances,
-    capture_exactly,
     distance,
     is_abstract,
     random_like,
@@ -85,12 +84,14 @@ def drop_layers(
         Men et al., ShortGPT: Layers in large language models are more redundant than you expect,
         arXiv:2403.03853.
     """
-    analysis = analyse(capture_exactly(fn, params, inputs, kwargs), params, inputs, kwargs)
-    dropped, surgery = decide(analysis, blocks)
-    fewer = dropped.apply(params)
-    smaller = _Smaller(analysis, surgery)
-    certificate = _certify(params, fewer, (inputs, kwargs), smaller, dropped)
-    return rebuild_layers(fn, dropped, params), fewer, certificate
+    # Accelerators multiply float32 in fewer bits unless they are told not to.
+    with jax.default_matmul_precision("highest"):
+        analysis = analyse(fn, params, inputs, kwargs)
+        dropped, surgery = decide(analysis, blocks)
+        fewer, smaller = dropped.apply(params), rebuild_layers(fn, dropped, params)
+        whole = _Smaller(analysis, surgery)
+        certificate = _certify(smaller, params, fewer, (inputs, kwargs), whole)
+    return smaller, fewer, certificate
 
 
 def rebuild_layers(
@@ -133,8 +134,10 @@ def rebuild_layers(
     def plan(params: tree.Params, inputs: Any, kwargs: Any) -> _Smaller:
         given = dict(tree.items(params))
         seen = [given.get(path, like) for path, like in shapes.items()]
-        seen = [
-            _of_shape(x, like) if path in dropped.rows else x
+        seen = [  # shapes, so that what is kept of the call holds no params
+            describe_array(x, like.shape)
+            if path in dropped.rows
+            else jax.tree.map(describe_array, x)
             for x, (path, like) in zip(seen, shapes.items(), strict=True)
         ]
         analysis = analyse(fn, jax.tree.unflatten(structure, seen), inputs, kwargs)
@@ -201,13 +204,6 @@ def decide(analysis: Analysis, blocks: Chosen) -> tuple[Dropped, Surgery]:
         leaves={path: describe(leaf) for path, leaf in analysis.traced.leaves.items()},
     )
     return dropped, surgery
-
-
-def _of_shape(x: Any, like: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
-    """Describe an array as it was with all rows, sharded as it is on Explicit mesh axes."""
-    sharding = jax.typeof(x).sharding
-    explicit = AxisType.Explicit in sharding.mesh.axis_types
-    return jax.ShapeDtypeStruct(like.shape, x.dtype, sharding=sharding if explicit else None)
 
 
 def _list_kept(analysis: Analysis, iterations: Mapping[str, Sequence[int]]) -> Kept:
@@ -278,13 +274,13 @@ def _innermost(position: Position, nodes: set[Position]) -> Position:
 
 
 def _certify(
-    params: tree.Params, fewer: tree.Params, given: Any, smaller: _Smaller, dropped: Dropped
+    smaller: Any, params: tree.Params, fewer: tree.Params, given: Any, whole: _Smaller
 ) -> Certificate:
-    """Compare a captured call with itself without what was dropped; `given` are its inputs."""
-    analysis, traced = smaller.analysis, smaller.traced
-    switched = jax.jit(lambda *args: smaller.shorten(_switch_off(analysis, dropped, args)))
-    dense = jax.jit(lambda *args: smaller.shorten(run_call(traced, *args)))
-    shrunk = jax.jit(smaller)
+    """Compare fn' with the captured call at full size; `given` are its inputs."""
+    analysis, traced, dropped = whole.analysis, whole.traced, smaller.dropped
+    switched = jax.jit(lambda *args: whole.shorten(_switch_off(analysis, dropped, args)))
+    dense = jax.jit(lambda *args: whole.shorten(run_call(traced, *args)))
+    shrunk = jax.jit(lambda params, inputs, kwargs: smaller(params, *inputs, **kwargs))
 
     def measure(call: Any) -> Distances:
         outputs = shrunk(fewer, *call)
@@ -295,14 +291,13 @@ def _certify(
         )
 
     inputs, kwargs = given
-    run_smaller = lambda params, *inputs, **kwargs: smaller(params, inputs, kwargs)
     return Certificate(
         given=None if is_abstract(params, given) else measure(given),
         random=None if is_abstract(params) else measure(random_like(given)),
         tolerance=tolerance_of(params, given, traced.outputs),
         leaks=(),
         before=size_of(traced, params),
-        after=size_of(capture(run_smaller, fewer, *inputs, **kwargs), fewer),
+        after=size_of(capture(smaller, fewer, *inputs, **kwargs), fewer),
         notes=_notes(analysis, dropped),
     )
 

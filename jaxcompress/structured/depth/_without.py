@@ -30,7 +30,7 @@ def drop_marked(marked: Any) -> Any:
         as well; in other containers `None` stands in their place.
 
     Example:
-        >>> without({"a": {"b": GONE}, "c": [GONE, 1]})
+        >>> drop_marked({"a": {"b": GONE}, "c": [GONE, 1]})
         {'c': [None, 1]}
     """
     result = _drop_marked(marked)
