@@ -118,7 +118,7 @@ def leaves(
         Leaf(
             path=path,
             shape=tuple(np.shape(leaf)),
-            stored=_stored(leaf),
+            stored=_describe_stored(leaf),
             entries=math.prod(np.shape(leaf)),
             kept=math.prod(np.shape(leaf)) if kept is None else int(np.sum(np.asarray(kept))),
             bytes=tree.nbytes(leaf) if hasattr(leaf, "dtype") else 0,
@@ -144,6 +144,6 @@ def leaves(
     return Leaves(rows=tuple(rows), total=total)
 
 
-def _stored(leaf: Any) -> str:
+def _describe_stored(leaf: Any) -> str:
     qtype = getattr(getattr(leaf, "format", None), "qtype", None)
     return str(getattr(qtype, "name", getattr(leaf, "dtype", type(leaf).__name__)))

@@ -104,7 +104,7 @@ def make_plan(
     """Select the sites of a captured call, and settle what is computed at each."""
     sites = [s for s in traced.sites if tree.matches(where, s.path, traced.leaves[s.path])]
     if not sites:
-        raise _nothing_selected(graph.trace(traced), params, where)
+        raise _explain_nothing_selected(graph.trace(traced), params, where)
     skipped = {s.name: {k: _misfit(s, one) for k, one in statistics.items()} for s in sites}
     skipped = {n: {k: why for k, why in keys.items() if why} for n, keys in skipped.items()}
     wanted = {
@@ -238,7 +238,9 @@ def _identity(seen: Seen) -> Any:
     return site.source, site.scope, site.stack, layouts
 
 
-def _nothing_selected(traced: Graph, params: tree.Params, where: tree.Where) -> SelectionError:
+def _explain_nothing_selected(
+    traced: Graph, params: tree.Params, where: tree.Where
+) -> SelectionError:
     known = list(dict.fromkeys(site.path for site in traced.sites))
     fix = (
         f"The leaves with sites are: {tree.shorten(known)}."
