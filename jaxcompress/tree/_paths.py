@@ -41,7 +41,14 @@ class LeafNode(abc.ABC):
 
 
 def is_leaf(x: Any) -> bool:
-    """Tell whether a node counts as one leaf: the `is_leaf` of `jax.tree.map` and others."""
+    """Tell whether a node counts as one leaf: the `is_leaf` of `jax.tree.map` and others.
+
+    Args:
+        x: Any node of a tree.
+
+    Returns:
+        Whether it is a `LeafNode`.
+    """
     return isinstance(x, LeafNode)
 
 
