@@ -28,7 +28,7 @@ class DemoError(JaxCompressError):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Row:
+class DemoRow:
     """One line of the demo's table.
 
     Attributes:
@@ -50,7 +50,7 @@ class Row:
     latency: report.Latency
 
 
-def run(demo: Demo) -> list[Row]:
+def run_demo(demo: Demo) -> list[DemoRow]:
     """Run the demo, print its table and write its files.
 
     Args:
@@ -63,7 +63,7 @@ def run(demo: Demo) -> list[Row]:
         ArgumentError: If a number is out of range.
         DemoError: If a packed file does not come back bit for bit.
     """
-    _check(demo)
+    _check_numbers(demo)
     console = rich.console.Console()
     stages = _Stages(demo, console)
     steps, half = demo.steps, demo.steps // 2
@@ -95,7 +95,7 @@ def run(demo: Demo) -> list[Row]:
     return stages.finish()
 
 
-def _check(demo: Demo) -> None:
+def _check_numbers(demo: Demo) -> None:
     """Refuse numbers that would fail later, under another name."""
     for name, holds, expected, fix in (
         ("steps", demo.steps >= 4, "4 or more", "Try --steps 800."),
@@ -112,7 +112,7 @@ class _Stages:
 
     demo: Demo
     console: rich.console.Console
-    rows: list[Row] = field(default_factory=list)
+    rows: list[DemoRow] = field(default_factory=list)
     leaves: list[report.Leaves] = field(default_factory=list)
     teacher: Params = None
 
@@ -176,7 +176,7 @@ class _Stages:
         if not self.rows:
             self.reference = logits
         floats = quantize.unpack(loaded.params)
-        row = Row(
+        row = DemoRow(
             model=name,
             accuracy=float(metrics.accuracy(logits, self.test.labels)),
             cross_entropy=float(metrics.cross_entropy(logits, self.test.labels).mean()),
@@ -188,7 +188,7 @@ class _Stages:
         self.rows.append(row)
         self.leaves.append(report.leaves(loaded.params, mask=loaded.mask, file_bytes=saved.leaves))
 
-    def finish(self) -> list[Row]:
+    def finish(self) -> list[DemoRow]:
         """Print the table and write report, plots and results."""
         columns = [
             "model",

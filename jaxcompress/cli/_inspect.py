@@ -6,7 +6,7 @@ from jaxcompress import export, report
 from jaxcompress.cli._commands import Inspect
 
 
-def run(inspect: Inspect) -> None:
+def inspect_file(inspect: Inspect) -> None:
     """Print the table of a file's leaves.
 
     Args:

@@ -19,20 +19,20 @@ def main(args: list[str] | None = None) -> int:
     """
     command = tyro.cli(Command, prog="jaxcompress", args=args)  # pyright: ignore[reportArgumentType, reportCallIssue]
     try:
-        _run(command)
+        _run_command(command)
     except (JaxCompressError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     return 0
 
 
-def _run(command: Demo | Inspect) -> None:
+def _run_command(command: Demo | Inspect) -> None:
     """Load what the command needs, and no more."""
     if isinstance(command, Demo):
         from jaxcompress.cli import _demo
 
-        _demo.run(command)
+        _demo.run_demo(command)
     else:
         from jaxcompress.cli import _inspect
 
-        _inspect.run(command)
+        _inspect.inspect_file(command)

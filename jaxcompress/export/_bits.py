@@ -37,7 +37,7 @@ def packed_bytes(count: int, *, states: int) -> int:
     return math.ceil(count / 5) if states == 3 else math.ceil(count * width(states) / 8)
 
 
-def pack(codes: np.ndarray, *, states: int) -> np.ndarray:
+def pack_codes(codes: np.ndarray, *, states: int) -> np.ndarray:
     """Pack codes.
 
     Args:
@@ -59,12 +59,12 @@ def pack(codes: np.ndarray, *, states: int) -> np.ndarray:
         padded = np.zeros((math.ceil(codes.size / per_byte), per_byte), np.uint8)
         padded.reshape(-1)[: codes.size] = codes
         return np.bitwise_or.reduce(padded << np.arange(0, 8, bits, dtype=np.uint8), axis=1)
-    chunks = [_to_bytes(codes[i : i + _CHUNK], bits) for i in range(0, codes.size, _CHUNK)]
+    chunks = [_pack_bits(codes[i : i + _CHUNK], bits) for i in range(0, codes.size, _CHUNK)]
     return np.concatenate(chunks) if chunks else codes
 
 
-def unpack(data: np.ndarray, count: int, *, states: int) -> np.ndarray:
-    """Undo `pack`.
+def unpack_codes(data: np.ndarray, count: int, *, states: int) -> np.ndarray:
+    """Undo `pack_codes`.
 
     Args:
         data: `packed_bytes(count, states=states)` bytes.
@@ -83,16 +83,16 @@ def unpack(data: np.ndarray, count: int, *, states: int) -> np.ndarray:
         places = np.arange(0, 8, bits, dtype=np.uint8)
         return ((data[:, None] >> places) & (2**bits - 1)).reshape(-1)[:count]
     step = _CHUNK * bits // 8
-    chunks = [_to_codes(data[i : i + step], bits) for i in range(0, data.size, step)]
+    chunks = [_unpack_bits(data[i : i + step], bits) for i in range(0, data.size, step)]
     return np.concatenate(chunks)[:count] if chunks else data
 
 
-def _to_bytes(codes: np.ndarray, bits: int) -> np.ndarray:
+def _pack_bits(codes: np.ndarray, bits: int) -> np.ndarray:
     columns = np.unpackbits(codes[:, None], axis=1, count=bits, bitorder="little")  # (n, bits)
     return np.packbits(columns, bitorder="little")
 
 
-def _to_codes(data: np.ndarray, bits: int) -> np.ndarray:
+def _unpack_bits(data: np.ndarray, bits: int) -> np.ndarray:
     stream = np.unpackbits(data, bitorder="little")
     columns = stream[: stream.size // bits * bits].reshape(-1, bits)
     return np.packbits(columns, axis=1, bitorder="little")[:, 0]

@@ -33,7 +33,7 @@ MALFORMED = (ArithmeticError, AttributeError, LookupError, RecursionError, TypeE
 Pools = Sequence[tuple[str, Sequence[np.ndarray]]]
 
 
-def write(path: pathlib.Path, about: Mapping[str, Any], pools: Pools) -> tuple[str, int]:
+def write_file(path: pathlib.Path, about: Mapping[str, Any], pools: Pools) -> tuple[str, int]:
     """Write a file beside its place, sync it, and rename it there.
 
     Args:
@@ -94,7 +94,7 @@ def refuse(path: pathlib.Path, got: str) -> FileError:
     )
 
 
-def read(
+def read_file(
     path: pathlib.Path,
 ) -> tuple[Mapping[str, Any], Mapping[str, np.ndarray], str, int]:
     """Read a file, and check it against its digest before anything in it is used.

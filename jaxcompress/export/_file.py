@@ -112,18 +112,18 @@ def save(
                 expected="one leaf per path",
                 fix="Rename the key that has a slash in it.",
             )
-        entry = leaves.write(name, leaf, next(masks), formats_met, writer)
+        entry = leaves.write_leaf(name, leaf, next(masks), formats_met, writer)
         sizes[name] = writer.written - before
         return entry
 
     about = {
-        "tree": structure.describe(params, record),
+        "tree": structure.describe_tree(params, record),
         "formats": [formats.to_json(one) for one in formats_met],
         "masked": mask is not None,
         "user": _check_metadata(metadata),
     }
     path = pathlib.Path(path)
-    digest, sizes[HEADER] = container.write(path, about, writer.pools())
+    digest, sizes[HEADER] = container.write_file(path, about, writer.pools())
     return FileInfo(path=path, bytes=path.stat().st_size, digest=digest, leaves=sizes)
 
 
@@ -147,32 +147,32 @@ def load(path: str | os.PathLike[str], *, like: tree.Params | None = None) -> Lo
         StructureError: If the leaves of `like` are not those of the file.
     """
     path = pathlib.Path(path)
-    about, pools, digest, header_bytes = container.read(path)
+    about, pools, digest, header_bytes = container.read_file(path)
     sizes, reader = {HEADER: header_bytes}, Reader(pools)
     try:
         known = [formats.from_json(one) for one in about["formats"]]
 
-        def read(keypath: structure.KeyPath, record: list[Any]) -> structure.Found:
+        def read(keypath: structure.KeyPath, record: list[Any]) -> structure.LoadedLeaf:
             name, before = tree.path_str(keypath), reader.read
-            leaf, mask = leaves.read(record, known, reader)
+            leaf, mask = leaves.read_leaf(record, known, reader)
             sizes[name] = sizes.get(name, 0) + reader.read - before
-            return structure.Found(keypath, leaf, mask)
+            return structure.LoadedLeaf(keypath, leaf, mask)
 
         found = list(structure.walk(about["tree"], read))
         reader.finish()
         metadata, masked = dict(about["user"]), about["masked"] is True
         as_saved = [
-            structure.rebuild(about["tree"], iter([getattr(one, part) for one in found]))
+            structure.rebuild_tree(about["tree"], iter([getattr(one, part) for one in found]))
             for part in ("leaf", "mask")
         ]
     except container.MALFORMED as error:
         raise container.refuse(path, f"a file that cannot be decoded: {error}") from error
-    params, mask = as_saved if like is None else _arrange(found, like)
+    params, mask = as_saved if like is None else _arrange_like(found, like)
     info = FileInfo(path=path, bytes=sum(sizes.values()), digest=digest, leaves=sizes)
     return Loaded(params=params, mask=mask if masked else None, metadata=metadata, info=info)
 
 
-def _arrange(found: list[structure.Found], like: Any) -> tuple[Any, Any]:
+def _arrange_like(found: list[structure.LoadedLeaf], like: Any) -> tuple[Any, Any]:
     """Put leaves and masks into the containers of `like`."""
     by_path = {tree.path_str(one.path): one for one in found}
     wanted = dict(tree.items(like))

@@ -25,7 +25,7 @@ _NARROW |= {"int2": (4, True), "uint2": (4, False), "int4": (16, True), "uint4":
 _KEYS = ("threefry2x32", "rbg", "unsafe_rbg")
 
 
-def write(path: str, leaf: Any, mask: Any, formats: list[Any], writer: Writer) -> list[Any]:
+def write_leaf(path: str, leaf: Any, mask: Any, formats: list[Any], writer: Writer) -> list[Any]:
     """Put a leaf's entries into pools and give its record.
 
     Args:
@@ -46,7 +46,7 @@ def write(path: str, leaf: Any, mask: Any, formats: list[Any], writer: Writer) -
     kept = None if mask is None else _read_mask(path, leaf, mask)
     tail = [] if kept is None else [1]
     if kept is not None:
-        writer.put(BITS, bits.pack(kept.view(np.uint8), states=2))
+        writer.put(BITS, bits.pack_codes(kept.view(np.uint8), states=2))
     if isinstance(leaf, numerics.QArray):
         return [*_write_qarray(path, leaf, kept, formats, writer), *tail]
     if isinstance(leaf, bool | int | float):
@@ -70,8 +70,8 @@ def write(path: str, leaf: Any, mask: Any, formats: list[Any], writer: Writer) -
     return ["a", array.dtype.name, list(array.shape), *tail]
 
 
-def read(record: list[Any], formats: list[Any], reader: Reader) -> tuple[Any, Any]:
-    """Undo `write`.
+def read_leaf(record: list[Any], formats: list[Any], reader: Reader) -> tuple[Any, Any]:
+    """Undo `write_leaf`.
 
     Args:
         record: The record.
@@ -100,7 +100,9 @@ def read(record: list[Any], formats: list[Any], reader: Reader) -> tuple[Any, An
         kept = _take_mask(tuple(shape), reader) if masked else None
         count = entries_in(shape) if kept is None else int(kept.sum())
         entries = _take_entries(dtype, count, reader)
-        return _to_array(_spread(entries, shape, kept, np.zeros((), entries.dtype))), _to_mask(kept)
+        return _to_device(
+            _scatter_kept(entries, shape, kept, np.zeros((), entries.dtype))
+        ), _to_mask(kept)
     if kind == "q":
         return _read_qarray(formats, reader, *fields)
     raise ValueError(f"it holds a leaf of the unknown kind {kind!r}")
@@ -140,7 +142,7 @@ def _write_entries(entries: np.ndarray, writer: Writer) -> None:
     name = entries.dtype.name
     if name in _NARROW:
         states, signed = _NARROW[name]
-        writer.put(BITS, bits.pack(_to_codes(entries, states, signed), states=states))
+        writer.put(BITS, bits.pack_codes(_to_codes(entries, states, signed), states=states))
     else:
         writer.put(name, entries)
 
@@ -154,7 +156,7 @@ def _take_entries(name: str, count: int, reader: Reader) -> np.ndarray:
 
 def _take_codes(count: int, states: int, reader: Reader) -> np.ndarray:
     data = reader.take(BITS, bits.packed_bytes(count, states=states))
-    return bits.unpack(data, count, states=states)
+    return bits.unpack_codes(data, count, states=states)
 
 
 def _take_mask(shape: tuple[int, ...], reader: Reader) -> np.ndarray:
@@ -176,7 +178,7 @@ def _from_codes(codes: np.ndarray, dtype: Any, states: int, signed: bool) -> np.
     return codes.astype(dtype) if jnp.issubdtype(dtype, jnp.integer) else codes.view(dtype)
 
 
-def _spread(
+def _scatter_kept(
     entries: np.ndarray, shape: tuple[int, ...], kept: np.ndarray | None, zero: np.ndarray
 ) -> np.ndarray:
     """Put kept entries back where they were, and zeros between them."""
@@ -187,7 +189,7 @@ def _spread(
     return array
 
 
-def _to_array(array: np.ndarray) -> Any:
+def _to_device(array: np.ndarray) -> Any:
     """Bring an array to the device; one of 64 bits stays with NumPy where JAX would narrow it."""
     if jax.dtypes.canonicalize_dtype(array.dtype) != array.dtype:
         return array.copy()
@@ -201,7 +203,7 @@ def _to_mask(kept: np.ndarray | None) -> Any:
 # --- QArrays ----------------------------------------------------------------------------------
 
 
-def _states(qtype: Any) -> int:
+def _count_states(qtype: Any) -> int:
     return len(qtype.levels) if isinstance(qtype, numerics.Codebook) else 2**qtype.bits
 
 
@@ -223,15 +225,15 @@ def _write_qarray(
     if kept is not None:
         _check_pruned(path, q, kept)
         values = values[_block(q.format, kept)]
-    codes = _to_codes(values, _states(qtype), _is_signed(qtype))
-    if codes.size and int(codes.max()) >= _states(qtype):
+    codes = _to_codes(values, _count_states(qtype), _is_signed(qtype))
+    if codes.size and int(codes.max()) >= _count_states(qtype):
         raise ArgumentError(
             "params",
             got=f"{path!r}, a {qtype.name} with the code {int(codes.max())}",
-            expected=f"codes below {_states(qtype)}",
+            expected=f"codes below {_count_states(qtype)}",
             fix="Make QArrays with numerics.quantize or quantize.pack.",
         )
-    writer.put(BITS, bits.pack(codes, states=_states(qtype)))
+    writer.put(BITS, bits.pack_codes(codes, states=_count_states(qtype)))
     _write_entries(scale, writer)
     if q.zero is not None:
         _write_entries(np.asarray(q.zero), writer)
@@ -300,14 +302,14 @@ def _read_qarray(
     kept = _take_mask(logical, reader) if masked else None
     blocked = None if kept is None else _block(format, kept)
     count = entries_in(tuple(shape)) if blocked is None else int(blocked.sum())
-    codes = _take_codes(count, _states(qtype), reader)
-    entries = _from_codes(codes, qtype.storage, _states(qtype), _is_signed(qtype))
+    codes = _take_codes(count, _count_states(qtype), reader)
+    entries = _from_codes(codes, qtype.storage, _count_states(qtype), _is_signed(qtype))
     scales = entries_in(tuple(scale_shape))
     scale = _take_entries(format.scale_dtype.name, scales, reader).reshape(scale_shape)
     zero = None
     if not format.symmetric:
         zero = _take_entries(np.dtype(qtype.storage).name, scales, reader).reshape(scale_shape)
-    values = _spread(entries, tuple(shape), blocked, _zero_code(format, zero))
+    values = _scatter_kept(entries, tuple(shape), blocked, _zero_code(format, zero))
     if dtype not in DECLARED:
         raise ValueError(f"it holds the unknown dtype {dtype!r}")
     if ("global" in more) != format.global_scale:

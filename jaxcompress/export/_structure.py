@@ -19,7 +19,7 @@ from jaxcompress.errors import ArgumentTypeError
 KeyPath = tuple[Any, ...]
 
 
-def describe(params: Any, leaf: Callable[[KeyPath, Any], Any], path: KeyPath = ()) -> Any:
+def describe_tree(params: Any, leaf: Callable[[KeyPath, Any], Any], path: KeyPath = ()) -> Any:
     """Describe a pytree.
 
     Args:
@@ -40,23 +40,23 @@ def describe(params: Any, leaf: Callable[[KeyPath, Any], Any], path: KeyPath = (
     )[0]
     if len(one_level) == 1 and not one_level[0][0]:
         return leaf(path, params)
-    inner = [(keys[0], describe(child, leaf, (*path, *keys))) for keys, child in one_level]
+    inner = [(keys[0], describe_tree(child, leaf, (*path, *keys))) for keys, child in one_level]
     # `None` children are no leaves, yet hold a place in lists and tuples.
     if isinstance(params, list | tuple) and not hasattr(params, "_fields"):
         found = {key.idx: child for key, child in inner}
         return ["t" if isinstance(params, tuple) else "l", *map(found.get, range(len(params)))]
     if isinstance(params, dict):
         # In JAX's order, which the leaves have; those without leaves at the end.
-        found = dict(_pairs(inner))
+        found = dict(_name_children(inner))
         return _mapping([*found.items(), *((k, None) for k in params if k not in found)], path)
     if all(isinstance(key, DictKey) for key, _ in inner):
-        return _mapping(_pairs(inner), path)
+        return _mapping(_name_children(inner), path)
     if all(isinstance(key, SequenceKey) for key, _ in inner):
         return ["l", *(child for _, child in inner)]
-    return ["n", *(part for name, child in _pairs(inner) for part in (str(name), child))]
+    return ["n", *(part for name, child in _name_children(inner) for part in (str(name), child))]
 
 
-def _pairs(inner: list[tuple[Any, Any]]) -> list[tuple[Any, Any]]:
+def _name_children(inner: list[tuple[Any, Any]]) -> list[tuple[Any, Any]]:
     """Read `(name, child)` off JAX's keys, whichever kind they are."""
     pairs = []
     for key, child in inner:
@@ -80,7 +80,7 @@ def _mapping(pairs: list[tuple[Any, Any]], path: KeyPath) -> Any:
 
 
 @dataclass(frozen=True)
-class Found:
+class LoadedLeaf:
     """A leaf that was read, with its mask and where it stands."""
 
     path: KeyPath
@@ -89,12 +89,12 @@ class Found:
 
 
 def walk(
-    node: Any, leaf: Callable[[KeyPath, list[Any]], Found], path: KeyPath = ()
-) -> Iterator[Found]:
+    node: Any, leaf: Callable[[KeyPath, list[Any]], LoadedLeaf], path: KeyPath = ()
+) -> Iterator[LoadedLeaf]:
     """Read the leaves of a description, in the order in which they were written.
 
     Args:
-        node: What `describe` gave.
+        node: What `describe_tree` gave.
         leaf: Reads one leaf from its record.
         path: Where the node stands.
 
@@ -108,13 +108,13 @@ def walk(
             yield from walk(child, leaf, (*path, key))
 
 
-def rebuild(node: Any, leaves: Iterator[Any]) -> Any:
+def rebuild_tree(node: Any, leaves: Iterator[Any]) -> Any:
     """Build the containers of a description around leaves.
 
     Nodes with named attributes come back as dictionaries, `nnx` variables as their value.
 
     Args:
-        node: What `describe` gave.
+        node: What `describe_tree` gave.
         leaves: One entry per leaf, in order.
 
     Returns:
@@ -124,7 +124,7 @@ def rebuild(node: Any, leaves: Iterator[Any]) -> Any:
         return None
     if _is_record(node):
         return next(leaves)
-    inner = [(key, rebuild(child, leaves)) for key, child in children(node)]
+    inner = [(key, rebuild_tree(child, leaves)) for key, child in children(node)]
     if isinstance(node, list) and node[0] == "l":
         return [child for _, child in inner]
     if isinstance(node, list) and node[0] == "t":
@@ -138,7 +138,7 @@ def children(node: Any) -> list[tuple[Any, Any]]:
     """List the children of a container's description with JAX's keys for them.
 
     Args:
-        node: What `describe` gave; no record.
+        node: What `describe_tree` gave; no record.
 
     Returns:
         Pairs of key and child.

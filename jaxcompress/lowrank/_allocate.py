@@ -13,7 +13,7 @@ from jaxcompress.lowrank._candidate import Rung
 
 
 @dataclass(frozen=True)
-class Step:
+class Reduction:
     """A leaf taken down a ladder.
 
     Attributes:
@@ -27,7 +27,7 @@ class Step:
     slope: float
 
 
-def steps_of(path: str, ladder: Sequence[Rung], quantity: str) -> list[Step]:
+def list_reductions(path: str, ladder: Sequence[Rung], quantity: str) -> list[Reduction]:
     """Find the rungs worth standing on, and what each step down to them loses per unit saved.
 
     These are the corners of the lower convex hull of loss over cost, so that slopes grow from
@@ -54,7 +54,7 @@ def steps_of(path: str, ladder: Sequence[Rung], quantity: str) -> list[Step]:
         least = slopes.min()
         near = below[slopes <= least + 1e-12 * max(abs(least), 1e-30)]
         there = int(near[np.argmax(cost[near])])
-        corners.append(Step(path, there, float(least)))
+        corners.append(Reduction(path, there, float(least)))
         here = there
 
 
@@ -73,7 +73,9 @@ class Allocation:
     base: float
 
     def __post_init__(self) -> None:
-        steps = [steps_of(path, ladder, self.quantity) for path, ladder in self.ladders.items()]
+        steps = [
+            list_reductions(path, ladder, self.quantity) for path, ladder in self.ladders.items()
+        ]
         # A stable sort, so that ties go by path and rung.
         self.steps = sorted(itertools.chain(*steps), key=lambda step: step.slope)
 

@@ -133,13 +133,13 @@ def _errors(
 ) -> tuple[Array, Array | None]:
     w = form.to_matrices(leaf.astype(jnp.float32))
     off = form.to_matrices(factors.dense().astype(jnp.float32)) - w
-    plain = _ratio(jnp.square(off).sum(), jnp.square(w).sum())
+    plain = _relative_norm(jnp.square(off).sum(), jnp.square(w).sum())
     if gram is None:
         return plain, None
     exact = functools.partial(jnp.einsum, precision=lax.Precision.HIGHEST)
     power = lambda x: jnp.maximum(exact("...io,...ij,...jo->", x, gram, x), 0)
-    return plain, _ratio(power(off), power(w))
+    return plain, _relative_norm(power(off), power(w))
 
 
-def _ratio(error: Array, whole: Array) -> Array:
+def _relative_norm(error: Array, whole: Array) -> Array:
     return jnp.sqrt(error / jnp.where(whole > 0, whole, 1))

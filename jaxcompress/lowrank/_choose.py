@@ -61,7 +61,7 @@ def chosen(
     if state is None:
         least = allocation.cost(allocation.after(len(allocation.steps)))
         raise unreachable(budget, limit, least, total, unit)
-    return _ranks(ladders, state), None
+    return _read_ranks(ladders, state), None
 
 
 def _in_bytes(
@@ -76,7 +76,7 @@ def _in_bytes(
     }
 
 
-def _ranks(
+def _read_ranks(
     ladders: Mapping[str, Sequence[Rung]], state: Mapping[str, int]
 ) -> dict[str, tuple[int, ...]]:
     return {path: ladders[path][k].ranks for path, k in state.items() if k}
@@ -98,7 +98,7 @@ def _in_time(
 
     def seconds(count: int) -> float:
         if count not in known:
-            ranks = _ranks(ladders, allocation.after(count))
+            ranks = _read_ranks(ladders, allocation.after(count))
             known[count] = _estimate(fn, params, inputs, found, ranks, budget.target)
         return known[count]
 
@@ -109,7 +109,7 @@ def _in_time(
     count = budgets.fewest_steps(seconds, len(allocation.steps), limit)
     if count is None:
         raise unreachable(budget, limit, seconds(len(allocation.steps)), total, "seconds")
-    return _ranks(ladders, allocation.after(count)), (total, seconds(count))
+    return _read_ranks(ladders, allocation.after(count)), (total, seconds(count))
 
 
 def _estimate(

@@ -85,7 +85,7 @@ def _stages(node: CarriedFactors) -> list[Stage] | str:
     return stages
 
 
-def _reversed(stages: Sequence[Stage]) -> list[Stage]:
+def _transpose_stages(stages: Sequence[Stage]) -> list[Stage]:
     return [Stage(jnp.swapaxes(s.array, -1, -2), s.axes) for s in reversed(stages)]
 
 
@@ -111,12 +111,12 @@ def _dot(
     def run(x: Array, node: CarriedFactors, *, flip: bool, tally: list[int]) -> Array:
         stages = _stages(node)
         assert not isinstance(stages, str)
-        chain = _reversed(stages) if flip else stages
+        chain = _transpose_stages(stages) if flip else stages
         return _einsums(equation, x, x_labels, chain, out, tally)
 
     if isinstance(reason := _stages_of_shapes(node), str):
         return reason
-    costs = {flip: _cost(run, operands[other], node, flip=flip) for flip in (False, True)}
+    costs = {flip: _count_flops(run, operands[other], node, flip=flip) for flip in (False, True)}
     flip = costs[True] < costs[False]
     sizes = dict(enumerate(node.shape)) | dict(zip(x_labels, operands[other].shape, strict=True))
     dense = 2 * math.prod(sizes.values()) + _densifying(node)
@@ -180,7 +180,7 @@ def _stages_of_shapes(node: CarriedFactors) -> str | None:
     return found[0] if isinstance(found[0], str) else None
 
 
-def _cost(run: Callable[..., Any], *args: Any, **kwargs: Any) -> int:
+def _count_flops(run: Callable[..., Any], *args: Any, **kwargs: Any) -> int:
     """Count the FLOPs that a run writes down; nothing is computed."""
     tally: list[int] = []
     jax.eval_shape(functools.partial(run, tally=tally, **kwargs), *args)
@@ -220,12 +220,12 @@ def _conv(
     def run(x: Array, node: CarriedFactors, *, tally: list[int]) -> Array:
         stages = _stages(node)
         assert not isinstance(stages, str)
-        return _convs(equation, x, _reversed(stages) if flip else stages, tally)
+        return _convs(equation, x, _transpose_stages(stages) if flip else stages, tally)
 
     kernel = jax.ShapeDtypeStruct(node.shape, node.dtype)
     result = jax.eval_shape(equation.bind, operands[0], kernel)
     dense = 2 * math.prod(result.shape) * node.size // node.shape[out]
-    if _cost(run, operands[0], node) >= dense + _densifying(node):
+    if _count_flops(run, operands[0], node) >= dense + _densifying(node):
         return "multiplying its factors out costs less here"
     return lambda x, node: run(x, node, tally=[])
 
@@ -246,7 +246,7 @@ def _convs(equation: Any, x: Array, chain: Sequence[Stage], tally: list[int]) ->
     plain = {"window_strides": 1, "padding": (0, 0), "lhs_dilation": 1, "rhs_dilation": 1}
     dtype = x.dtype
     for number, stage in enumerate(chain):
-        kernel = _kernel(stage, number, len(chain), inside, out)
+        kernel = _make_kernel(stage, number, len(chain), inside, out)
         changes = {
             name: tuple(
                 given if mine == number else default
@@ -261,7 +261,7 @@ def _convs(equation: Any, x: Array, chain: Sequence[Stage], tally: list[int]) ->
     return x
 
 
-def _kernel(stage: Stage, number: int, count: int, inside: int, out: int) -> Array:
+def _make_kernel(stage: Stage, number: int, count: int, inside: int, out: int) -> Array:
     """Put the ranks of a part where its kernel has channels."""
     rank = stage.array.ndim - 2
     axes = list(range(rank))
@@ -298,7 +298,7 @@ def _ragged(
     def program(x: Array, node: CarriedFactors, sizes: Array) -> Array:
         stages = _stages(node)
         assert not isinstance(stages, str)
-        first, second = _reversed(stages) if ends == [1, 0] else stages
+        first, second = _transpose_stages(stages) if ends == [1, 0] else stages
         # (group, depth, rank), (group, rank, free)
         a = jnp.transpose(first.array, (group, depth, 4, free, 3))[..., 0, 0]
         b = jnp.transpose(second.array, (group, 3, free, depth, 4))[..., 0, 0]

@@ -104,7 +104,7 @@ def places(
     )
 
 
-def _run_site(equation: Equation, operands: Sequence[Any], operand: int) -> SiteResult | str:
+def _run_by_factors(equation: Equation, operands: Sequence[Any], operand: int) -> SiteResult | str:
     result = contract(equation, operands, operand)
     return result if isinstance(result, str) else SiteResult(result, "by factors")
 
@@ -112,7 +112,7 @@ def _run_site(equation: Equation, operands: Sequence[Any], operand: int) -> Site
 _KIND = LeafKind(
     leaf_type=Factors,
     start=carry_factors,
-    run_site=_run_site,
+    run_site=_run_by_factors,
     converted="multiplied out",
     adjective="factorised",
     makers="lowrank.factorize",

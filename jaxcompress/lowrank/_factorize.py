@@ -105,7 +105,7 @@ def factorize(
         >>> execute(fn)(result.params, x).shape
         (64, 4)
     """
-    _check(budget, multiple)
+    _check_arguments(budget, multiple)
     first, rest = open_stream(batches)
     traced = graph.trace(fn, params, *first)
     found, coverage = candidates(
@@ -119,7 +119,7 @@ def factorize(
         strict=strict,
     )
     _require_finite({path: one.leaf for path, one in found.items()})
-    _observe(fn, params, (first, rest), found, progress=progress)
+    _collect_grams(fn, params, (first, rest), found, progress=progress)
     ranks, seconds = chosen(fn, params, first, traced, found, budget, multiple)
     factored = {
         path: place_factors(found[path].factors(r), found[path].leaf) for path, r in ranks.items()
@@ -144,7 +144,7 @@ def factorize(
     )
 
 
-def _check(budget: Any, multiple: int) -> None:
+def _check_arguments(budget: Any, multiple: int) -> None:
     if not isinstance(budget, budgets.Budget | Ranks):
         raise ArgumentTypeError(
             "budget",
@@ -168,7 +168,7 @@ def _require_finite(leaves: Mapping[str, Any]) -> None:
         )
 
 
-def _observe(
+def _collect_grams(
     fn: Callable[..., Any],
     params: tree.Params,
     batches: tuple[tuple[Any, ...], Iterable[Any]],

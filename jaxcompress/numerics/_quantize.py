@@ -231,7 +231,7 @@ class _Given(NamedTuple):
     global_scale: Array | None = None
 
 
-def _fit(x: Array, format: Format, given: _Given) -> tuple[Array, _Given]:
+def _fit_blocked(x: Array, format: Format, given: _Given) -> tuple[Array, _Given]:
     """Block x, in float32, and find what is not given of its scale, zero point, global scale."""
     blocked = format.granularity.block(x.astype(jnp.float32))
     scale, zero, global_scale = given
@@ -245,7 +245,7 @@ def _fit(x: Array, format: Format, given: _Given) -> tuple[Array, _Given]:
 
 @functools.partial(jax.jit, static_argnums=1)
 def _quantize(x: Array, format: Format, given: _Given, key: Array | None) -> tuple[QArray, Array]:
-    blocked, (scale, zero, global_scale) = _fit(x, format, given)
+    blocked, (scale, zero, global_scale) = _fit_blocked(x, format, given)
     assert scale is not None
     noise = None if key is None else jax.random.uniform(key, blocked.shape)
     product = multiply_scales(scale, global_scale)
@@ -270,7 +270,7 @@ def _dequantize(q: QArray) -> Array:
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(1,))
 def _straight_through(x: Array, format: Format) -> Array:
-    blocked, (scale, zero, global_scale) = _fit(x, format, _Given())
+    blocked, (scale, zero, global_scale) = _fit_blocked(x, format, _Given())
     assert scale is not None
     product = multiply_scales(scale, global_scale)
     numbers = format.qtype.round_trip(blocked, product, zero, limits=format.limits)
@@ -282,7 +282,7 @@ def _straight_through_jvp(format: Format, primals: Any, tangents: Any) -> tuple[
     (x,), (tangent,) = primals, tangents
     if not format.clips:  # nothing to compute, and no mask to keep for the backward pass
         return _fake_quant(x, format), tangent
-    blocked, (scale, zero, global_scale) = _fit(jax.lax.stop_gradient(x), format, _Given())
+    blocked, (scale, zero, global_scale) = _fit_blocked(jax.lax.stop_gradient(x), format, _Given())
     assert scale is not None
     product = multiply_scales(scale, global_scale)
     inside = format.qtype.inside(blocked, product, zero, limits=format.limits)

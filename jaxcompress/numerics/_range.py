@@ -218,7 +218,7 @@ class MSE(Range):
         """
         require_global_scale(global_scale, wanted=format.global_scale)
         low, high = _extremes(x, shared, format)
-        peak = _power_below(_peak(low, high))  # dividing by it is exact
+        peak = _power_below(_find_peak(low, high))  # dividing by it is exact
         unit = x / peak  # squares must not overflow
 
         def attempt(best: tuple[Array, Array], fraction: Array) -> tuple[tuple[Array, Array], None]:
@@ -305,7 +305,7 @@ class LeastSquares(Range):
     ) -> Fit:
         """Refine the scale of each slice."""
         require_global_scale(global_scale, wanted=format.global_scale)
-        peak = _peak(x.min(shared, keepdims=True), x.max(shared, keepdims=True))
+        peak = _find_peak(x.min(shared, keepdims=True), x.max(shared, keepdims=True))
         if isinstance(format.qtype, Basis):
             unit = format.qtype.fit(x / peak, shared=shared, iterations=self.iterations)
             alphas = unit * peak[..., None]
@@ -365,7 +365,7 @@ def _extremes(x: Array, shared: tuple[int, ...], format: RangeTarget) -> tuple[A
     return jnp.minimum(low, 0), jnp.maximum(high, 0)
 
 
-def _peak(low: Array, high: Array) -> Array:
+def _find_peak(low: Array, high: Array) -> Array:
     peak = jnp.maximum(-low, high)
     return jnp.where(peak == 0, 1, jnp.maximum(peak, jnp.finfo(jnp.float32).smallest_normal))
 

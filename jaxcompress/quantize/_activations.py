@@ -39,7 +39,9 @@ def shared_axes(
     return tuple(contracts[operand])
 
 
-def fit(x: Array, activation: Activation, shared: tuple[int, ...]) -> tuple[Array, Array | None]:
+def fit_activation(
+    x: Array, activation: Activation, shared: tuple[int, ...]
+) -> tuple[Array, Array | None]:
     """Find (or take) the scale and zero point of an activation.
 
     Args:
@@ -64,7 +66,7 @@ def to_codes(x: Array, scale: Array, zero: Array | None, activation: Activation)
 
     Args:
         x: The activation, any float dtype.
-        scale: What `fit` gave.
+        scale: What `fit_activation` gave.
         zero: Likewise.
         activation: How it is rounded.
 
@@ -89,7 +91,7 @@ def round_through(x: Array, scale: Array, zero: Array | None, activation: Activa
 
     Args:
         x: The activation.
-        scale: What `fit` gave.
+        scale: What `fit_activation` gave.
         zero: Likewise.
         activation: How it is rounded.
 

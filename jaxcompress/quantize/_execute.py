@@ -92,7 +92,7 @@ def execute(fn: Callable[..., Any], *, backend: str | None = None) -> Callable[.
 
     @functools.wraps(fn)
     def executed(params: tree.Params, *inputs: Any, **kwargs: Any) -> Any:
-        return run_leaves(_kind(chosen()), fn, params, inputs, kwargs).outputs
+        return run_leaves(_describe_kind(chosen()), fn, params, inputs, kwargs).outputs
 
     return executed
 
@@ -129,7 +129,7 @@ def site_kernels(
         dequantized abs takes arrays
         weights
     """
-    kind = _kind(_checked_backend(backend)())
+    kind = _describe_kind(_checked_backend(backend)())
     return _site_kernels(list_uses(kind, fn, params, inputs, kwargs))
 
 
@@ -144,12 +144,12 @@ def _checked_backend(backend: str | None) -> Callable[[], str]:
     return jax.default_backend if backend is None else (lambda: backend)
 
 
-def _kind(backend: str) -> LeafKind:
+def _describe_kind(backend: str) -> LeafKind:
     """Describe quantized leaves on a backend."""
     return LeafKind(
         leaf_type=QArray,
         start=_start,
-        run_site=functools.partial(_run_site, backend=backend),
+        run_site=functools.partial(_run_by_codes, backend=backend),
         converted="dequantized",
         adjective="quantized",
         makers="quantize.ptq or quantize.pack",
@@ -163,12 +163,12 @@ def _start(leaf: QArray, path: str) -> CarriedCodes | Converted:
     return Converted(numerics.dequantize(leaf), f"{leaf.format.qtype.name} has no kernel")
 
 
-def _run_site(
+def _run_by_codes(
     equation: Equation, operands: Sequence[Any], operand: int, *, backend: str
 ) -> SiteResult:
     name, node, x = equation.primitive.name, operands[operand], operands[1 - operand]
-    choice = kernels_of.choose(name, equation.params, operand, node, x, backend)
-    result = kernels_of.run(equation, operands, operand, choice, backend)
+    choice = kernels_of.choose_kernel(name, equation.params, operand, node, x, backend)
+    result = kernels_of.run_kernel(equation, operands, operand, choice, backend)
     return SiteResult(result, choice.kernel, choice.why)
 
 
@@ -197,7 +197,7 @@ def measure(
         `{Site.name: dB}`, the signal-to-quantization-noise ratio of each site's result; and what
         was run.
     """
-    kind = _kind(_checked_backend(backend)())
+    kind = _describe_kind(_checked_backend(backend)())
     originals = dict(tree.items(params))
     uses: list[LeafUse] = []
 

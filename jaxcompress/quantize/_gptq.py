@@ -51,7 +51,7 @@ class GPTQ(Method):
     sequential: bool = True  # pyright: ignore[reportIncompatibleMethodOverride]
 
     def __post_init__(self):
-        _check_options(self.damping, self.block, self.refine)
+        _check_solver_options(self.damping, self.block, self.refine)
 
     @property
     def statistics(self) -> Mapping[str, Statistic]:
@@ -145,7 +145,7 @@ def gptq(
     algorithm 1, for the codes; Zhang et al., "COMQ" (arXiv:2403.07134), which treats scales as
     coordinates too.
     """
-    _check_options(damping, block, refine)
+    _check_solver_options(damping, block, refine)
     w, hessian = jnp.asarray(w), jnp.asarray(hessian)
     if hessian.shape != w.shape[:1] * 2:
         raise ArgumentError(
@@ -175,7 +175,7 @@ def gptq(
     )
 
 
-def _check_options(damping: float, block: int, refine: int) -> None:
+def _check_solver_options(damping: float, block: int, refine: int) -> None:
     options = (
         ("damping", damping, 0 < damping <= 10, "a fraction in (0, 10]", 0.01),
         ("block", block, block >= 1, "a positive number of rows", 128),
@@ -221,7 +221,7 @@ def _gptq(
         w_hat, scales = _solve_groups(w, damped.upper, format, overall, block=block)
         added = damped.added
     else:
-        scales = _fit(format.granularity.block(w), format, overall)
+        scales = _fit_group_scales(format.granularity.block(w), format, overall)
         round = _rounder(scales, format, order)
         w_hat, _ = linalg.solve_columns(w[order], damped.upper, round, block=block)
         place = jnp.argsort(order)
@@ -245,7 +245,7 @@ def _gptq(
     return _stored(w_hat, scales, format, overall, weights.dtype), info
 
 
-def _fit(blocked: Array, format: Format, overall: Array | None) -> Scales:
+def _fit_group_scales(blocked: Array, format: Format, overall: Array | None) -> Scales:
     """Find the scales of all groups, on weights as `granularity.block` gives them.
 
     A global scale, found on the whole matrix beforehand, is multiplied in.
@@ -267,11 +267,11 @@ def _solve_groups(
 
     def start(group: Array, rows: Array, diagonal: Array) -> Scales:
         del group, diagonal
-        return jax.tree.map(lambda part: part[0], _fit(rows[None], format, overall))
+        return jax.tree.map(lambda part: part[0], _fit_group_scales(rows[None], format, overall))
 
     def round(index: Array, row: Array, scales: Scales) -> Array:
         del index
-        return _nearest(row, scales, format)
+        return _round_row(row, scales, format)
 
     return linalg.solve_columns(
         w, upper, round, start=start, segment=format.granularity.size, block=block
@@ -288,12 +288,12 @@ def _rounder(scales: Scales, format: Format, order: Array) -> linalg.Round:
         here = jax.tree.map(
             lambda part: lax.dynamic_index_in_dim(part, group, keepdims=False), scales
         )
-        return _nearest(row, here, format)
+        return _round_row(row, here, format)
 
     return round
 
 
-def _nearest(row: Array, scales: Scales, format: Format) -> Array:
+def _round_row(row: Array, scales: Scales, format: Format) -> Array:
     """Round a row `(out,)` by scales `(1, out or 1[, bits])`."""
     values = format.qtype.to_values(row[None], *scales, limits=format.limits)
     return format.qtype.to_numbers(values, *scales)[0]

@@ -48,7 +48,7 @@ def suits(site: Site, weights: Format, activations: Format, shape: Sequence[int]
     )
 
 
-def contract(
+def contract_codes(
     equation: Equation,
     k: int,
     x: tuple[Array, Array, Array],
@@ -75,7 +75,11 @@ def _contraction(equation: Equation) -> Any:
     @jax.custom_jvp
     def run(a: Array, b: Array, p: Array, q: Array, r: Array, s: Array) -> Array:
         sums = lax.dot_general(p, q, params["dimension_numbers"], preferred_element_type=jnp.int32)
-        scaled = sums.astype(jnp.float32) * _spread(params, r, s, 0) * _spread(params, r, s, 1)
+        scaled = (
+            sums.astype(jnp.float32)
+            * _broadcast_scale(params, r, s, 0)
+            * _broadcast_scale(params, r, s, 1)
+        )
         return scaled.astype(params["preferred_element_type"] or jnp.result_type(a, b))
 
     def jvp(primals: Sequence[Array], tangents: Sequence[Any]) -> tuple[Array, Any]:
@@ -92,7 +96,7 @@ def _contraction(equation: Equation) -> Any:
     return run
 
 
-def _spread(params: Mapping[str, Any], first: Array, second: Array, which: int) -> Array:
+def _broadcast_scale(params: Mapping[str, Any], first: Array, second: Array, which: int) -> Array:
     """Bring the scale of one operand into the axes of the result."""
     contracts, batches = params["dimension_numbers"]
     scale, other = (first, second) if which == 0 else (second, first)

@@ -12,7 +12,7 @@ from jaxcompress.numerics import Format, PerChannel, PerGroup, PerTensor, QArray
 
 
 @dataclass(frozen=True, kw_only=True)
-class Target:
+class LeafFormat:
     """A format in terms of a leaf, and of its matrices.
 
     Attributes:
@@ -27,7 +27,7 @@ class Target:
     note: str = ""
 
 
-def target_of(format: Format, form: Form) -> Target:
+def resolve_format(format: Format, form: Form) -> LeafFormat:
     """Say what a rule's format means for a leaf.
 
     `PerChannel()`, `PerGroup(n)` and `PerTensor()` as written follow the site, whatever the
@@ -46,13 +46,13 @@ def target_of(format: Format, form: Form) -> Target:
     granularity, ndim = format.granularity, len(form.shape)
     if granularity == PerTensor():
         kept = PerChannel(tuple(k - ndim for k in form.lead)) if form.lead else granularity
-        return Target(
+        return LeafFormat(
             leaf=replace(format, granularity=kept),
             matrix=None if form.feature_groups > 1 else format,
         )
     if granularity == PerChannel():
         kept = PerChannel(tuple(k - ndim for k in sorted((*form.lead, *form.outer))))
-        return Target(leaf=replace(format, granularity=kept), matrix=format)
+        return LeafFormat(leaf=replace(format, granularity=kept), matrix=format)
     if isinstance(granularity, PerGroup) and granularity.axis == -2 and form.inner:
         axis = form.innermost
         size, note = _dividing(granularity.size, form.shape[axis])
@@ -60,12 +60,12 @@ def target_of(format: Format, form: Form) -> Target:
         matrix = replace(format, granularity=PerGroup(size, -2))
         # Feature groups have one global scale for all of them.
         alone = format.global_scale and form.feature_groups > 1
-        return Target(leaf=leaf, matrix=None if alone else matrix, note=note)
-    return Target(leaf=format, matrix=None)
+        return LeafFormat(leaf=leaf, matrix=None if alone else matrix, note=note)
+    return LeafFormat(leaf=format, matrix=None)
 
 
 def follows_site(format: Format) -> bool:
-    """Tell whether a site decides what a format means, or its own axes do; see `target_of`."""
+    """Tell whether a site decides what a format means, or its own axes do; see `resolve_format`."""
     granularity = format.granularity
     if isinstance(granularity, PerGroup):
         return granularity.axis == -2
@@ -83,7 +83,7 @@ def _dividing(size: int, length: int) -> tuple[int, str]:
     return best, f"groups of {best}, since {size} does not divide {length}"
 
 
-def assemble(parts: QArray, form: Form, target: Target, dtype: Any) -> QArray:
+def assemble(parts: QArray, form: Form, target: LeafFormat, dtype: Any) -> QArray:
     """Make a quantized leaf of quantized matrices.
 
     Args:

@@ -29,7 +29,7 @@ def nothing(shape: tuple[int, ...]) -> Extent:
     return Extent(jnp.full(shape, jnp.inf), jnp.full(shape, -jnp.inf), zeros, zeros)
 
 
-def widen(seen: Extent, x: Array, format: Format | None) -> Extent:
+def extend(seen: Extent, x: Array, format: Format | None) -> Extent:
     """Take in one run: its whole range, or what the range method of a format leaves of it."""
     x = lax.stop_gradient(x).astype(jnp.float32)
     if format is None or isinstance(format.range, AbsMax):
@@ -53,7 +53,7 @@ def _ends(x: Array, format: Format) -> tuple[Array, Array]:
     return jnp.minimum(first, last).reshape(()), jnp.maximum(first, last).reshape(())
 
 
-def merge(met: Met, seen: Sequence[Extent]) -> Seen:
+def merge_extents(met: Met, seen: Sequence[Extent]) -> Seen:
     """Bring together what all sites and runs of a leaf have shown."""
     low = met.over([one.low for one in seen], jnp.min)
     high = met.over([one.high for one in seen], jnp.max)
@@ -97,7 +97,7 @@ def follow(old: Range, seen: Seen, decay: float, moving: Array | bool = True) ->
     }
 
 
-def settle(range: Range, format: Format) -> Activation:
+def settle_activation(range: Range, format: Format) -> Activation:
     """Turn averages into a static form, its scale and zero point of their shape."""
     ends = jnp.stack([range["low"], range["high"]], axis=-1)
     scale, zero = AbsMax().fit(ends, shared=(ends.ndim - 1,), format=format)

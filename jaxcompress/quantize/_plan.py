@@ -10,9 +10,9 @@ from jaxcompress.graph import Graph, Site
 from jaxcompress.graph.sites import Form, form_at, form_of
 from jaxcompress.numerics import Format
 from jaxcompress.quantize import _ranges
-from jaxcompress.quantize._matrix import Target, target_of
+from jaxcompress.quantize._matrix import LeafFormat, resolve_format
 from jaxcompress.quantize._method import Method, RoundToNearest
-from jaxcompress.quantize._policy import Policy, Rule, first_matches, obstacle
+from jaxcompress.quantize._policy import Policy, Rule, find_obstacle, first_matches
 from jaxcompress.stats import Statistic, mean_covariance
 
 
@@ -38,7 +38,7 @@ class Task:
     rule: Rule
     method: Method
     form: Form
-    target: Target
+    target: LeafFormat
     sites: tuple[Site, ...]
     method_keys: Mapping[str, str]
     range_key: str | None
@@ -58,7 +58,7 @@ class Task:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Plan:
+class ResolvedPolicy:
     """A policy resolved.
 
     Attributes:
@@ -80,7 +80,9 @@ class Plan:
     unused_rules: tuple[int, ...]
 
 
-def make_plan(graph: Graph, params: tree.Params, policy: Policy, *, strict: bool) -> Plan:
+def resolve_policy(
+    graph: Graph, params: tree.Params, policy: Policy, *, strict: bool
+) -> ResolvedPolicy:
     """Decide for every leaf what is done with it.
 
     Args:
@@ -101,7 +103,7 @@ def make_plan(graph: Graph, params: tree.Params, policy: Policy, *, strict: bool
     for path, rule in rule_of.items():
         if rule.weights is None:
             continue
-        why = graph.why_no_site(path) or obstacle(leaves[path], None)
+        why = graph.why_no_site(path) or find_obstacle(leaves[path], None)
         found = why or _task(graph, path, leaves[path], rule, book)
         if isinstance(found, Task):
             tasks[path] = found
@@ -109,7 +111,7 @@ def make_plan(graph: Graph, params: tree.Params, policy: Policy, *, strict: bool
             exempt[path] = found
     if not tasks or (strict and (exempt or unused)):
         raise _refused(tasks, exempt, unused, strict)
-    return Plan(
+    return ResolvedPolicy(
         graph=graph,
         tasks=tasks,
         statistics=book.statistics,
@@ -139,8 +141,8 @@ def _task(graph: Graph, path: str, leaf: Any, rule: Rule, book: _Book) -> Task |
     sites, notes = graph.sites_of(path), []
     contracting = [site for site in sites if not site.axes.lookup]
     form = form_at(leaf.shape, sites)
-    target = target_of(rule.weights, form)
-    why = obstacle(leaf, target.leaf)
+    target = resolve_format(rule.weights, form)
+    why = find_obstacle(leaf, target.leaf)
     if why:
         return why
     notes += [target.note] if target.note else []
@@ -205,7 +207,7 @@ def _refused(
     )
 
 
-def untouched(plan: Plan) -> dict[str, str]:
+def untouched(plan: ResolvedPolicy) -> dict[str, str]:
     """Say of each site whose weight stays as it is why.
 
     Args:

@@ -183,10 +183,10 @@ def coverage(params: Params, policy: Policy, *, strict: bool = False) -> Coverag
         >>> coverage(params, presets.int8_weights).unselected
         ('bias',)
     """
-    return cover(params, policy, lambda path, leaf, format: format, strict=strict)
+    return cover_formats(params, policy, lambda path, leaf, format: format, strict=strict)
 
 
-def cover(
+def cover_formats(
     params: Params,
     policy: Policy,
     resolve: Callable[[str, Any, Format], Format],
@@ -214,10 +214,10 @@ def cover(
     for path, rule in rule_of.items():
         if rule.weights is None:
             continue
-        reason, format = obstacle(leaves[path], None), rule.weights
+        reason, format = find_obstacle(leaves[path], None), rule.weights
         if reason is None:
             format = resolve(path, leaves[path], format)
-            reason = obstacle(leaves[path], format)
+            reason = find_obstacle(leaves[path], format)
         if reason is None:
             formats[path] = format
         else:
@@ -286,7 +286,7 @@ def check_policy(policy: Any) -> None:
         )
 
 
-def obstacle(leaf: Any, format: Format | None) -> str | None:
+def find_obstacle(leaf: Any, format: Format | None) -> str | None:
     """Say why a leaf cannot be quantized, into a format if one is given; `None` if it can."""
     if isinstance(leaf, LeafNode):
         return "is compressed already"

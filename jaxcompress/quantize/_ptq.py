@@ -11,7 +11,7 @@ from jaxcompress import graph, numerics, stats, tree
 from jaxcompress.batches import open_stream
 from jaxcompress.errors import NonFiniteError
 from jaxcompress.quantize._execute import measure
-from jaxcompress.quantize._plan import Plan, Task, make_plan, untouched
+from jaxcompress.quantize._plan import ResolvedPolicy, Task, resolve_policy, untouched
 from jaxcompress.quantize._policy import Policy
 from jaxcompress.quantize._report import QLeaf, QReport
 from jaxcompress.quantize._work import Work
@@ -91,7 +91,7 @@ def ptq(
     """
     first, rest = open_stream(batches)
     traced = graph.capture(fn, params, *first)
-    plan = make_plan(graph.trace(traced), params, policy, strict=strict)
+    plan = resolve_policy(graph.trace(traced), params, policy, strict=strict)
     works = {path: Work(task, leaf) for path, task, leaf in _with_leaves(plan, params)}
     stream = itertools.chain([first], rest)
     replaces = any(task.method.sequential for task in plan.tasks.values())
@@ -112,11 +112,11 @@ def ptq(
     done = {path: work.finish() for path, work in works.items()}
     quantized = tree.map_with_path(lambda path, x: done.get(path, x), params)
     if any(task.mean_key for task in plan.tasks.values()):
-        quantized = _correct(traced, quantized, works)
+        quantized = _correct_biases(traced, quantized, works)
     return QResult(params=quantized, report=_report(fn, params, quantized, first, plan, works))
 
 
-def _with_leaves(plan: Plan, params: tree.Params) -> Iterable[tuple[str, Task, Any]]:
+def _with_leaves(plan: ResolvedPolicy, params: tree.Params) -> Iterable[tuple[str, Task, Any]]:
     leaves = dict(tree.items(params))
     for path, task in plan.tasks.items():
         _require_finite(path, leaves[path])
@@ -140,7 +140,7 @@ def _in_one_pass(
     traced: graph.Traced,
     params: tree.Params,
     batches: Iterable[Any],
-    plan: Plan,
+    plan: ResolvedPolicy,
     works: Mapping[str, "Work"],
     *,
     progress: bool,
@@ -165,7 +165,7 @@ def _in_sequence(
     traced: graph.Traced,
     params: tree.Params,
     batches: Iterable[Any],
-    plan: Plan,
+    plan: ResolvedPolicy,
     works: Mapping[str, "Work"],
     *,
     replaces: bool,
@@ -214,7 +214,7 @@ def _in_sequence(
 # --- Bias correction ----------------------------------------------------------------------------
 
 
-def _correct(
+def _correct_biases(
     traced: graph.Traced, quantized: tree.Params, works: Mapping[str, Work]
 ) -> tree.Params:
     """Take the mean errors of outputs out of what is added to them."""
@@ -250,7 +250,7 @@ def _report(
     params: tree.Params,
     quantized: tree.Params,
     first: tuple[Any, ...],
-    plan: Plan,
+    plan: ResolvedPolicy,
     works: Mapping[str, Work],
 ) -> QReport:
     ratios, uses = measure(fn, params, quantized, first)

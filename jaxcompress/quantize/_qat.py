@@ -15,14 +15,14 @@ from jaxcompress.errors import ArgumentError, NonFiniteError, SelectionError
 from jaxcompress.graph import Equation, Interception, Site
 from jaxcompress.numerics import Activation, Format, scale_shape
 from jaxcompress.quantize import _observers
-from jaxcompress.quantize._activations import fit, round_through, shared_axes, to_codes
-from jaxcompress.quantize._integer_forward import contract, suits
+from jaxcompress.quantize._activations import fit_activation, round_through, shared_axes, to_codes
+from jaxcompress.quantize._integer_forward import contract_codes, suits
 from jaxcompress.quantize._matrix import follows_site
-from jaxcompress.quantize._policy import Coverage, Policy, Rule, alone, cover, first_matches
+from jaxcompress.quantize._policy import Coverage, Policy, Rule, alone, cover_formats, first_matches
 from jaxcompress.quantize._quantizer import STE, Quantizer
 from jaxcompress.quantize._train_sites import Met, TrainCoverage, meet, target_at
 from jaxcompress.quantize._variables import (
-    State,
+    QuantizerState,
     check_activations,
     check_weights,
     is_variables,
@@ -152,7 +152,7 @@ class QAT:
                 ranges[path] = _observers.follow(
                     _observers.start(one.shape), seen[path], self.decay
                 )
-        return sealed(params, State(learned, ranges, jnp.zeros((), jnp.int32)))
+        return sealed(params, QuantizerState(learned, ranges, jnp.zeros((), jnp.int32)))
 
     def convert(self, variables: Params, *inputs: Any, **kwargs: Any) -> Params:
         """Bring trained params into their stored form, with the form of activations beside them.
@@ -227,7 +227,7 @@ class QAT:
                 notes[path] = target.note
             return target.leaf
 
-        covered = cover(params, policy, resolve, strict=self.strict)
+        covered = cover_formats(params, policy, resolve, strict=self.strict)
         leaves = dict(tree.items(params))
         chosen, _ = first_matches(params, leaves, self.policy)
         return _Plan(covered, {path: chosen[path] for path in covered.formats}, leaves, notes)
@@ -305,12 +305,14 @@ class QAT:
         ranges = dict(state.ranges)
         for path, one in met.items():
             if watch and path in ranges:
-                now = _observers.merge(one, [seen[site.name]["seen"] for site in one.sites])
+                now = _observers.merge_extents(one, [seen[site.name]["seen"] for site in one.sites])
                 moving = True if self.freeze is None else state.steps < self.freeze
                 ranges[path] = _observers.follow(ranges[path], now, self.decay, moving)
         return outputs, ranges, state.steps
 
-    def _weight(self, path: str, w: Any, plan: _Plan, state: State, active: Array | None) -> Any:
+    def _weight(
+        self, path: str, w: Any, plan: _Plan, state: QuantizerState, active: Array | None
+    ) -> Any:
         if path not in plan.covered.formats:
             return w
         learned = state.learned.get(path, {}).get("weights", {})
@@ -318,7 +320,12 @@ class QAT:
         return rounded if active is None else jnp.where(active, rounded, w)
 
     def _interceptions(
-        self, met: Mapping[str, Met], plan: _Plan, state: State, active: Array | None, watch: bool
+        self,
+        met: Mapping[str, Met],
+        plan: _Plan,
+        state: QuantizerState,
+        active: Array | None,
+        watch: bool,
     ) -> dict[str, Interception]:
         chosen = {}
         for path, one in met.items():
@@ -327,7 +334,9 @@ class QAT:
             assert one.rule.activations is not None
             form = Activation(format=one.rule.activations)
             if self._has_range(one.rule) and follows:
-                form = lax.stop_gradient(_observers.settle(state.ranges[path], form.format))
+                form = lax.stop_gradient(
+                    _observers.settle_activation(state.ranges[path], form.format)
+                )
                 needs["on"] = _observers.is_known(state.ranges[path])
             elif self._has_range(one.rule):
                 needs["learned"] = state.learned[path]["activations"]
@@ -378,7 +387,7 @@ class QAT:
 
         _, seen = graph.intercept(self.fn, decide)(params, *inputs, **kwargs)
         merged = {
-            path: _observers.merge(one, [seen[site.name] for site in one.sites])
+            path: _observers.merge_extents(one, [seen[site.name] for site in one.sites])
             for path, one in met.items()
         }
         for path, one in merged.items():
@@ -395,7 +404,9 @@ class QAT:
                 merged[path] = one._replace(low=low, high=high)
         return met, merged
 
-    def _settled(self, path: str, leaf: Any, rule: Rule, state: State) -> Activation | None:
+    def _settled(
+        self, path: str, leaf: Any, rule: Rule, state: QuantizerState
+    ) -> Activation | None:
         """Give the form of the activations that meet a leaf, its parts shaped like the leaf."""
         if rule.activations is None:
             return None
@@ -406,7 +417,7 @@ class QAT:
             if path not in state.ranges:  # only looked up
                 return None
             _check_known(path, state.ranges[path])
-            return _observers.settle(state.ranges[path], rule.activations)
+            return _observers.settle_activation(state.ranges[path], rule.activations)
         if self.activations.learns(of="activations") and not learned:
             return None
         form = self.activations.settle(learned, rule.activations)
@@ -426,16 +437,16 @@ def _at_site(
     k = site.layout.activation
     x = operands[k]
     if "seen" in cell:
-        cell = {**cell, "seen": _observers.widen(cell["seen"], x, format)}
+        cell = {**cell, "seen": _observers.extend(cell["seen"], x, format)}
     if isinstance(quantizer, STE):
         still = lax.stop_gradient(x)
         form = Activation(format=format, scale=cell["scale"], zero=cell["zero"])
         shared = shared_axes(site.primitive, equation.params, k, form, x.ndim)
-        scale, zero = fit(still, form, shared)
+        scale, zero = fit_activation(still, form, shared)
         if "codes" in cell:
             codes = to_codes(still, scale, zero, form).astype(jnp.int8)
             w = (cell["w"], cell["codes"], cell["factor"].astype(jnp.float32))
-            return contract(equation, k, (x, codes, scale), w), cell
+            return contract_codes(equation, k, (x, codes, scale), w), cell
         rounded = round_through(x, scale, zero, form)
     else:
         rounded = quantizer.activations(x, cell.get("learned", {}), format)
@@ -448,7 +459,7 @@ def _look(
     site: Site, format: Any, equation: Equation, seen: Any, *operands: Any
 ) -> tuple[Any, Any]:
     x = operands[site.layout.activation]
-    return equation.bind(*operands), _observers.widen(seen, x, format)
+    return equation.bind(*operands), _observers.extend(seen, x, format)
 
 
 def _check_known(path: str, range: Mapping[str, Any]) -> None:

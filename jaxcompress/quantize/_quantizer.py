@@ -17,7 +17,7 @@ from jax import Array
 from jaxcompress import numerics
 from jaxcompress.errors import ArgumentError
 from jaxcompress.numerics import Activation, Format, Int, PerTensor, QArray
-from jaxcompress.quantize._activations import fit, round_through
+from jaxcompress.quantize._activations import fit_activation, round_through
 
 Learned: TypeAlias = Mapping[str, Array]
 """What a quantizer learns for one leaf, by the paper's name for it."""
@@ -162,7 +162,7 @@ class Quantizer(abc.ABC):
             An array of x's shape and dtype.
         """
         settled = jax.tree.map(jax.lax.stop_gradient, self.settle(learned, format))
-        scale, zero = fit(x, settled, tuple(range(x.ndim)))
+        scale, zero = fit_activation(x, settled, tuple(range(x.ndim)))
         exact = round_through(jax.lax.stop_gradient(x), scale, zero, settled)
         return instead(self.surrogate(x, learned, format), exact)
 

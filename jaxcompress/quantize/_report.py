@@ -119,7 +119,7 @@ class QReport:
             worst = min(leaf.output_sqnr.values(), default=None)
             table.add_row(
                 leaf.path,
-                describe(leaf.format),
+                name_format(leaf.format),
                 "" if leaf.activations is None else _activations(leaf),
                 leaf.method,
                 ", ".join(dict.fromkeys(use.kernel for use in leaf.kernels)),
@@ -144,7 +144,7 @@ class QReport:
         return lines
 
 
-def describe(format: Format) -> str:
+def name_format(format: Format) -> str:
     """Name a format in a word or two, such as `int4 PerGroup(128)`.
 
     Args:
@@ -161,4 +161,4 @@ def describe(format: Format) -> str:
 
 def _activations(leaf: QLeaf) -> str:
     assert leaf.activations is not None
-    return describe(leaf.activations) + (" static" if leaf.static else "")
+    return name_format(leaf.activations) + (" static" if leaf.static else "")

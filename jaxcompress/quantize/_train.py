@@ -85,7 +85,7 @@ def train(
     quantizers = {"weights": weights or STE(), "activations": activations or STE()}
     for name, quantizer in quantizers.items():
         _check_quantizer(name, quantizer, policy)
-    _check_options(policy, quantizers["activations"], start, freeze, decay)
+    _check_schedule(policy, quantizers["activations"], start, freeze, decay)
     return QAT(
         fn=fn,
         policy=policy,
@@ -124,7 +124,7 @@ def _check_quantizer(name: str, quantizer: Any, policy: Policy) -> None:
         )
 
 
-def _check_options(
+def _check_schedule(
     policy: Policy, activations: Quantizer, start: int, freeze: int | None, decay: float
 ) -> None:
     for name, steps in (("start", start), ("freeze", freeze)):

@@ -13,7 +13,7 @@ from jaxcompress.errors import SelectionError
 from jaxcompress.graph import UNREACHABLE, Site
 from jaxcompress.graph.sites import form_at
 from jaxcompress.numerics import Format, PerToken
-from jaxcompress.quantize._matrix import Target, target_of
+from jaxcompress.quantize._matrix import LeafFormat, resolve_format
 from jaxcompress.quantize._policy import Coverage, Rule
 
 _TOKENS_KNOWN = ("dot_general", "conv_general_dilated", "ragged_dot_general")
@@ -79,7 +79,7 @@ class Met:
         return reduce(jnp.stack(whole), axis=0)
 
 
-def target_at(path: str, leaf: Any, format: Format, sites: Sequence[Site]) -> Target:
+def target_at(path: str, leaf: Any, format: Format, sites: Sequence[Site]) -> LeafFormat:
     """Say what a rule's format means for a leaf, as `ptq` does; without a site, its own axes.
 
     Args:
@@ -90,8 +90,8 @@ def target_at(path: str, leaf: Any, format: Format, sites: Sequence[Site]) -> Ta
     """
     mine = [site for site in sites if site.path == path]
     if not mine:
-        return Target(leaf=format, matrix=None)
-    return target_of(format, form_at(leaf.shape, mine))
+        return LeafFormat(leaf=format, matrix=None)
+    return resolve_format(format, form_at(leaf.shape, mine))
 
 
 def meet(

@@ -11,7 +11,7 @@ from jaxcompress.errors import StructureError
 from jaxcompress.tree import Params
 
 
-class State(NamedTuple):
+class QuantizerState(NamedTuple):
     """What `quantizers` holds, by the paths of leaves.
 
     Attributes:
@@ -30,7 +30,7 @@ def is_variables(x: Any) -> bool:
     if not isinstance(x, Mapping) or set(x) != {"params", "quantizers"}:
         return False
     beside = x["quantizers"]
-    return isinstance(beside, Mapping) and set(beside) == set(State._fields)
+    return isinstance(beside, Mapping) and set(beside) == set(QuantizerState._fields)
 
 
 def nested(entries: Mapping[str, Any]) -> dict[str, Any]:
@@ -45,7 +45,7 @@ def nested(entries: Mapping[str, Any]) -> dict[str, Any]:
     return out
 
 
-def sealed(params: Params, state: State) -> Params:
+def sealed(params: Params, state: QuantizerState) -> Params:
     """Put the state beside params."""
     return {
         "params": params,
@@ -57,7 +57,7 @@ def sealed(params: Params, state: State) -> Params:
     }
 
 
-def opened(variables: Params, *, has_state: bool) -> tuple[Params, State]:
+def opened(variables: Params, *, has_state: bool) -> tuple[Params, QuantizerState]:
     """Take variables, or params that need nothing beside them, apart.
 
     Raises:
@@ -71,7 +71,7 @@ def opened(variables: Params, *, has_state: bool) -> tuple[Params, State]:
                 expected="what is learned, followed and counted beside them",
                 fix="Call `variables = qat.init(params, *inputs)` first.",
             )
-        return variables, State({}, {}, jnp.zeros((), jnp.int32))
+        return variables, QuantizerState({}, {}, jnp.zeros((), jnp.int32))
     params, beside = variables["params"], variables["quantizers"]
     learned: dict[str, dict[str, dict[str, Array]]] = {}
     ranges: dict[str, Any] = {}
@@ -96,29 +96,29 @@ def opened(variables: Params, *, has_state: bool) -> tuple[Params, State]:
             expected="variables of one model",
             fix="Call `qat.init(params, *inputs)` with these params.",
         )
-    return params, State(learned, ranges, beside["steps"])
+    return params, QuantizerState(learned, ranges, beside["steps"])
 
 
-def check_weights(state: State, wanted: Mapping[str, tuple[int, ...]]) -> None:
+def check_weights(state: QuantizerState, wanted: Mapping[str, tuple[int, ...]]) -> None:
     """Refuse variables that do not hold what is learned of the weights, and that alone."""
     held = {path: entry["weights"] for path, entry in state.learned.items() if "weights" in entry}
-    _compare("what is learned of weights", held, wanted)
+    _check_paths("what is learned of weights", held, wanted)
     for path, shape in wanted.items():
-        _check_shapes(path, held[path], shape)
+        _check_entry_shapes(path, held[path], shape)
 
 
-def check_activations(state: State, wanted: Mapping[str, tuple[int, ...]]) -> None:
+def check_activations(state: QuantizerState, wanted: Mapping[str, tuple[int, ...]]) -> None:
     """Refuse variables that do not hold a range for each leaf that needs one, and those alone."""
     held: dict[str, Any] = dict(state.ranges)
     for path, entry in state.learned.items():
         if "activations" in entry:
             held[path] = entry["activations"]
-    _compare("ranges of activations", held, wanted)
+    _check_paths("ranges of activations", held, wanted)
     for path, shape in wanted.items():
-        _check_shapes(path, held[path], shape)
+        _check_entry_shapes(path, held[path], shape)
 
 
-def _compare(what: str, held: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
+def _check_paths(what: str, held: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
     missing, extra = sorted(set(wanted) - set(held)), sorted(set(held) - set(wanted))
     if missing or extra:
         got = [f"none for {tree.shorten(missing)}"] if missing else []
@@ -131,7 +131,7 @@ def _compare(what: str, held: Mapping[str, Any], wanted: Mapping[str, Any]) -> N
         )
 
 
-def _check_shapes(path: str, entry: Mapping[str, Any], shape: tuple[int, ...]) -> None:
+def _check_entry_shapes(path: str, entry: Mapping[str, Any], shape: tuple[int, ...]) -> None:
     wrong = {name: tuple(x.shape) for name, x in entry.items() if tuple(x.shape) != shape}
     if wrong:
         raise StructureError(

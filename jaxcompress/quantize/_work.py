@@ -116,7 +116,7 @@ class Work:
         if not self._means or self.task.target.matrix is None:
             return None
         axes = [k for k, _ in next(iter(self._means))]
-        if any(picks not in self._means for picks in _indices(self.task.form, axes)):
+        if any(picks not in self._means for picks in _list_slices(self.task.form, axes)):
             return None
         means = self._joined(self._means)
         w = self.task.form.to_matrices(jnp.asarray(self.leaf).astype(jnp.float32))
@@ -129,7 +129,9 @@ class Work:
     def _together(self) -> QArray:
         """Put the slices together; those that nothing reached are rounded to nearest."""
         axes = [k for k, _ in next(iter(self._parts))]
-        missing = [picks for picks in _indices(self.task.form, axes) if picks not in self._parts]
+        missing = [
+            picks for picks in _list_slices(self.task.form, axes) if picks not in self._parts
+        ]
         for picks in missing:
             where = tuple(dict(picks).get(k, slice(None)) for k in range(self.leaf.ndim))
             self._fill(self.leaf[where], picks)
@@ -152,7 +154,7 @@ class Work:
             x = x.reshape(*(form.shape[k] for k in axes), *x.shape[1:])
             return jnp.transpose(x, [*order, *range(len(order), x.ndim)])
 
-        return jax.tree.map(stack, *(parts[picks] for picks in _indices(form, axes)))
+        return jax.tree.map(stack, *(parts[picks] for picks in _list_slices(form, axes)))
 
     def _fill(self, leaf: jax.Array, picks: Picks) -> None:
         task, form = self.task, self.task.form.without([k for k, _ in picks])
@@ -162,7 +164,7 @@ class Work:
         self._parts[picks] = parts
 
 
-def _indices(form: Form, axes: Sequence[int]) -> list[Picks]:
+def _list_slices(form: Form, axes: Sequence[int]) -> list[Picks]:
     """List all slices along some axes, in row-major order."""
     ranges = (range(form.shape[k]) for k in axes)
     return [tuple(zip(axes, index, strict=True)) for index in itertools.product(*ranges)]

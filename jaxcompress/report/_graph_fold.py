@@ -57,7 +57,7 @@ def find_runs(graph: Graph) -> list[Run]:
         before.
     """
     sites, number = graph.sites, {site.name: k for k, site in enumerate(graph.sites)}
-    kinds = [_kind(graph, site) for site in sites]
+    kinds = [_classify_site(graph, site) for site in sites]
     # Layers are as far apart as names that differ in one number.
     before: dict[Any, int] = {}
     periods = set()
@@ -78,7 +78,7 @@ def find_runs(graph: Graph) -> list[Run]:
     return sorted(chosen)
 
 
-def _kind(graph: Graph, site: Site) -> Any:
+def _classify_site(graph: Graph, site: Site) -> Any:
     shape = tuple(graph.leaves[site.path].shape)
     path = re.sub(r"\d+", "0", site.path)
     # Layers may be jitted under names of their own; branches of a `cond` stay apart.
@@ -86,14 +86,14 @@ def _kind(graph: Graph, site: Site) -> Any:
     return path, shape, site.primitive, site.axes, site.output.shape, site.stack, scope
 
 
-def _split(name: str) -> list[str]:
+def _split_at_numbers(name: str) -> list[str]:
     """Cut a name at its numbers; the counter of a leaf's sites, `#1`, is one, the first 0."""
     return re.split(r"(\d+)", name if "#" in name else f"{name}#0")
 
 
 def _templates(name: str) -> list[str]:
     """List a name with each of its numbers left out in turn."""
-    parts = _split(name)
+    parts = _split_at_numbers(name)
     return ["".join((*parts[:k], "*", *parts[k + 1 :])) for k in range(1, len(parts), 2)]
 
 
@@ -128,7 +128,7 @@ def _is_aligned(first: Sequence[int], period: int) -> bool:
 
 def _change(one: str, other: str) -> _Change | None:
     """Compare two names that may differ in one number."""
-    a, b = _split(one), _split(other)
+    a, b = _split_at_numbers(one), _split_at_numbers(other)
     if len(a) != len(b):
         return None
     differs = [k for k, (x, y) in enumerate(zip(a, b, strict=True)) if x != y]

@@ -55,7 +55,7 @@ class _Box:
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Frame:
+class _LayerFrame:
     """A frame around the boxes of repeated layers.
 
     Attributes:
@@ -129,18 +129,18 @@ def plot_graph(
     boxes, frames = _boxes(graph, folded, width)
     edges = _edges(graph, boxes)
     for bar in (2.4, 1.8, 1.3, 0.9, 0.6):
-        placed = _place(boxes, frames, edges, bar)
+        placed = _place_boxes(boxes, frames, edges, bar)
         if placed.width + 2 * _MARGIN <= _MOST:
             break
     lines = _headings(graph, width)
     data = {
         "width": width,
-        "boxes": [_plain(graph, box, frames, edges) for box in boxes],
+        "boxes": [_describe_box(graph, box, frames, edges) for box in boxes],
         "elsewhere": {
             "contractions": len(graph.elsewhere),
             "flops": sum(one.flops for one in graph.elsewhere),
         },
-        "total": {key: _total(graph, key) for key in _UNIT},
+        "total": {key: _measure_graph(graph, key) for key in _UNIT},
     }
     size = (
         round(max(_LEAST, placed.width + 2 * _MARGIN), 2),
@@ -156,7 +156,7 @@ def plot_graph(
         axes.text(_MARGIN, 0.47, lines, fontsize=_SMALL, color=INK, alpha=0.8, va="center")
         left = (size[0] - placed.width) / 2
         _legend(axes, boxes, size[0])
-        _draw(axes, placed, boxes, frames, edges, (left, _HEAD), bar)
+        _draw_graph(axes, placed, boxes, frames, edges, (left, _HEAD), bar)
 
     return Plot(title=title, data=data, size=size, draw=draw)
 
@@ -164,12 +164,12 @@ def plot_graph(
 # --- what is drawn -------------------------------------------------------------------------------
 
 
-def _boxes(graph: Graph, folded: Sequence[Run], width: str) -> tuple[list[_Box], list[_Frame]]:
+def _boxes(graph: Graph, folded: Sequence[Run], width: str) -> tuple[list[_Box], list[_LayerFrame]]:
     sites, boxes, frames, k = graph.sites, [], [], 0
     shared = share_prefix([site.path for site in sites])
     short = short_names([site.path for site in sites])
     by_start = {run.start: run for run in folded}
-    total = _total(graph, width)
+    total = _measure_graph(graph, width)
     while k < len(sites):
         run = by_start.get(k, Run(k, 1, 1, "", 0, 0))
         block = sites[k : k + run.length]
@@ -179,7 +179,7 @@ def _boxes(graph: Graph, folded: Sequence[Run], width: str) -> tuple[list[_Box],
             boxes.append(_box(graph, site, same, labels[site.path], width, total))
         if run.times > 1:
             keys = tuple(site.name for site in block)
-            frames.append(_Frame(key=f"\0{k}", label=_frame_label(run, shared), boxes=keys))
+            frames.append(_LayerFrame(key=f"\0{k}", label=_frame_label(run, shared), boxes=keys))
         k = run.stop
     return boxes, frames
 
@@ -206,7 +206,7 @@ def _box(
 ) -> _Box:
     leaf = tuple(graph.leaves[site.path].shape)
     shape = tuple(n for k, n in enumerate(leaf) if k not in site.axes.stacked)
-    size = sum(_size(graph, one, width) for one in same)
+    size = sum(_measure_site(graph, one, width) for one in same)
     counter = re.search(r"#\d+$", site.name)
     label = _elide(label) + (f" {counter[0]}" if counter and len(same) == 1 else "")
     if not site.bounded:
@@ -231,13 +231,13 @@ def _elide(label: str, most: int = 34) -> str:
     return label if len(label) <= most else "…" + label[-most + 1 :]
 
 
-def _size(graph: Graph, site: Site, width: str) -> int:
+def _measure_site(graph: Graph, site: Site, width: str) -> int:
     if width == "params":
         return math.prod(graph.leaves[site.path].shape)
     return site.flops if width == "flops" else site.bytes
 
 
-def _total(graph: Graph, width: str) -> int:
+def _measure_graph(graph: Graph, width: str) -> int:
     if width == "flops":
         return graph.flops
     if width == "params":
@@ -261,9 +261,9 @@ def _edges(graph: Graph, boxes: Sequence[_Box]) -> list[tuple[str, str]]:
 
 
 def _headings(graph: Graph, width: str) -> str:
-    total, unit = _total(graph, width), _UNIT[width]
+    total, unit = _measure_graph(graph, width), _UNIT[width]
     sites = f"{len(graph.sites)} site{'s' * (len(graph.sites) > 1)}"
-    text = f"Widths show {_scale(total, unit)} in all, {sites}."
+    text = f"Widths show {_abbreviate(total, unit)} in all, {sites}."
     if graph.elsewhere and width != "params":
         part = sum(getattr(one, width) for one in graph.elsewhere)
         count = len(graph.elsewhere)
@@ -272,14 +272,14 @@ def _headings(graph: Graph, width: str) -> str:
     return text
 
 
-def _scale(count: float, unit: str) -> str:
+def _abbreviate(count: float, unit: str) -> str:
     power = max(0, min(5, math.floor(math.log10(count) / 3 + 1e-9))) if count >= 1 else 0
     text = f"{count / 1000**power:.3g} {['', 'k', 'M', 'G', 'T', 'P'][power]}{unit}"
     return text.replace("  ", " ")
 
 
-def _plain(
-    graph: Graph, box: _Box, frames: Sequence[_Frame], edges: Sequence[tuple[str, str]]
+def _describe_box(
+    graph: Graph, box: _Box, frames: Sequence[_LayerFrame], edges: Sequence[tuple[str, str]]
 ) -> dict[str, Any]:
     sites = [graph[name] for name in box.names]
     return {
@@ -306,9 +306,9 @@ def _bar(box: _Box, boxes: Sequence[_Box], widest: float) -> float:
     return max(_THINNEST, widest * _share(box.size, max(one.size for one in boxes)))
 
 
-def _place(
+def _place_boxes(
     boxes: Sequence[_Box],
-    frames: Sequence[_Frame],
+    frames: Sequence[_LayerFrame],
     edges: Sequence[tuple[str, str]],
     widest: float,
 ) -> Placed:
@@ -386,11 +386,11 @@ def text_inches(text: str, points: float) -> float:
 # --- how it is drawn -----------------------------------------------------------------------------
 
 
-def _draw(
+def _draw_graph(
     axes: Any,
     placed: Placed,
     boxes: Sequence[_Box],
-    frames: Sequence[_Frame],
+    frames: Sequence[_LayerFrame],
     edges: Sequence[tuple[str, str]],
     origin: Point,
     widest: float,

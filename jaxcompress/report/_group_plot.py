@@ -67,7 +67,7 @@ def plot_group(
         for place in places[len(pictures) :]:
             place.set_axis_off()
         for place, member, picture in zip(places, group.members, pictures, strict=False):
-            _draw(place, member, shapes[member.path], picture)
+            _draw_member(place, member, shapes[member.path], picture)
         figure.suptitle(title or group.description, color=INK, fontsize=11, fontweight="bold")
 
     return Plot(
@@ -100,7 +100,7 @@ def _picture(member: Member, shape: tuple[int, ...], stays: np.ndarray) -> np.nd
     return np.repeat(along[None], other, 0) if is_column else np.repeat(along[:, None], other, 1)
 
 
-def _draw(place: Any, member: Member, shape: tuple[int, ...], picture: np.ndarray) -> None:
+def _draw_member(place: Any, member: Member, shape: tuple[int, ...], picture: np.ndarray) -> None:
     from matplotlib.colors import ListedColormap, to_rgba
 
     tints = [to_rgba(FAINT, 0.25), to_rgba(COLORS[0], 0.85), to_rgba(COLORS[0], 0.6)]

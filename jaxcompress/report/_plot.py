@@ -10,7 +10,7 @@ from typing import Any
 
 from jaxcompress import files
 from jaxcompress.errors import ArgumentError, explain_missing
-from jaxcompress.report._table import plain
+from jaxcompress.report._table import to_plain
 
 INK, FAINT = "#24292f", "#8c959f"
 """Text and lines; the page replaces the ink by the reader's text colour."""
@@ -84,7 +84,7 @@ class Plot:
             )
         files.write(path, self.render(path.suffix[1:]))
         data = {"title": self.title, **self.data}
-        files.write(path.with_suffix(".json"), json.dumps(data, default=plain, indent=1) + "\n")
+        files.write(path.with_suffix(".json"), json.dumps(data, default=to_plain, indent=1) + "\n")
         return path
 
     def render(self, suffix: str, *, transparent: bool = False) -> bytes:

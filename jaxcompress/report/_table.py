@@ -26,7 +26,7 @@ from jaxcompress.report._units import (
     Unit,
     is_number,
     number_of,
-    settle,
+    settle_unit,
     show,
     show_signed,
 )
@@ -93,7 +93,7 @@ class Table:
         headers, columns, numeric = [], [], []
         for column in self.columns:
             values = [row.get(column.key) for row in self.rows]
-            unit = settle(column.unit or KNOWN_UNITS.get(column.key, PLAIN), values)
+            unit = settle_unit(column.unit or KNOWN_UNITS.get(column.key, PLAIN), values)
             title = column.title or column.key.replace("_", " ")
             headers.append(f"{title} [{unit.symbol}]" if unit.symbol else title)
             columns.append([show(unit, value) for value in values])
@@ -164,7 +164,7 @@ class Table:
             The JSON.
         """
         rows = [{c.key: row.get(c.key) for c in self.columns} for row in self.rows]
-        text = json.dumps({"title": self.title, "rows": rows}, default=plain, indent=1)
+        text = json.dumps({"title": self.title, "rows": rows}, default=to_plain, indent=1)
         if path is not None:
             files.write(path, text + "\n")
         return text
@@ -235,7 +235,7 @@ def _versus(column: Column, unit: Unit, first: Any, value: Any) -> str:
     return f"{first / value:,.1f}{TIMES}" if value else ""
 
 
-def plain(value: Any) -> Any:
+def to_plain(value: Any) -> Any:
     """Turn what JSON does not know into what it does: NumPy and JAX scalars, dataclasses, sets.
 
     Args:

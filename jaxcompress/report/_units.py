@@ -65,7 +65,7 @@ def number_of(value: Any) -> float:
     return float(value.median if isinstance(value, Latency) else value)
 
 
-def settle(unit: Unit, values: Sequence[Any]) -> Unit:
+def settle_unit(unit: Unit, values: Sequence[Any]) -> Unit:
     """Settle prefix and decimals of a unit for a whole column, so that its numbers align.
 
     Args:

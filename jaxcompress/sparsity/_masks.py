@@ -93,7 +93,7 @@ def make_mask(
         leaves,
         accumulated=_accumulate(params, leaves, score, grads),
         within=allowed,
-        contraction=contraction_axes(params, axes),
+        contraction=resolve_axes(params, axes),
         sparsity=targets if targets is not None else sparsity,
         threshold=threshold,
         score=score,
@@ -132,7 +132,7 @@ def coverage(
         >>> dict(coverage(params, pattern=NM(2, 4)).exempt)
         {'b': 'has 6 inputs, which groups of 4 do not divide'}
     """
-    contraction = contraction_axes(params, axes)
+    contraction = resolve_axes(params, axes)
     chosen = pattern or Unstructured()
 
     def obstacle(path: str, leaf: Any) -> str | None:
@@ -323,7 +323,7 @@ def check_finite(leaves: Mapping[str, jax.Array]) -> None:
             )
 
 
-def contraction_axes(params: tree.Params, axes: ContractionAxes) -> dict[str, tuple[int, ...]]:
+def resolve_axes(params: tree.Params, axes: ContractionAxes) -> dict[str, tuple[int, ...]]:
     """Say for each leaf which axes are contracted.
 
     Args:

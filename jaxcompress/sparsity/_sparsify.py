@@ -19,8 +19,8 @@ from jaxcompress.sparsity._masks import (
     check_amount,
     check_finite,
     choose_masks,
-    contraction_axes,
     coverage,
+    resolve_axes,
 )
 from jaxcompress.sparsity._patterns import Pattern, Unstructured
 from jaxcompress.sparsity._scores import Score, magnitude
@@ -172,7 +172,7 @@ def sparsify(
                 leaves,
                 accumulated=scores,
                 within=read_by_path(params, state.within, name="within"),
-                contraction=contraction_axes(params, axes),
+                contraction=resolve_axes(params, axes),
                 sparsity=schedule(state.step) if callable(schedule) else schedule,
             )
             # Before the first update, nothing has been masked yet.

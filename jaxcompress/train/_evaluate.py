@@ -45,7 +45,7 @@ def evaluate(
     """
     compiled = jax.jit(metrics)
     sums: dict[str, float] = collections.defaultdict(float)
-    total, full = 0, _size(data[0])
+    total, full = 0, _count_examples(data[0])
     pending: collections.deque[tuple[int, Any]] = collections.deque()
 
     def settle() -> None:
@@ -62,7 +62,7 @@ def evaluate(
 
     for i in range(data.steps_per_epoch):
         batch = data[i]
-        size = _size(batch)
+        size = _count_examples(batch)
         total += size
         pending.append((size, compiled(params, place(_fill(batch, full)))))
         # Two batches in flight keep the device busy without holding the whole set on it.
@@ -73,12 +73,12 @@ def evaluate(
     return {name: value / total for name, value in sums.items()}
 
 
-def _size(batch: Any) -> int:
+def _count_examples(batch: Any) -> int:
     return jax.tree.leaves(batch)[0].shape[0]
 
 
 def _fill(batch: Any, full: int) -> Any:
-    missing = full - _size(batch)
+    missing = full - _count_examples(batch)
     if not missing:
         return batch
     return jax.tree.map(lambda x: np.concatenate([x, np.repeat(x[-1:], missing, axis=0)]), batch)

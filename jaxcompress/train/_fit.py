@@ -208,7 +208,7 @@ def _use_mesh_of(step: Any) -> contextlib.AbstractContextManager[Any]:
     return contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh)
 
 
-def _identity(data: Data) -> dict[str, Any]:
+def _identify_data(data: Data) -> dict[str, Any]:
     """What tells one run's data from another's, as far as the data say it."""
     names = ("steps_per_epoch", "size", "batch_size", "seed", "shuffle", "drop_last")
     return {name: getattr(data, name) for name in names if hasattr(data, name)}
@@ -216,17 +216,17 @@ def _identity(data: Data) -> dict[str, Any]:
 
 def _save(store: "Store", state: State, best: State | None, ledger: Ledger, data: Data) -> None:
     trees = {"state": state} if best is None else {"state": state, "best": best}
-    book = {"ledger": ledger.to_json(), "data": _identity(data)}
+    book = {"ledger": ledger.to_json(), "data": _identify_data(data)}
     store.save(int(state.step), trees, book)
 
 
 def _resume(store: "Store", like: State, data: Data) -> tuple[State, State | None, Ledger]:
     latest = store.steps()[-1]
     book = store.book(latest)
-    if book["data"] != _identity(data):
+    if book["data"] != _identify_data(data):
         raise ArgumentError(
             "data",
-            got=f"data with {_identity(data)}",
+            got=f"data with {_identify_data(data)}",
             expected=f"those of the run in the checkpoint directory, {book['data']}",
             fix="Give the same data, batch size and seed, or another directory.",
         )

@@ -101,12 +101,12 @@ def optimizer(
             "method",
             got=repr(method),
             expected="the name of an update rule",
-            fix=_nearest(str(method), get_args(Method)),
+            fix=_suggest_names(str(method), get_args(Method)),
         )
     _check_numbers(learning_rate, weight_decay, clip_norm, clip_value)
-    _check_options(method, options)
+    _check_names(method, options)
     build = functools.partial(_BUILD[method], **options)
-    mask = functools.partial(_mask, decayed) if weight_decay else None
+    mask = functools.partial(_select_decayed, decayed) if weight_decay else None
     links = []
     if clip_value is not None:
         links.append(optax.clip(clip_value))
@@ -126,7 +126,7 @@ def optimizer(
     return optax.with_extra_args_support(optax.chain(*links))
 
 
-def _mask(decayed: Where, params: Params) -> Params:
+def _select_decayed(decayed: Where, params: Params) -> Params:
     chosen = tree.select(params, decayed)
     return tree.map_with_path(lambda path, _: path in chosen, params)
 
@@ -155,7 +155,7 @@ def _check_numbers(
         )
 
 
-def _check_options(method: Method, options: Mapping[str, Any]) -> None:
+def _check_names(method: Method, options: Mapping[str, Any]) -> None:
     accepted = inspect.signature(_BUILD[method]).parameters.keys()
     accepted = accepted - {"learning_rate", "weight_decay"} - _OURS.keys()
     named = accepted | {"learning_rate", "weight_decay", "decayed", "clip_norm", "clip_value"}
@@ -165,13 +165,13 @@ def _check_options(method: Method, options: Mapping[str, Any]) -> None:
                 name,
                 got=repr(value),
                 expected=f"an option of {method!r}",
-                fix=f"Use `{_OURS[name]}`." if name in _OURS else _nearest(name, named),
+                fix=f"Use `{_OURS[name]}`." if name in _OURS else _suggest_names(name, named),
             )
         if name in _DECAYS and isinstance(value, int | float) and not 0 <= value < 1:
             raise ArgumentError(name, got=value, expected="a decay in [0, 1)", fix="Try 0.9.")
 
 
-def _nearest(name: str, known: Any) -> str:
+def _suggest_names(name: str, known: Any) -> str:
     near = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
     if near:
         return f"Did you mean {' or '.join(map(repr, near))}?"

@@ -79,7 +79,7 @@ def state_shardings(state: Any, mesh: Mesh, rules: Rules | None) -> Any:
     replicated = NamedSharding(mesh, PartitionSpec())
     specs = _specs(state.params, rules or {})
     for path, leaf in tree.items(state.params):
-        _check(path, leaf, specs.get(path, PartitionSpec()), mesh)
+        _check_spec(path, leaf, specs.get(path, PartitionSpec()), mesh)
     shapes = {path: leaf.shape for path, leaf in tree.items(state.params)}
 
     def place(keypath: tuple[Any, ...], leaf: Any) -> NamedSharding:
@@ -109,7 +109,7 @@ def batch_shardings(batch: Any, mesh: Mesh, data_axis: str | tuple[str, ...]) ->
     """
     spec = PartitionSpec(data_axis)
     for path, leaf in tree.items(batch):
-        _check(f"batch/{path}" if path else "batch", leaf, spec, mesh)
+        _check_spec(f"batch/{path}" if path else "batch", leaf, spec, mesh)
     return jax.tree.map(lambda _: NamedSharding(mesh, spec), batch)
 
 
@@ -121,7 +121,7 @@ def _specs(params: Params, rules: Rules) -> dict[str, PartitionSpec]:
     return specs
 
 
-def _check(path: str, leaf: Any, spec: PartitionSpec, mesh: Mesh) -> None:
+def _check_spec(path: str, leaf: Any, spec: PartitionSpec, mesh: Mesh) -> None:
     """Refuse a spec that the mesh or the leaf cannot follow, and name the argument."""
     if len(spec) > len(leaf.shape):
         raise ArgumentError(

@@ -265,7 +265,7 @@ def _objective(loss: Loss, policy: Precision) -> Callable[..., tuple[jax.Array, 
         weights = None if aux.weights is None else policy.widen(jnp.asarray(aux.weights))
         weight = jnp.ones(()) if weights is None else jnp.sum(weights) / size
         means = {
-            name: _mean(name, policy.widen(jnp.asarray(x)), weights, weight, size)
+            name: _average_examples(name, policy.widen(jnp.asarray(x)), weights, weight, size)
             for name, x in named.items()
         }
         return means["loss"], (_Sums(weight, means), _merge_state(rest, learned, aux.state))
@@ -273,7 +273,7 @@ def _objective(loss: Loss, policy: Precision) -> Callable[..., tuple[jax.Array, 
     return objective
 
 
-def _mean(
+def _average_examples(
     name: str, x: jax.Array, weights: jax.Array | None, weight: jax.Array, size: int
 ) -> jax.Array:
     """Sum weighted per-example values and divide by the batch size, or weigh a scalar alike."""

@@ -33,7 +33,7 @@ from jaxcompress.numerics import (
     uint8,
 )
 from jaxcompress.quantize import Policy, Rule
-from jaxcompress.quantize._activations import fit, round_through
+from jaxcompress.quantize._activations import fit_activation, round_through
 
 W8, W4 = Format(int8, PerChannel()), Format(int4, PerChannel())
 A8 = Format(int8, PerToken())
@@ -70,7 +70,7 @@ def executed(qparams, x):
         form = q.activation
         if form is not None:
             shared = (0, 1) if isinstance(form.format.granularity, PerTensor) else (1,)
-            x = round_through(x, *fit(x, form, shared), form)
+            x = round_through(x, *fit_activation(x, form, shared), form)
         return x @ numerics.dequantize(q)
 
     hidden = jax.nn.relu(contract(x, qparams["a"]))
@@ -130,7 +130,7 @@ def test_gradients_are_those_at_the_rounded_values(params, x):
     qat = quantize.train(lambda p, x: x @ p["a"], policy(activations=A8))
     form = dataclasses.replace(qat.convert({"a": params["a"]}, x)["a"])
     w = numerics.dequantize(form)
-    x_hat = round_through(x, *fit(x, form.activation, (1,)), form.activation)
+    x_hat = round_through(x, *fit_activation(x, form.activation, (1,)), form.activation)
     c = jnp.arange(40.0).reshape(5, 8)
     grads = jax.grad(lambda p, x: (c * qat(p, x)).sum(), argnums=(0, 1))({"a": params["a"]}, x)
     np.testing.assert_allclose(grads[0]["a"], x_hat.T @ c, rtol=1e-5)
@@ -244,7 +244,7 @@ def test_rounding_starts_late_in_one_compiled_function(followed):
     assert all((a != b).any() for a, b in zip(outputs[2:], plain[2:], strict=True))
     later = qat(variables[2], xs[1])
     q = qat.convert(variables[2], xs[0])["a"]
-    rounded = round_through(xs[1], *fit(xs[1], q.activation, (0, 1)), q.activation)
+    rounded = round_through(xs[1], *fit_activation(xs[1], q.activation, (0, 1)), q.activation)
     np.testing.assert_allclose(later, rounded @ numerics.dequantize(q), rtol=1e-6)
 
 
@@ -298,7 +298,7 @@ def test_a_tied_leaf_is_rounded_once_and_its_sites_share_a_range():
     np.testing.assert_allclose(entry["high"], [[max(map(jnp.max, inputs))]], rtol=1e-6)
     q = qat.convert(variables, tokens)["embed"]
     w = numerics.dequantize(q)
-    act = lambda x: round_through(x, *fit(x, q.activation, (0, 1)), q.activation)
+    act = lambda x: round_through(x, *fit_activation(x, q.activation, (0, 1)), q.activation)
     expected = act(act(jnp.tanh(act(w[tokens]) @ w.T)) @ w) @ w.T
     np.testing.assert_allclose(qat(variables, tokens), expected, rtol=1e-5, atol=1e-6)
     account = qat.coverage(variables, tokens)

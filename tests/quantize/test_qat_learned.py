@@ -23,7 +23,7 @@ from jaxcompress.numerics import (
     uint8,
 )
 from jaxcompress.quantize import LSQ, PACT, STE, DoReFa, LSQPlus, Policy, Rule
-from jaxcompress.quantize._activations import fit, round_through
+from jaxcompress.quantize._activations import fit_activation, round_through
 
 W4, W8 = Format(int4, PerChannel()), Format(int8, PerChannel())
 SIGNED = Format(int4)
@@ -101,7 +101,7 @@ def test_what_is_trained_is_what_is_executed(name, params, x):
         if q.activation is not None:
             form = q.activation
             assert form.scale is None or form.scale.shape == (1, 1)
-            x = round_through(x, *fit(x, form, (0, 1)), form)
+            x = round_through(x, *fit_activation(x, form, (0, 1)), form)
         return x @ numerics.dequantize(q)
 
     expected = contract(jax.nn.relu(contract(1.5 * x, stored["a"])), stored["b"])

@@ -23,7 +23,7 @@ class Operand(NamedTuple):
     zero: Array | None
 
 
-def obstacle(weights: Format, activation: Format) -> str | None:
+def find_format_obstacle(weights: Format, activation: Format) -> str | None:
     """Say why codes of two formats cannot be multiplied with each other; `None` if they can."""
     w, x = weights.qtype, activation.qtype
     if isinstance(w, Int) and isinstance(x, Int):
@@ -79,6 +79,6 @@ def operand(
 
 def encoded(x: Array, activation: Activation, shared: tuple[int, ...], backend: str) -> Operand:
     """Round an activation to codes; see `activations.fit`."""
-    scale, zero = activations.fit(x, activation, shared)
+    scale, zero = activations.fit_activation(x, activation, shared)
     values = activations.to_codes(x, scale, zero, activation)
     return operand(values, scale, zero, activation.format, backend)

@@ -12,7 +12,7 @@ from jaxcompress.quantize._carried import CarriedCodes
 from jaxcompress.quantize.kernels import _codes as codes_of
 
 
-def obstacle(params: Any, operand: int, node: CarriedCodes) -> str | None:
+def find_conv_obstacle(params: Any, operand: int, node: CarriedCodes) -> str | None:
     """Say why codes cannot enter a convolution; `None` if they can."""
     if operand != 1 or params["batch_group_count"] != 1:
         return "the weights take the place of an activation in the convolution"
@@ -67,7 +67,7 @@ def by_weights(params: Any, node: CarriedCodes, x: Array, backend: str) -> Array
     """
     wide = jnp.promote_types(x.dtype, jnp.float32)
     w = node.codes(x.dtype, backend=backend)
-    sums = lax.conv_general_dilated(x, w, **_options(params), preferred_element_type=wide)
+    sums = lax.conv_general_dilated(x, w, **_read_conv_params(params), preferred_element_type=wide)
     scale = node.scale.reshape(-1).astype(wide)
     return sums * _along(scale, params["dimension_numbers"].out_spec[1], x.ndim)
 
@@ -76,13 +76,13 @@ def _along(vector: Array, axis: int, ndim: int) -> Array:
     return vector.reshape([-1 if k == axis else 1 for k in range(ndim)])
 
 
-def _options(params: Any) -> dict[str, Any]:
+def _read_conv_params(params: Any) -> dict[str, Any]:
     names = ("window_strides", "padding", "lhs_dilation", "rhs_dilation", "dimension_numbers")
     return {name: params[name] for name in (*names, "feature_group_count", "precision")}
 
 
 def _convolve(params: Any, acts: codes_of.Operand, w: Array, dtype: Any) -> Array:
-    options, x = _options(params), acts.codes
+    options, x = _read_conv_params(params), acts.codes
     if acts.zero is not None:
         x = _padded(params, acts)
         spatial = len(options["window_strides"])

@@ -95,7 +95,7 @@ class Arrangement:
         return part.sum(self.summed[1 if of_weights else 0], keepdims=True, dtype=jnp.int32)
 
 
-def arrange(params: Any, operand: int, node: CarriedCodes, x: Any) -> Arrangement:
+def arrange_axes(params: Any, operand: int, node: CarriedCodes, x: Any) -> Arrangement:
     """Work out how the stored axes of the weights meet those of an activation.
 
     Args:
@@ -130,7 +130,7 @@ def arrange(params: Any, operand: int, node: CarriedCodes, x: Any) -> Arrangemen
         *(x.shape[k] for k in x_free),
         *(node.shape[k] for k in (w_free if operand == 1 else ())),
     )
-    varies = [node.scale.shape[j] > 1 or _size(node.zero, j) > 1 for j in w_summed]
+    varies = [node.scale.shape[j] > 1 or _length(node.zero, j) > 1 for j in w_summed]
     return Arrangement(
         pieces=tuple(pieces),
         x_contract=spread(x_contract, axes),
@@ -145,7 +145,7 @@ def arrange(params: Any, operand: int, node: CarriedCodes, x: Any) -> Arrangemen
     )
 
 
-def _size(part: Array | None, axis: int) -> int:
+def _length(part: Array | None, axis: int) -> int:
     return 1 if part is None else part.shape[axis]
 
 
@@ -172,7 +172,7 @@ def by_codes(params: Any, operand: int, node: CarriedCodes, x: Array, backend: s
     Returns:
         float32, in the shape of the equation's result.
     """
-    how, activation = arrange(params, operand, node, x), node.activation
+    how, activation = arrange_axes(params, operand, node, x), node.activation
     assert activation is not None
     shared = activations.shared_axes("dot_general", params, 1 - operand, activation, x.ndim)
     rounded = codes_of.encoded(x, activation, shared, backend)
@@ -188,7 +188,7 @@ def by_codes(params: Any, operand: int, node: CarriedCodes, x: Array, backend: s
     if backend in _IN_TURN and any(how.grouped) and plain:
         sums = in_turn(how, acts, weights, codes_of.accumulator(node.format))
         return (sums * _beside_free(how, acts.scale)).reshape(how.shape)
-    sums = _sums(how, acts, weights, codes_of.accumulator(node.format))
+    sums = _sum_products(how, acts, weights, codes_of.accumulator(node.format))
     scaled = (
         sums.astype(jnp.float32)
         * how.beside(weights.scale, of_weights=True)
@@ -227,7 +227,7 @@ def _in_groups(
     return scaled.sum(range(lead, lead + len(how.groups[0])))
 
 
-def _sums(how: Arrangement, acts: Operand, weights: Operand, dtype: Any) -> Array:
+def _sum_products(how: Arrangement, acts: Operand, weights: Operand, dtype: Any) -> Array:
     """Sum products of codes less zero points, per group: `(*batch, *groups, *free)`."""
     batch = ((*how.x_batch, *how.groups[0]), (*how.w_batch, *how.groups[1]))
     sums = _contract(
@@ -254,7 +254,7 @@ def by_weights(params: Any, operand: int, node: CarriedCodes, x: Array, backend:
     Returns:
         float32 (or wider, as x is), in the shape of the equation's result.
     """
-    how = arrange(params, operand, node, x)
+    how = arrange_axes(params, operand, node, x)
     wide = jnp.promote_types(x.dtype, jnp.float32)
     options = {"precision": params["precision"], "preferred_element_type": wide}
     summed, batch = (how.x_contract, how.w_contract), (how.x_batch, how.w_batch)

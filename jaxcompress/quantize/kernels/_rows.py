@@ -10,7 +10,7 @@ from jaxcompress.quantize._carried import CarriedCodes
 from jaxcompress.quantize.kernels import _codes as codes_of
 
 
-def lookup_obstacle(params: Any, node: CarriedCodes) -> str | None:
+def find_lookup_obstacle(params: Any, node: CarriedCodes) -> str | None:
     """Say why rows of codes cannot be looked up; `None` if they can."""
     numbers, sizes = params["dimension_numbers"], params["slice_sizes"]
     if len(numbers.start_index_map) != 1 or numbers.operand_batching_dims:
@@ -75,7 +75,7 @@ def lookup(params: Any, node: CarriedCodes, indices: Array) -> Array:
     return jnp.transpose(found, order)
 
 
-def ragged_obstacle(params: Any, operand: int, node: CarriedCodes) -> str | None:
+def find_ragged_obstacle(params: Any, operand: int, node: CarriedCodes) -> str | None:
     """Say why codes cannot enter a `ragged_dot`; `None` if they can."""
     numbers = params["ragged_dot_dimension_numbers"]
     (_, (contract,)), batch = numbers.dot_dimension_numbers

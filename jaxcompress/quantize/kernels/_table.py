@@ -38,7 +38,7 @@ class Choice:
     why: str = ""
 
 
-def choose(
+def choose_kernel(
     name: str, params: Any, operand: int, node: CarriedCodes, x: Any, backend: str
 ) -> Choice:
     """Look a site up in the table.
@@ -71,11 +71,11 @@ def _against(node: CarriedCodes, count: int) -> str | None:
     """Say why `count` codes of weights and activations cannot be multiplied and added, if so."""
     assert node.activation_format is not None
     formats = node.format, node.activation_format
-    return _codes.obstacle(*formats) or _codes.overflow(*formats, count)
+    return _codes.find_format_obstacle(*formats) or _codes.overflow(*formats, count)
 
 
 def _choose_dot(params: Any, operand: int, node: CarriedCodes, x: Any, backend: str) -> Choice:
-    how = _dot.arrange(params, operand, node, x)
+    how = _dot.arrange_axes(params, operand, node, x)
     grouped = any(how.grouped)
     if node.activation_format is None:
         return Choice("weights in groups" if grouped else "weights")
@@ -86,7 +86,7 @@ def _choose_dot(params: Any, operand: int, node: CarriedCodes, x: Any, backend: 
 
 
 def _choose_conv(params: Any, operand: int, node: CarriedCodes, x: Any, backend: str) -> Choice:
-    why = _conv.obstacle(params, operand, node)
+    why = _conv.find_conv_obstacle(params, operand, node)
     if why is None and node.activation_format is None:
         return Choice("weights")
     outputs = node.shape[params["dimension_numbers"].rhs_spec[0]]
@@ -104,12 +104,12 @@ def _choose_conv(params: Any, operand: int, node: CarriedCodes, x: Any, backend:
 
 
 def _choose_rows(params: Any, operand: int, node: CarriedCodes, x: Any, backend: str) -> Choice:
-    why = "the indices are quantized" if operand else _rows.lookup_obstacle(params, node)
+    why = "the indices are quantized" if operand else _rows.find_lookup_obstacle(params, node)
     return Choice("dequantized", why) if why else Choice("rows")
 
 
 def _choose_ragged(params: Any, operand: int, node: CarriedCodes, x: Any, backend: str) -> Choice:
-    why = _rows.ragged_obstacle(params, operand, node)
+    why = _rows.find_ragged_obstacle(params, operand, node)
     if why is None and node.activation_format is not None:
         (_, (contract,)), _ = params["ragged_dot_dimension_numbers"].dot_dimension_numbers
         why = _against(node, node.shape[contract])
@@ -120,7 +120,7 @@ def _choose_ragged(params: Any, operand: int, node: CarriedCodes, x: Any, backen
     return Choice("weights" if node.activation_format is None else "codes")
 
 
-def run(
+def run_kernel(
     equation: Any, operands: Sequence[Any], operand: int, choice: Choice, backend: str
 ) -> Array:
     """Run an equation one of whose operands is quantized.
@@ -129,7 +129,7 @@ def run(
         equation: A `graph.Equation`.
         operands: Its operands; the others are arrays.
         operand: Which one is quantized.
-        choice: What `choose` said.
+        choice: What `choose_kernel` said.
         backend: What it runs on.
 
     Returns:
@@ -144,20 +144,20 @@ def run(
 
     def kernel(x: Array, node: CarriedCodes, *rest: Any) -> Array:
         how = choice.kernel, name, params, operand
-        return _kernel(*how, node, x, *rest, backend=backend).astype(dtype)
+        return _call_kernel(*how, node, x, *rest, backend=backend).astype(dtype)
 
-    run = place_result(kernel, equation, operands)
+    call = place_result(kernel, equation, operands)
     if not choice.kernel.startswith("codes"):
-        return run(x, node, *rest)
-    through = _straight_through(
-        lambda x, node: run(x, node, *rest),
+        return call(x, node, *rest)
+    through = _differentiate_linearly(
+        lambda x, node: call(x, node, *rest),
         lambda x, node: equation.bind(*_exchanged(operands, operand, (x, node.dequantize()))),
         _shared(equation, operand, node, x),
     )
     return through(x, node)
 
 
-def _kernel(
+def _call_kernel(
     kind: str,
     name: str,
     params: Any,
@@ -201,12 +201,12 @@ def _rounded(equation: Any, operand: int, node: CarriedCodes, x: Any) -> tuple[A
     contracts = equation.primitive.name in _CONTRACTIONS
     if node.activation is not None and contracts and not jnp.iscomplexobj(x):
         shared = _shared(equation, operand, node, x)
-        scale, zero = activations.fit(x, node.activation, shared)
+        scale, zero = activations.fit_activation(x, node.activation, shared)
         x = activations.round_through(x, scale, zero, node.activation)
     return x, node.dequantize()
 
 
-def _straight_through(
+def _differentiate_linearly(
     by_codes: Callable[[Array, CarriedCodes], Array],
     linear: Callable[[Array, CarriedCodes], Array],
     shared: tuple[int, ...],
@@ -224,7 +224,7 @@ def _straight_through(
     def _(primals: Any, tangents: Any) -> tuple[Array, Array]:
         x, node = primals
         format = node.activation.format
-        scale, zero = activations.fit(x, node.activation, shared)
+        scale, zero = activations.fit_activation(x, node.activation, shared)
         inside = format.qtype.inside(x.astype(jnp.float32), scale, zero, limits=format.limits)
         tangent = jnp.where(inside, tangents[0], jnp.zeros_like(tangents[0]))
         return call(x, node), linear(tangent, node)
