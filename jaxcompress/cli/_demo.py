@@ -63,7 +63,7 @@ def run_demo(demo: Demo) -> list[DemoRow]:
         ArgumentError: If a number is out of range.
         DemoError: If a packed file does not come back bit for bit.
     """
-    _check_numbers(demo)
+    _check_demo(demo)
     console = rich.console.Console()
     stages = _Stages(demo, console)
     steps, half = demo.steps, demo.steps // 2
@@ -95,7 +95,7 @@ def run_demo(demo: Demo) -> list[DemoRow]:
     return stages.finish()
 
 
-def _check_numbers(demo: Demo) -> None:
+def _check_demo(demo: Demo) -> None:
     """Refuse numbers that would fail later, under another name."""
     for name, holds, expected, fix in (
         ("steps", demo.steps >= 4, "4 or more", "Try --steps 800."),

@@ -208,7 +208,7 @@ class _Sweep:
             values, errors, states = carry
             at = i * size
             across = lax.dynamic_slice_in_dim(effect, at, size)  # (size, n)
-            rows = lax.dynamic_slice_in_dim(base, at, size) - _matmul(across, errors)
+            rows = lax.dynamic_slice_in_dim(base, at, size) - matmul(across, errors)
             inner = state
             if size == self.segment:
                 segment = (first + at) // size
@@ -234,7 +234,7 @@ class _Sweep:
         def run(i: Array, carry: tuple[Array, Array]) -> tuple[Array, Array]:
             values, changes = carry
             across = lax.dynamic_index_in_dim(effect, i)  # (1, n)
-            row = lax.dynamic_index_in_dim(base, i) - _matmul(across, changes)
+            row = lax.dynamic_index_in_dim(base, i) - matmul(across, changes)
             value, change = self.visit(first + i, row[0], state)
             values = lax.dynamic_update_index_in_dim(values, value, i, 0)
             return values, lax.dynamic_update_index_in_dim(changes, change, i, 0)
@@ -242,5 +242,14 @@ class _Sweep:
         return lax.fori_loop(0, len(base), run, (jnp.zeros_like(base), jnp.zeros_like(base)))
 
 
-def _matmul(a: Array, b: Array) -> Array:
+def matmul(a: Array, b: Array) -> Array:
+    """Multiply matrices at the full precision of their dtype, on every backend.
+
+    Args:
+        a: The first matrix.
+        b: The second.
+
+    Returns:
+        The product.
+    """
     return jnp.matmul(a, b, precision=lax.Precision.HIGHEST)

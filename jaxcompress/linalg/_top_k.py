@@ -175,6 +175,18 @@ def common_float(*dtypes: Any) -> Any:
     return jnp.dtype(jnp.float64 if jnp.dtype(jnp.float64) in distinct else jnp.float32)
 
 
+def widen(x: jax.Array) -> jax.Array:
+    """Cast an array to float32, unless it is wider already.
+
+    Args:
+        x: An array of any real dtype.
+
+    Returns:
+        It in float32 or float64.
+    """
+    return x.astype(common_float(x.dtype, jnp.float32))
+
+
 # --- Checks -----------------------------------------------------------------------------------
 
 

@@ -1,15 +1,18 @@
 """One leaf that can be factorised: what each rank costs and loses, and the factors themselves."""
 
+import abc
 import functools
 import math
 from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple, Protocol
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 
+from jaxcompress.graph import Site
 from jaxcompress.graph.sites import Form
 from jaxcompress.lowrank._factors import Factors
 from jaxcompress.lowrank._methods import Method
@@ -31,45 +34,48 @@ class Rung(NamedTuple):
     loss: float
 
 
-class Candidate(Protocol):
+@dataclass
+class Candidate(abc.ABC):
     """A leaf that can be factorised.
 
     Attributes:
         path: Its path.
         leaf: Its array.
         form: Its matrices.
+        sites: Where it is contracted.
         method: How it is factorised.
     """
 
     path: str
     leaf: Any
     form: Form
+    sites: tuple[Site, ...]
     method: Method
 
     @property
     def dense(self) -> Rung:
         """The array itself."""
-        ...
+        return Rung((), math.prod(self.form.shape), sum(site.flops for site in self.sites), 0.0)
 
+    @abc.abstractmethod
     def cost(self, ranks: tuple[int, ...]) -> tuple[int, int]:
         """Count the params and the FLOPs at some ranks."""
-        ...
 
+    @abc.abstractmethod
     def ladder(self, multiple: int) -> Iterator[tuple[int, ...]]:
         """List ranks, multiples of a number, from the most down; values are not needed."""
-        ...
 
+    @abc.abstractmethod
     def loss(self, ranks: tuple[int, ...]) -> float:
         """Give the share of its energy that is lost at some ranks."""
-        ...
 
+    @abc.abstractmethod
     def template(self, ranks: tuple[int, ...]) -> Factors:
         """Give the shapes of its factors."""
-        ...
 
+    @abc.abstractmethod
     def factors(self, ranks: tuple[int, ...]) -> Factors:
         """Compute its factors."""
-        ...
 
 
 def rung(candidate: Candidate, ranks: tuple[int, ...]) -> Rung:

@@ -5,7 +5,6 @@ from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 import jax
-import jax.numpy as jnp
 
 from jaxcompress import budget as budgets
 from jaxcompress import graph, tree
@@ -121,11 +120,12 @@ def _estimate(
     target: str,
 ) -> float:
     """Ask a target's compiler how long a call takes with some ranks, from shapes alone."""
+    shapes, inputs = jax.eval_shape(lambda *args: args, params, tuple(inputs))
     shapes = tree.map_with_path(
-        lambda path, x: found[path].template(ranks[path]) if path in ranks else _shape(x), params
+        lambda path, x: found[path].template(ranks[path]) if path in ranks else x, shapes
     )
     run = execute(fn) if ranks else fn
-    seconds = graph.cost(run, shapes, *jax.tree.map(_shape, tuple(inputs)), target=target).seconds
+    seconds = graph.cost(run, shapes, *inputs, target=target).seconds
     if seconds is None:
         raise ArgumentError(
             "budget",
@@ -134,13 +134,6 @@ def _estimate(
             fix='Use "tpu-v5e", or budget.Flops.',
         )
     return seconds
-
-
-def _shape(x: Any) -> Any:
-    if isinstance(x, tree.LeafNode):
-        return jax.tree.map(_shape, x)
-    dtype = x.dtype if hasattr(x, "dtype") else jnp.result_type(x)
-    return jax.ShapeDtypeStruct(jnp.shape(x), dtype)
 
 
 def _given(found: Mapping[str, Candidate], budget: Ranks) -> dict[str, tuple[int, ...]]:

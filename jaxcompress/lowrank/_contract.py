@@ -51,6 +51,8 @@ def contract(equation: Any, operands: Sequence[Any], operand: int) -> Array | st
         return f"{equation.primitive.name} takes arrays"
     if not tree.is_floating(operands[1 - min(operand, 1)]):
         return "the activation is no floating-point array"
+    if _are_merged(node):
+        return "what the factors tell apart is merged to one axis"
     if operands[1 - min(operand, 1)].dtype != node.dtype:
         wide = equation.result_dtype
         operands = [
@@ -65,23 +67,26 @@ def contract(equation: Any, operands: Sequence[Any], operand: int) -> Array | st
     return result.astype(equation.result_dtype)
 
 
-def _stages(node: CarriedFactors) -> list[Stage] | str:
+def _are_merged(node: CarriedFactors) -> bool:
+    """Tell whether an axis of the array at hand merges several that a part tells apart."""
+    for part in node.parts:
+        for stored in node.stored_axes:
+            mine = [part.shape[k] for k in stored]
+            if math.prod(mine) > 1 and mine != [node.lengths[k] for k in stored]:
+                return True
+    return False
+
+
+def _list_stages(node: CarriedFactors) -> list[Stage]:
     """Give the parts in the axes of the array at hand."""
     stages = []
     for number, part in enumerate(node.parts):
-        lengths, held = [], set()
-        for axis, stored in enumerate(node.stored_axes):
-            mine = [part.shape[k] for k in stored]
-            whole = [node.lengths[k] for k in stored]
-            if mine == whole and math.prod(whole) > 1:
-                held.add(axis)
-            elif math.prod(mine) > 1:
-                return "what the factors tell apart is merged to one axis"
-            lengths.append(math.prod(mine))
+        lengths = [math.prod(part.shape[k] for k in stored) for stored in node.stored_axes]
         own = part.shape[len(node.lengths) :]
         first, last = number == 0, number == len(node.parts) - 1
         ranks = (1, *own) if first else (*own, 1) if last else own
-        stages.append(Stage(part.reshape(*lengths, *ranks), frozenset(held)))
+        held = frozenset(axis for axis, length in enumerate(lengths) if length > 1)
+        stages.append(Stage(part.reshape(*lengths, *ranks), held))
     return stages
 
 
@@ -92,7 +97,7 @@ def _transpose_stages(stages: Sequence[Stage]) -> list[Stage]:
 # --- dot_general ---------------------------------------------------------------------------------
 
 
-def _dot(
+def _plan_dot(
     equation: Any, operands: Sequence[Any], operand: int, node: CarriedFactors
 ) -> Program | str:
     (contracts, batches) = equation.params["dimension_numbers"]
@@ -109,13 +114,10 @@ def _dot(
     out = [*batches[operand], *first, *second]
 
     def run(x: Array, node: CarriedFactors, *, flip: bool, tally: list[int]) -> Array:
-        stages = _stages(node)
-        assert not isinstance(stages, str)
+        stages = _list_stages(node)
         chain = _transpose_stages(stages) if flip else stages
         return _einsums(equation, x, x_labels, chain, out, tally)
 
-    if isinstance(reason := _stages_of_shapes(node), str):
-        return reason
     costs = {flip: _count_flops(run, operands[other], node, flip=flip) for flip in (False, True)}
     flip = costs[True] < costs[False]
     sizes = dict(enumerate(node.shape)) | dict(zip(x_labels, operands[other].shape, strict=True))
@@ -168,18 +170,6 @@ def _einsums(
     return x
 
 
-def _stages_of_shapes(node: CarriedFactors) -> str | None:
-    """Say why a node's parts cannot be told apart at its axes, if so; nothing is computed."""
-    found: list[Any] = []
-
-    def look(node: CarriedFactors) -> Array:
-        found.append(_stages(node))
-        return jnp.zeros(())
-
-    jax.eval_shape(look, node)
-    return found[0] if isinstance(found[0], str) else None
-
-
 def _count_flops(run: Callable[..., Any], *args: Any, **kwargs: Any) -> int:
     """Count the FLOPs that a run writes down; nothing is computed."""
     tally: list[int] = []
@@ -196,15 +186,13 @@ def _densifying(node: CarriedFactors) -> int:
 # --- conv_general_dilated ------------------------------------------------------------------------
 
 
-def _conv(
+def _plan_conv(
     equation: Any, operands: Sequence[Any], operand: int, node: CarriedFactors
 ) -> Program | str:
     params = equation.params
     if operand != 1 or params["batch_group_count"] != 1 or params["feature_group_count"] != 1:
         return "the convolution has feature groups, or is one by an activation"
     out, inside = params["dimension_numbers"].rhs_spec[:2]
-    if isinstance(reason := _stages_of_shapes(node), str):
-        return reason
     holders = _holders(node)
     if any(len(parts) > 1 for parts in holders):
         return "its convolutions are told apart by an axis of the kernel"
@@ -218,8 +206,7 @@ def _conv(
         return "one of its factors holds input and output channels"
 
     def run(x: Array, node: CarriedFactors, *, tally: list[int]) -> Array:
-        stages = _stages(node)
-        assert not isinstance(stages, str)
+        stages = _list_stages(node)
         return _convs(equation, x, _transpose_stages(stages) if flip else stages, tally)
 
     kernel = jax.ShapeDtypeStruct(node.shape, node.dtype)
@@ -277,7 +264,7 @@ def _make_kernel(stage: Stage, number: int, count: int, inside: int, out: int) -
 # --- ragged_dot_general --------------------------------------------------------------------------
 
 
-def _ragged(
+def _plan_ragged(
     equation: Any, operands: Sequence[Any], operand: int, node: CarriedFactors
 ) -> Program | str:
     numbers = equation.params["ragged_dot_dimension_numbers"]
@@ -286,8 +273,6 @@ def _ragged(
     plain = operand == 1 and not x_batch and tuple(x_contract) == (1,) and ragged == (0,)
     if not plain or len(groups) != 1:
         return "the ragged contraction is no jax.lax.ragged_dot"
-    if isinstance(reason := _stages_of_shapes(node), str):
-        return reason
     (group,), (depth,) = groups, w_contract
     (free,) = {0, 1, 2} - {group, depth}
     holders = _holders(node)
@@ -296,8 +281,7 @@ def _ragged(
         return "its factors do not hold the sides of each expert's matrix"
 
     def program(x: Array, node: CarriedFactors, sizes: Array) -> Array:
-        stages = _stages(node)
-        assert not isinstance(stages, str)
+        stages = _list_stages(node)
         first, second = _transpose_stages(stages) if ends == [1, 0] else stages
         # (group, depth, rank), (group, rank, free)
         a = jnp.transpose(first.array, (group, depth, 4, free, 3))[..., 0, 0]
@@ -312,7 +296,7 @@ def _ragged(
 
 
 _RULES = {
-    "dot_general": _dot,
-    "conv_general_dilated": _conv,
-    "ragged_dot_general": _ragged,
+    "dot_general": _plan_dot,
+    "conv_general_dilated": _plan_conv,
+    "ragged_dot_general": _plan_ragged,
 }

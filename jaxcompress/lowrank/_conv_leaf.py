@@ -4,38 +4,21 @@ import functools
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from jaxcompress.graph import Site
-from jaxcompress.graph.sites import Form
-from jaxcompress.lowrank._candidate import Rung, aligned, mapped, template
+from jaxcompress.lowrank._candidate import Candidate, aligned, mapped, template
 from jaxcompress.lowrank._factors import Factors
-from jaxcompress.lowrank._methods import Method, Tucker2
+from jaxcompress.lowrank._methods import Tucker2
 from jaxcompress.lowrank._tucker import Tucker, spectra, tucker2
 
 
 @dataclass
-class TuckerCandidate:
-    """A convolution that is factorised by Tucker-2.
-
-    Attributes:
-        path: Its path.
-        leaf: Its array.
-        form: Its matrices.
-        sites: Where it is contracted.
-        method: `Tucker2`.
-    """
-
-    path: str
-    leaf: Any
-    form: Form
-    sites: tuple[Site, ...]
-    method: Method
+class TuckerCandidate(Candidate):
+    """A convolution that is factorised by Tucker-2."""
 
     def __post_init__(self) -> None:
         axes, shape = self.sites[0].axes, self.form.shape
@@ -44,11 +27,6 @@ class TuckerCandidate:
         self._channels = shape[self._inside], shape[self._out]
         self._area = math.prod(shape[k] for k in self._window)
         self._matrices = math.prod(shape[k] for k in self.form.lead)
-
-    @property
-    def dense(self) -> Rung:
-        """The array itself."""
-        return Rung((), math.prod(self.form.shape), sum(site.flops for site in self.sites), 0.0)
 
     def cost(self, ranks: tuple[int, ...]) -> tuple[int, int]:
         """Count the params and the FLOPs at some ranks."""

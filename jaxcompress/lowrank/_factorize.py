@@ -5,20 +5,17 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import jax
-import jax.numpy as jnp
-
 from jaxcompress import budget as budgets
 from jaxcompress import graph, stats, tree
 from jaxcompress.batches import open_stream
-from jaxcompress.errors import ArgumentError, ArgumentTypeError, NonFiniteError
+from jaxcompress.errors import ArgumentError, ArgumentTypeError
 from jaxcompress.lowrank._candidate import Candidate, errors, saving
 from jaxcompress.lowrank._choose import Budget, Ranks, chosen
 from jaxcompress.lowrank._execute import execute
 from jaxcompress.lowrank._factors import Factors
 from jaxcompress.lowrank._matrix_leaf import MatrixCandidate
 from jaxcompress.lowrank._methods import SVD, ActivationSVD, Method
-from jaxcompress.lowrank._plan import candidates, checked_methods, place_factors, seen_at
+from jaxcompress.lowrank._plan import candidates, checked_methods, list_observed, place_factors
 from jaxcompress.lowrank._report import FactorizedLeaf, LowRankReport
 from jaxcompress.stats import by_matrix, merge_results
 
@@ -118,7 +115,10 @@ def factorize(
         multiple=multiple,
         strict=strict,
     )
-    _require_finite({path: one.leaf for path, one in found.items()})
+    tree.require_finite(
+        {path: one.leaf for path, one in found.items()},
+        fix="Find where they come from; factors would spread them over whole matrices.",
+    )
     _collect_grams(fn, params, (first, rest), found, progress=progress)
     ranks, seconds = chosen(fn, params, first, traced, found, budget, multiple)
     factored = {
@@ -156,18 +156,6 @@ def _check_arguments(budget: Any, multiple: int) -> None:
         raise ArgumentError("multiple", got=multiple, expected="1 or more", fix="8 suits GPUs.")
 
 
-def _require_finite(leaves: Mapping[str, Any]) -> None:
-    finite = jax.jit(lambda xs: jax.tree.map(lambda x: jnp.isfinite(x).all(), xs))(dict(leaves))
-    bad = [path for path in leaves if not finite[path]]
-    if bad:
-        raise NonFiniteError(
-            "params",
-            got=f"NaN or infinity in {tree.shorten(bad)}",
-            expected="finite weights",
-            fix="Find where they come from; factors would spread them over whole matrices.",
-        )
-
-
 def _collect_grams(
     fn: Callable[..., Any],
     params: tree.Params,
@@ -193,7 +181,7 @@ def _collect_grams(
     for one in wanted.values():
         moments = [
             by_matrix(collected[site.name], site, one.form)
-            for site in seen_at(one.leaf, one.sites, one.form)
+            for site in list_observed(one.leaf, one.sites, one.form)
         ]
         one.gram = merge_results(moments).total
 

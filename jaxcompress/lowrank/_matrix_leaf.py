@@ -11,32 +11,21 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from jaxcompress.graph import Site
 from jaxcompress.graph.sites import Form
-from jaxcompress.lowrank._candidate import Rung, aligned, mapped, template
+from jaxcompress.lowrank._candidate import Candidate, aligned, mapped, template
 from jaxcompress.lowrank._factors import Factors
 from jaxcompress.lowrank._methods import ActivationSVD, Method, break_even
 from jaxcompress.lowrank._svd import Pair, activation_svd, svd
 
 
 @dataclass
-class MatrixCandidate:
+class MatrixCandidate(Candidate):
     """A leaf whose matrices are factorised by SVD, one rank for all of them.
 
     Attributes:
-        path: Its path.
-        leaf: Its array.
-        form: Its matrices.
-        sites: Where it is contracted.
-        method: `SVD` or `ActivationSVD`.
         gram: `(*lead, in, in)` XᵀX of what its matrices contract, if the method asks for it.
     """
 
-    path: str
-    leaf: Any
-    form: Form
-    sites: tuple[Site, ...]
-    method: Method
     gram: Array | None = field(default=None, repr=False)
 
     @property
@@ -44,11 +33,6 @@ class MatrixCandidate:
         shape = self.form.shape
         inner, outer = self.form.inner, self.form.outer
         return math.prod(shape[k] for k in inner), math.prod(shape[k] for k in outer)
-
-    @property
-    def dense(self) -> Rung:
-        """The array itself."""
-        return Rung((), math.prod(self.form.shape), sum(site.flops for site in self.sites), 0.0)
 
     def cost(self, ranks: tuple[int, ...]) -> tuple[int, int]:
         """Count the params and the FLOPs at some ranks: both shrink alike."""

@@ -149,7 +149,7 @@ def _by(
             return "is no convolution with a window, for Tucker-2"
         return TuckerCandidate(path, leaf, form, sites, method)
     if isinstance(method, ActivationSVD):
-        seen = seen_at(leaf, sites, form)
+        seen = list_observed(leaf, sites, form)
         if not seen:
             return "has its entries moved about before they are contracted, for ActivationSVD"
         if any(site.axes.sliced for site in seen):
@@ -157,7 +157,7 @@ def _by(
     return MatrixCandidate(path, leaf, form, sites, method)
 
 
-def seen_at(leaf: Any, sites: Sequence[Site], form: Form) -> tuple[Site, ...]:
+def list_observed(leaf: Any, sites: Sequence[Site], form: Form) -> tuple[Site, ...]:
     """List the sites whose activations show what a leaf's matrices contract.
 
     Args:

@@ -1,11 +1,9 @@
 """What a factorisation did, leaf by leaf."""
 
-import difflib
-import io
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from jaxcompress import tree
+from jaxcompress import text, tree
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,18 +79,14 @@ class LowRankReport:
         Raises:
             KeyError: If no such leaf was factorised; it says why, or names the nearest paths.
         """
-        found = {leaf.path: leaf for leaf in self.leaves}
-        if path in found:
-            return found[path]
-        why = "is no leaf of params"
+        return tree.look_up(self.leaves, path, done="factorised", why_not=self._explain(path))
+
+    def _explain(self, path: str) -> str:
         if path in self.exempt:
-            why = f"was left alone: it {self.exempt[path]}"
-        elif path in self.kept:
-            why = "was left whole within the budget"
-        elif path in self.unselected:
-            why = "was not selected"
-        near = difflib.get_close_matches(path, found, n=3, cutoff=0.3) or list(found)
-        raise KeyError(f"{path!r} {why}; factorised are, for example: {tree.shorten(near)}")
+            return f"was left alone: it {self.exempt[path]}"
+        if path in self.kept:
+            return "was left whole within the budget"
+        return "was not selected" if path in self.unselected else "is no leaf of params"
 
     @property
     def ranks(self) -> dict[str, tuple[int, ...]]:
@@ -101,15 +95,8 @@ class LowRankReport:
 
     def __str__(self) -> str:
         """Draw the table."""
-        import rich.box
-        import rich.console
-        import rich.table
-
-        table = rich.table.Table(box=rich.box.SIMPLE_HEAD, pad_edge=False)
-        for name in ("leaf", "method"):
-            table.add_column(name)
-        for name in ("rank", "of", "weights off", "outputs off", "params", "FLOPs"):
-            table.add_column(name, justify="right")
+        numbers = ("rank", "of", "weights off", "outputs off", "params", "FLOPs")
+        table = text.grid(("leaf", "method"), numbers)
         for leaf in self.leaves:
             table.add_row(
                 leaf.path,
@@ -121,12 +108,7 @@ class LowRankReport:
                 f"{leaf.params_before / leaf.params:.2f}x",
                 f"{leaf.flops_before / leaf.flops:.2f}x",
             )
-        file = io.StringIO()
-        console = rich.console.Console(file=file, width=160, color_system=None)
-        console.print(table)
-        for line in self._remarks():
-            console.print(line, markup=False, highlight=False, soft_wrap=True)
-        return "\n".join(line.rstrip() for line in file.getvalue().splitlines())
+        return "\n".join([text.plain(table), "", *self._remarks()])
 
     def _remarks(self) -> list[str]:
         lines = [

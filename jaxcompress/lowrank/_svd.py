@@ -9,7 +9,7 @@ from jax import Array, lax
 from jaxtyping import ArrayLike, Float
 
 from jaxcompress.errors import ArgumentError
-from jaxcompress.linalg import damped_cholesky
+from jaxcompress.linalg import damped_cholesky, matmul
 
 
 class Pair(NamedTuple):
@@ -128,7 +128,7 @@ def _activation_svd(w: Array, gram: Array, rank: int, damping: ArrayLike) -> Pai
     whitened = lax.linalg.triangular_solve(upper, w, left_side=True, transpose_a=True)
     _, values, vt = jnp.linalg.svd(whitened, full_matrices=False)
     right = vt[:rank]
-    left = jnp.matmul(w, right.T, precision=lax.Precision.HIGHEST)
+    left = matmul(w, right.T)
     # Rows of `right` have length 1: share the lengths of the columns.
     length = jnp.linalg.norm(left, axis=0)
     root = jnp.sqrt(length)

@@ -9,6 +9,7 @@ from jax import Array, lax
 from jaxtyping import ArrayLike, Float
 
 from jaxcompress.errors import ArgumentError
+from jaxcompress.linalg import matmul
 from jaxcompress.lowrank._svd import _check_rank
 
 
@@ -133,7 +134,7 @@ def _tucker2(k: Array, rank_in: int, rank_out: int, iterations: int) -> Tucker:
 def _gram(k: Array, axis: int) -> Array:
     """Multiply an unfolding, the axis as its rows, with itself."""
     rows = jnp.moveaxis(k, axis, 0).reshape(k.shape[axis], -1)
-    return jnp.matmul(rows, rows.T, precision=lax.Precision.HIGHEST)
+    return matmul(rows, rows.T)
 
 
 def _leading(gram: Array, rank: int) -> Array:

@@ -42,7 +42,7 @@ def require_no_obstacle(format: Format, shape: tuple[int, ...], dtype: Any) -> N
         )
 
 
-def require_finite(finite: Array) -> None:
+def require_all_finite(finite: Array) -> None:
     """Refuse NaN and infinity, where values can be looked at."""
     if not isinstance(finite, Tracer) and not finite:
         raise NonFiniteError(

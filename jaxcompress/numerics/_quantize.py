@@ -12,7 +12,7 @@ from jax.core import Tracer
 from jax.typing import ArrayLike
 
 from jaxcompress.errors import ArgumentError, ArgumentTypeError
-from jaxcompress.numerics._checks import check_array, require_finite, require_no_obstacle
+from jaxcompress.numerics._checks import check_array, require_all_finite, require_no_obstacle
 from jaxcompress.numerics._fit import fit_scale, global_scale_of
 from jaxcompress.numerics._format import Format
 from jaxcompress.numerics._qarray import QArray
@@ -70,7 +70,7 @@ def quantize(
         )
     given = _check_given(x, format, scale, zero, global_scale)
     q, finite = _quantize(x, format, given, key)
-    require_finite(finite)
+    require_all_finite(finite)
     return q
 
 
@@ -145,7 +145,7 @@ def fake_quant(x: ArrayLike, format: Format) -> Array:
     """
     x = check_array(x, format)
     if not isinstance(x, Tracer):
-        require_finite(jnp.isfinite(x).all())
+        require_all_finite(jnp.isfinite(x).all())
     return _fake_quant(x, format)
 
 

@@ -1,10 +1,11 @@
 """Bias correction: take the mean of the error that rounded weights cause out of the outputs."""
 
 import jax.numpy as jnp
-from jax import Array, lax
+from jax import Array
 from jaxtyping import ArrayLike, Float
 
 from jaxcompress.errors import ArgumentError
+from jaxcompress.linalg import matmul
 
 
 def bias_shift(
@@ -45,4 +46,4 @@ def bias_shift(
             expected="(in, out), (in, out) and (in,)",
             fix="Dequantize the weights, and give them as a matrix.",
         )
-    return jnp.matmul(mean, w_hat - w, precision=lax.Precision.HIGHEST)
+    return matmul(mean, w_hat - w)

@@ -181,8 +181,6 @@ def measure(
     params: tree.Params,
     quantized: tree.Params,
     inputs: Sequence[Any],
-    *,
-    backend: str | None = None,
 ) -> tuple[dict[str, float], tuple[SiteKernel, ...]]:
     """Run fn on params, and at each site the kernel of the quantized leaf beside it.
 
@@ -191,13 +189,12 @@ def measure(
         params: Params of arrays.
         quantized: The same with `QArray` leaves.
         inputs: One batch.
-        backend: As in `execute`.
 
     Returns:
         `{Site.name: dB}`, the signal-to-quantization-noise ratio of each site's result; and what
         was run.
     """
-    kind = _describe_kind(_checked_backend(backend)())
+    kind = _describe_kind(jax.default_backend())
     originals = dict(tree.items(params))
     uses: list[LeafUse] = []
 

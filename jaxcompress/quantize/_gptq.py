@@ -343,8 +343,8 @@ def _refit(
         across = lax.dynamic_slice_in_dim(hessian, at, size)
         within = lax.dynamic_slice_in_dim(across, at, size, 1)
         unit, old = (lax.dynamic_index_in_dim(x, group, keepdims=False) for x in (units, scale))
-        slope = (unit * _matmul(across, error)).sum(shared, keepdims=True)
-        power = (unit * _matmul(within, unit)).sum(shared, keepdims=True)
+        slope = (unit * linalg.matmul(across, error)).sum(shared, keepdims=True)
+        power = (unit * linalg.matmul(within, unit)).sum(shared, keepdims=True)
         new = settled((old + slope / power) / unit_scale) * unit_scale
         change = new - old
         better = change * (2 * slope - change * power) > 0  # false where it is NaN
@@ -371,7 +371,3 @@ def _stored(
         scale = numerics.round_scale(scale / overall, format.scale_dtype)
     stored = numerics.quantize(w_hat, format, scale=scale, zero=zero, global_scale=overall)
     return dataclasses.replace(stored, dtype=dtype)
-
-
-def _matmul(a: Array, b: Array) -> Array:
-    return jnp.matmul(a, b, precision=lax.Precision.HIGHEST)

@@ -1,18 +1,17 @@
 """Which leaf is quantized how: a policy resolved against the sites of a function."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from jaxcompress import tree
-from jaxcompress.errors import SelectionError
 from jaxcompress.graph import Graph, Site
 from jaxcompress.graph.sites import Form, form_at, form_of
 from jaxcompress.numerics import Format
 from jaxcompress.quantize import _ranges
 from jaxcompress.quantize._matrix import LeafFormat, resolve_format
 from jaxcompress.quantize._method import Method, RoundToNearest
-from jaxcompress.quantize._policy import Policy, Rule, find_obstacle, first_matches
+from jaxcompress.quantize._policy import Followed, Policy, Rule, find_obstacle, follow_rules
 from jaxcompress.stats import Statistic, mean_covariance
 
 
@@ -63,21 +62,18 @@ class ResolvedPolicy:
 
     Attributes:
         graph: The trace of fn.
-        tasks: `{path: task}`, in traversal order.
         statistics: What has to be seen of activations, by key.
-        excluded: As in `QReport`.
-        unselected: Likewise.
-        exempt: Likewise.
-        unused_rules: Likewise.
+        followed: What became of every leaf.
     """
 
     graph: Graph
-    tasks: Mapping[str, Task]
     statistics: Mapping[str, Statistic]
-    excluded: tuple[str, ...]
-    unselected: tuple[str, ...]
-    exempt: Mapping[str, str]
-    unused_rules: tuple[int, ...]
+    followed: Followed
+
+    @property
+    def tasks(self) -> Mapping[str, Task]:
+        """What is to be done, `{path: task}` in traversal order."""
+        return self.followed.done
 
 
 def resolve_policy(
@@ -97,29 +93,14 @@ def resolve_policy(
     Raises:
         SelectionError: As `ptq`.
     """
-    leaves = dict(tree.items(params))
-    rule_of, unused = first_matches(params, leaves, policy)
-    book, tasks, exempt = _Book(), {}, {}
-    for path, rule in rule_of.items():
-        if rule.weights is None:
-            continue
-        why = graph.why_no_site(path) or find_obstacle(leaves[path], None)
-        found = why or _task(graph, path, leaves[path], rule, book)
-        if isinstance(found, Task):
-            tasks[path] = found
-        else:
-            exempt[path] = found
-    if not tasks or (strict and (exempt or unused)):
-        raise _refused(tasks, exempt, unused, strict)
-    return ResolvedPolicy(
-        graph=graph,
-        tasks=tasks,
-        statistics=book.statistics,
-        excluded=tuple(path for path, rule in rule_of.items() if rule.weights is None),
-        unselected=tuple(path for path in leaves if path not in rule_of),
-        exempt=exempt,
-        unused_rules=unused,
-    )
+    book = _Book()
+
+    def follow(path: str, leaf: Any, rule: Rule) -> Task | str:
+        reason = graph.why_no_site(path) or find_obstacle(leaf, None)
+        return reason or _task(graph, path, leaf, rule, book)
+
+    followed = follow_rules(params, policy, follow, strict=strict, allow_unused=True)
+    return ResolvedPolicy(graph=graph, statistics=book.statistics, followed=followed)
 
 
 class _Book:
@@ -190,23 +171,6 @@ def _same_form(leaf: Any, site: Site, form: Form) -> bool:
     return form_of(leaf.shape, site.axes, site.feature_groups) == form
 
 
-def _refused(
-    tasks: Mapping[str, Task], exempt: Mapping[str, str], unused: Sequence[int], strict: bool
-) -> SelectionError:
-    listed = "; ".join(f"{path!r} {reason}" for path, reason in list(exempt.items())[:5])
-    got = f"{len(exempt)} of {len(tasks) + len(exempt)} leaves that cannot follow their rule"
-    got += f": {listed}" if listed else ""
-    if strict and unused:
-        got += f"; rules {list(unused)}, which decide no leaf"
-    return SelectionError(
-        "policy",
-        got=got,
-        expected="rules that each decide leaves which can be quantized",
-        fix="Narrow `where`, or choose another granularity"
-        + (", or pass strict=False to leave them alone." if strict else "."),
-    )
-
-
 def untouched(plan: ResolvedPolicy) -> dict[str, str]:
     """Say of each site whose weight stays as it is why.
 
@@ -216,7 +180,7 @@ def untouched(plan: ResolvedPolicy) -> dict[str, str]:
     Returns:
         `{Site.name: reason}`, in fn's order.
     """
-    reasons = dict(plan.exempt)
-    reasons |= dict.fromkeys(plan.excluded, "is excluded by a rule")
-    reasons |= dict.fromkeys(plan.unselected, "is selected by no rule")
+    reasons = dict(plan.followed.exempt)
+    reasons |= dict.fromkeys(plan.followed.excluded, "is excluded by a rule")
+    reasons |= dict.fromkeys(plan.followed.unselected, "is selected by no rule")
     return {s.name: reasons[s.path] for s in plan.graph.sites if s.path in reasons}

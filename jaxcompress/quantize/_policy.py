@@ -1,8 +1,8 @@
 """Policies: which leaves of params get which format."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 from jaxcompress import numerics, tree
 from jaxcompress.errors import ArgumentError, ArgumentTypeError, SelectionError
@@ -207,48 +207,89 @@ def cover_formats(
     Raises:
         SelectionError: As `coverage` does.
     """
+
+    def follow(path: str, leaf: Any, rule: Rule) -> Format | str:
+        assert rule.weights is not None
+        if (reason := find_obstacle(leaf, None)) is not None:
+            return reason
+        format = resolve(path, leaf, rule.weights)
+        return find_obstacle(leaf, format) or format
+
+    followed = follow_rules(params, policy, follow, strict=strict, allow_unused=False)
+    return Coverage(
+        formats=followed.done,
+        excluded=followed.excluded,
+        unselected=followed.unselected,
+        exempt=followed.exempt,
+    )
+
+
+class Followed(NamedTuple):
+    """What became of every leaf under a policy; each is in exactly one of the first four.
+
+    Attributes:
+        done: What its rule comes to, `{path: ...}` in traversal order.
+        excluded: Paths of the leaves that a rule with `weights=None` leaves alone.
+        unselected: Paths of the leaves that no rule selects.
+        exempt: Leaves that cannot follow their rule, `{path: reason}`.
+        unused_rules: Numbers of the rules that decide no leaf.
+    """
+
+    done: dict[str, Any]
+    excluded: tuple[str, ...]
+    unselected: tuple[str, ...]
+    exempt: dict[str, str]
+    unused_rules: tuple[int, ...]
+
+
+def follow_rules(
+    params: Params,
+    policy: Policy,
+    follow: Callable[[str, Any, Rule], Any],
+    *,
+    strict: bool,
+    allow_unused: bool,
+) -> Followed:
+    """Let every leaf follow the first rule that selects it.
+
+    Args:
+        params: Any pytree of arrays.
+        policy: The rules.
+        follow: `(path, leaf, rule) -> what the rule comes to`, or in words why it cannot be
+            followed; asked for rules with a format.
+        strict: Whether a leaf that cannot follow its rule, and an unused rule, are errors.
+        allow_unused: Whether an unused rule is one only under `strict`.
+
+    Returns:
+        What became of every leaf; at least one is done.
+
+    Raises:
+        SelectionError: As `coverage` and `ptq` do.
+    """
     leaves = dict(tree.items(params))
     rule_of, unused = first_matches(params, leaves, policy)
-    _require_all_used(params, policy, unused)
-    formats, exempt = {}, {}
+    if not allow_unused:
+        _require_all_used(params, policy, unused)
+    done, exempt = {}, {}
     for path, rule in rule_of.items():
-        if rule.weights is None:
-            continue
-        reason, format = find_obstacle(leaves[path], None), rule.weights
-        if reason is None:
-            format = resolve(path, leaves[path], format)
-            reason = find_obstacle(leaves[path], format)
-        if reason is None:
-            formats[path] = format
-        else:
-            exempt[path] = reason
-    if not formats or (strict and exempt):
-        raise _nothing_to_do(formats, exempt, strict)
-    return Coverage(
-        formats=formats,
+        if rule.weights is not None:
+            found = follow(path, leaves[path], rule)
+            (exempt if isinstance(found, str) else done)[path] = found
+    if not done or (strict and (exempt or unused)):
+        raise _refuse(done, exempt, unused, strict)
+    return Followed(
+        done=done,
         excluded=tuple(path for path, rule in rule_of.items() if rule.weights is None),
         unselected=tuple(path for path in leaves if path not in rule_of),
         exempt=exempt,
+        unused_rules=unused,
     )
 
 
 def first_matches(
     params: Params, leaves: Mapping[str, Any], policy: Policy
 ) -> tuple[dict[str, Rule], tuple[int, ...]]:
-    """Give each selected leaf its rule, in traversal order.
-
-    Args:
-        params: Params.
-        leaves: Its leaves by path.
-        policy: The rules.
-
-    Returns:
-        `{path: rule}`, and the numbers of the rules that got no leaf.
-
-    Raises:
-        ArgumentTypeError: If the policy is none.
-        SelectionError: If no rule selects anything.
-    """
+    """Give each selected leaf its rule, in traversal order, and the rules that got no leaf."""
     check_policy(policy)
     rule_of: dict[str, Rule] = {}
     unused = []
@@ -295,15 +336,18 @@ def find_obstacle(leaf: Any, format: Format | None) -> str | None:
     return None if format is None else format.obstacle(tuple(leaf.shape), leaf.dtype)
 
 
-def _nothing_to_do(
-    formats: Mapping[str, Format], exempt: Mapping[str, str], strict: bool
+def _refuse(
+    done: Mapping[str, Any], exempt: Mapping[str, str], unused: Sequence[int], strict: bool
 ) -> SelectionError:
     listed = "; ".join(f"{path!r} {reason}" for path, reason in list(exempt.items())[:5])
+    got = f"{len(exempt)} of {len(done) + len(exempt)} leaves that cannot follow their rule"
+    got += f": {listed}" if listed else ""
+    if strict and unused:
+        got += f"; rules {list(unused)}, which decide no leaf"
     return SelectionError(
         "policy",
-        got=f"{len(exempt)} of {len(formats) + len(exempt)} leaves that cannot take their format"
-        + (f": {listed}" if listed else ""),
-        expected="leaves that can be quantized",
+        got=got,
+        expected="rules that each decide leaves which can be quantized",
         fix="Narrow `where`, or choose another granularity"
         + (", or pass strict=False to leave them alone." if strict else "."),
     )
@@ -347,9 +391,15 @@ def fake_quant(params: Params, policy: Policy, *, strict: bool = False) -> Param
         >>> fake_quant(params, presets.int8_weights)["kernel"].tolist()
         [[0.0], [127.0]]
     """
+    return _convert(params, policy, numerics.fake_quant, strict=strict)
+
+
+def _convert(
+    params: Params, policy: Policy, convert: Callable[[Any, Format], Any], *, strict: bool
+) -> Params:
     formats = coverage(params, alone(policy), strict=strict).formats
     return tree.map_with_path(
-        lambda path, x: numerics.fake_quant(x, formats[path]) if path in formats else x, params
+        lambda path, x: convert(x, formats[path]) if path in formats else x, params
     )
 
 
@@ -376,10 +426,7 @@ def pack(params: Params, policy: Policy, *, strict: bool = False) -> Params:
         >>> tree.nbytes(params), tree.nbytes(pack(params, presets.int8_weights))
         (60, 36)
     """
-    formats = coverage(params, alone(policy), strict=strict).formats
-    return tree.map_with_path(
-        lambda path, x: numerics.quantize(x, formats[path]) if path in formats else x, params
-    )
+    return _convert(params, policy, numerics.quantize, strict=strict)
 
 
 def unpack(params: Params) -> Params:

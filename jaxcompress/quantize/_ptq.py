@@ -11,7 +11,7 @@ from jaxcompress import graph, numerics, stats, tree
 from jaxcompress.batches import open_stream
 from jaxcompress.errors import NonFiniteError
 from jaxcompress.quantize._execute import measure
-from jaxcompress.quantize._plan import ResolvedPolicy, Task, resolve_policy, untouched
+from jaxcompress.quantize._plan import ResolvedPolicy, resolve_policy, untouched
 from jaxcompress.quantize._policy import Policy
 from jaxcompress.quantize._report import QLeaf, QReport
 from jaxcompress.quantize._work import Work
@@ -92,7 +92,12 @@ def ptq(
     first, rest = open_stream(batches)
     traced = graph.capture(fn, params, *first)
     plan = resolve_policy(graph.trace(traced), params, policy, strict=strict)
-    works = {path: Work(task, leaf) for path, task, leaf in _with_leaves(plan, params)}
+    leaves = tree.items(params)
+    works = {path: Work(plan.tasks[path], x) for path, x in leaves if path in plan.tasks}
+    tree.require_finite(
+        {path: work.leaf for path, work in works.items()},
+        fix="Find where they come from; quantizing would spread them over whole slices.",
+    )
     stream = itertools.chain([first], rest)
     replaces = any(task.method.sequential for task in plan.tasks.values())
     try:
@@ -114,23 +119,6 @@ def ptq(
     if any(task.mean_key for task in plan.tasks.values()):
         quantized = _correct_biases(traced, quantized, works)
     return QResult(params=quantized, report=_report(fn, params, quantized, first, plan, works))
-
-
-def _with_leaves(plan: ResolvedPolicy, params: tree.Params) -> Iterable[tuple[str, Task, Any]]:
-    leaves = dict(tree.items(params))
-    for path, task in plan.tasks.items():
-        _require_finite(path, leaves[path])
-        yield path, task, leaves[path]
-
-
-def _require_finite(path: str, leaf: Any) -> None:
-    if not bool(jnp.isfinite(leaf).all()):
-        raise NonFiniteError(
-            "params",
-            got=f"NaN or infinity in {path!r}",
-            expected="finite weights",
-            fix="Find where they come from; quantizing would spread them over whole slices.",
-        )
 
 
 # --- Two ways through the batches ----------------------------------------------------------------
@@ -278,10 +266,10 @@ def _report(
         )
     return QReport(
         leaves=tuple(rows),
-        excluded=plan.excluded,
-        unselected=plan.unselected,
-        exempt=plan.exempt,
-        unused_rules=plan.unused_rules,
+        excluded=plan.followed.excluded,
+        unselected=plan.followed.unselected,
+        exempt=plan.followed.exempt,
+        unused_rules=plan.followed.unused_rules,
         untouched=untouched(plan),
         bytes_before=tree.nbytes(params),
         bytes=tree.nbytes(quantized),

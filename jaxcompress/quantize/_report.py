@@ -1,12 +1,10 @@
 """What a post-training quantization did, leaf by leaf and site by site."""
 
-import difflib
-import io
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from jaxcompress import tree
+from jaxcompress import text, tree
 from jaxcompress.numerics import Format
 from jaxcompress.quantize._execute import SiteKernel
 
@@ -84,14 +82,9 @@ class QReport:
         Raises:
             KeyError: If no such leaf was quantized; it says why, or names the nearest paths.
         """
-        found = {leaf.path: leaf for leaf in self.leaves}
-        if path in found:
-            return found[path]
-        why = self._why_not(path)
-        near = difflib.get_close_matches(path, found, n=3, cutoff=0.3) or list(found)
-        raise KeyError(f"{path!r} {why}; quantized are, for example: {tree.shorten(near)}")
+        return tree.look_up(self.leaves, path, done="quantized", why_not=self._explain(path))
 
-    def _why_not(self, path: str) -> str:
+    def _explain(self, path: str) -> str:
         if path in self.exempt:
             return f"was left alone: it {self.exempt[path]}"
         if path in self.excluded:
@@ -106,15 +99,8 @@ class QReport:
 
     def __str__(self) -> str:
         """Draw the table."""
-        import rich.box
-        import rich.console
-        import rich.table
-
-        table = rich.table.Table(box=rich.box.SIMPLE_HEAD, pad_edge=False)
-        for name in ("leaf", "format", "activations", "method", "kernel"):
-            table.add_column(name)
-        for name in ("weights [dB]", "output [dB]", "bytes"):
-            table.add_column(name, justify="right")
+        words = ("leaf", "format", "activations", "method", "kernel")
+        table = text.grid(words, ("weights [dB]", "output [dB]", "bytes"))
         for leaf in self.leaves:
             worst = min(leaf.output_sqnr.values(), default=None)
             table.add_row(
@@ -127,12 +113,7 @@ class QReport:
                 "" if worst is None else f"{worst:.1f}",
                 f"{leaf.bytes_before / leaf.bytes:.1f}x",
             )
-        file = io.StringIO()
-        console = rich.console.Console(file=file, width=160, color_system=None)
-        console.print(table)
-        for line in self._remarks():
-            console.print(line, markup=False, highlight=False, soft_wrap=True)
-        return "\n".join(line.rstrip() for line in file.getvalue().splitlines())
+        return "\n".join([text.plain(table), "", *self._remarks()])
 
     def _remarks(self) -> list[str]:
         whole = f"{self.bytes_before:,} bytes -> {self.bytes:,}"

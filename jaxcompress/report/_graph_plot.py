@@ -11,7 +11,8 @@ from jaxcompress.errors import ArgumentError
 from jaxcompress.graph import Graph, Site, Summary
 from jaxcompress.report._graph_fold import Run, find_runs, share_prefix, short_names
 from jaxcompress.report._graph_layout import Item, Placed, Point, place
-from jaxcompress.report._plot import COLORS, FAINT, INK, Plot
+from jaxcompress.report._plot import COLORS, FAINT, INK, Plot, elide
+from jaxcompress.report._units import abbreviate
 
 Width: TypeAlias = Literal["flops", "params", "bytes"]
 
@@ -208,12 +209,12 @@ def _box(
     shape = tuple(n for k, n in enumerate(leaf) if k not in site.axes.stacked)
     size = sum(_measure_site(graph, one, width) for one in same)
     counter = re.search(r"#\d+$", site.name)
-    label = _elide(label) + (f" {counter[0]}" if counter and len(same) == 1 else "")
+    label = elide(label, 34) + (f" {counter[0]}" if counter and len(same) == 1 else "")
     if not site.bounded:
         label += " × ?"
     elif site.stack:
         label += f" × {math.prod(site.stack)}"
-    part = _share(size, total)
+    part = size / max(total, 1)
     text = "×".join(map(str, shape)) or "scalar"
     return _Box(
         key=site.name,
@@ -225,10 +226,6 @@ def _box(
         share=part,
         names=tuple(one.name for one in same),
     )
-
-
-def _elide(label: str, most: int = 34) -> str:
-    return label if len(label) <= most else "…" + label[-most + 1 :]
 
 
 def _measure_site(graph: Graph, site: Site, width: str) -> int:
@@ -245,10 +242,6 @@ def _measure_graph(graph: Graph, width: str) -> int:
     return sum(one.bytes for one in (*graph.sites, *graph.elsewhere))
 
 
-def _share(part: int, whole: int) -> float:
-    return part / whole if whole else 0.0
-
-
 def _edges(graph: Graph, boxes: Sequence[_Box]) -> list[tuple[str, str]]:
     """List which box feeds which, each pair once."""
     box_of = {name: box.key for box in boxes for name in box.names}
@@ -263,19 +256,13 @@ def _edges(graph: Graph, boxes: Sequence[_Box]) -> list[tuple[str, str]]:
 def _headings(graph: Graph, width: str) -> str:
     total, unit = _measure_graph(graph, width), _UNIT[width]
     sites = f"{len(graph.sites)} site{'s' * (len(graph.sites) > 1)}"
-    text = f"Widths show {_abbreviate(total, unit)} in all, {sites}."
+    text = f"Widths show {abbreviate(total, unit)} in all, {sites}."
     if graph.elsewhere and width != "params":
         part = sum(getattr(one, width) for one in graph.elsewhere)
         count = len(graph.elsewhere)
         text += f" Not drawn: {count} contraction{'s' * (count > 1)} without a leaf"
-        text += f", {100 * _share(part, total):.1f} %."
+        text += f", {100 * part / max(total, 1):.1f} %."
     return text
-
-
-def _abbreviate(count: float, unit: str) -> str:
-    power = max(0, min(5, math.floor(math.log10(count) / 3 + 1e-9))) if count >= 1 else 0
-    text = f"{count / 1000**power:.3g} {['', 'k', 'M', 'G', 'T', 'P'][power]}{unit}"
-    return text.replace("  ", " ")
 
 
 def _describe_box(
@@ -303,7 +290,7 @@ def _describe_box(
 
 
 def _bar(box: _Box, boxes: Sequence[_Box], widest: float) -> float:
-    return max(_THINNEST, widest * _share(box.size, max(one.size for one in boxes)))
+    return max(_THINNEST, widest * (box.size / max(1, *(one.size for one in boxes))))
 
 
 def _place_boxes(

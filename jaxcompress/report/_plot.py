@@ -113,3 +113,8 @@ class Plot:
             metadata = {"Date": None} if suffix == "svg" else {}
             figure.savefig(out, format=suffix, dpi=160, transparent=transparent, metadata=metadata)
         return out.getvalue()
+
+
+def elide(text: str, most: int) -> str:
+    """Leave out the beginning of a text of more than so many characters."""
+    return text if len(text) <= most else "…" + text[-most + 1 :]

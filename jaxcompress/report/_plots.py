@@ -8,7 +8,8 @@ from typing import Any
 
 from jaxcompress.errors import ArgumentError
 from jaxcompress.report._leaves import Leaves
-from jaxcompress.report._plot import COLORS, FAINT, INK, Plot
+from jaxcompress.report._plot import COLORS, FAINT, INK, Plot, elide
+from jaxcompress.report._units import abbreviate
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,20 +98,7 @@ def _log_bytes(axes: Any, values: Sequence[int]) -> None:
         axes.set_xlim(min(values) / 2, max(values) * 2)
     axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if decades < 2.5 else (1,)))
     axes.xaxis.set_minor_locator(NullLocator())
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: bytes_text(x)))
-
-
-def bytes_text(count: float) -> str:
-    """Write bytes with a prefix.
-
-    Args:
-        count: Bytes.
-
-    Returns:
-        For example `20 kB`.
-    """
-    power = max(0, min(4, math.floor(math.log10(count) / 3 + 1e-9))) if count >= 1 else 0
-    return f"{count / 1000**power:.3g} {['', 'k', 'M', 'G', 'T'][power]}B"
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: abbreviate(x, "B")))
 
 
 def _label(figure: Any, axes: Any, points: Sequence[Point]) -> None:
@@ -213,7 +201,7 @@ def plot_leaves(
             axes.tick_params(axis="y", length=0)
         left.set_xlim(0, 118)
         left.set_xticks(range(0, 101, 20))
-        left.set_yticks(places, [_elide(row.path) for row in shown], fontsize=8.5)
+        left.set_yticks(places, [elide(row.path, 40) for row in shown], fontsize=8.5)
         left.get_yticklabels()[-1].set_fontweight("bold")
         left.invert_yaxis()
         left.set_ylim(len(shown) - 0.4, -0.6)
@@ -225,10 +213,6 @@ def plot_leaves(
         | {"sparsity": leaves.total.sparsity, "bits": leaves.total.bits},
     }
     return Plot(title=title, data=data, size=(8.4, 1.5 + 0.27 * len(shown)), draw=draw)
-
-
-def _elide(path: str, most: int = 40) -> str:
-    return path if len(path) <= most else "…" + path[-most + 1 :]
 
 
 def plot_curves(

@@ -89,6 +89,21 @@ def settle_unit(unit: Unit, values: Sequence[Any]) -> Unit:
     return Unit(symbol=symbol, scale=scale, digits=digits or 0)
 
 
+def abbreviate(count: float, unit: str) -> str:
+    """Write a count with a prefix, to three significant digits.
+
+    Args:
+        count: The count.
+        unit: Its unit; one that begins with a blank stays apart from the prefix.
+
+    Returns:
+        For example `20 kB`.
+    """
+    power = max(0, min(5, math.floor(math.log10(count) / 3 + 1e-9))) if count >= 1 else 0
+    text = f"{count / 1000**power:.3g} {['', 'k', 'M', 'G', 'T', 'P'][power]}{unit}"
+    return text.replace("  ", " ")
+
+
 def _is_whole(value: Any, unit: Unit) -> bool:
     return isinstance(value, int) and unit.scale == 1
 

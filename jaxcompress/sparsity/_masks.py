@@ -10,10 +10,10 @@ from jax.core import Tracer
 from jaxtyping import ArrayLike
 
 from jaxcompress import linalg, tree
-from jaxcompress.errors import ArgumentError, NonFiniteError, SelectionError
+from jaxcompress.errors import ArgumentError, SelectionError
 from jaxcompress.sparsity._apply import check_mask, read_by_path
 from jaxcompress.sparsity._patterns import NM, Pattern, Unstructured, keep_count
-from jaxcompress.sparsity._scores import Accumulated, Score, magnitude, widen
+from jaxcompress.sparsity._scores import Accumulated, Score, magnitude
 from jaxcompress.sparsity.schedules import check_fraction
 
 ContractionAxes: TypeAlias = Any
@@ -21,6 +21,9 @@ ContractionAxes: TypeAlias = Any
 
 Scope: TypeAlias = Literal["layer", "global"]
 """Whether scores compete within each leaf, or over all leaves together."""
+
+DIVERGED = "Prune a checkpoint from before training diverged."
+"""What to do about weights that are not finite."""
 
 
 def make_mask(
@@ -86,7 +89,7 @@ def make_mask(
         where = lambda path, leaf: path in targets
     covered = coverage(params, pattern=pattern, where=where, axes=axes, strict=strict)
     leaves = {path: p for path, p in tree.items(params) if path in covered.touched}
-    check_finite(leaves)
+    tree.require_finite(leaves, fix=DIVERGED)
     limit = None if within is None else check_mask(params, within, name="within")
     allowed = read_by_path(params, limit, name="within")
     masks = choose_masks(
@@ -188,7 +191,8 @@ def choose_masks(
     }
     if threshold is not None:
         kept = {
-            path: widen(x) >= jnp.asarray(threshold, widen(x).dtype) for path, x in units.items()
+            path: (wide := linalg.widen(x)) >= jnp.asarray(threshold, wide.dtype)
+            for path, x in units.items()
         }
     elif scope == "global":
         assert not isinstance(sparsity, Mapping) and sparsity is not None
@@ -301,25 +305,6 @@ def check_amount(sparsity: Any, threshold: float | None, pattern: Pattern, scope
                 got=f"{value} with {pattern}",
                 expected=f"at most {pattern.sparsity}, which the pattern fixes",
                 fix="Leave `sparsity` out.",
-            )
-
-
-def check_finite(leaves: Mapping[str, jax.Array]) -> None:
-    """Refuse concrete leaves that hold NaN or infinity.
-
-    Args:
-        leaves: Arrays by path; traced ones pass.
-
-    Raises:
-        NonFiniteError: Naming the first.
-    """
-    for path, p in leaves.items():
-        if not isinstance(p, Tracer) and not bool(jnp.isfinite(p).all()):
-            raise NonFiniteError(
-                "params",
-                got=f"NaN or infinity in {path!r}",
-                expected="finite weights",
-                fix="Prune a checkpoint from before training diverged.",
             )
 
 

@@ -242,4 +242,4 @@ def keep_count(entries: int, sparsity: ArrayLike) -> Any:
 
 
 def _mean(x: jax.Array, axes: Axes) -> jax.Array:
-    return jnp.mean(x.astype(linalg.common_float(x.dtype, jnp.float32)), axis=axes)
+    return jnp.mean(linalg.widen(x), axis=axes)

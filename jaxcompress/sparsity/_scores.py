@@ -127,9 +127,9 @@ def magnitude(*, order: int = 1) -> Score:
         raise ArgumentError("order", got=f"{order}", expected="1 or 2", fix="Use order=1 for L1.")
 
     def root_mean_square(_: None, p: jax.Array, mean: Mean) -> jax.Array:
-        largest = jnp.max(jnp.abs(widen(p)), initial=0)
+        largest = jnp.max(jnp.abs(linalg.widen(p)), initial=0)
         scale = jnp.where(largest > 0, largest, 1)  # the squares of small weights would vanish
-        return scale * jnp.sqrt(mean(jnp.square(widen(p) / scale)))
+        return scale * jnp.sqrt(mean(jnp.square(linalg.widen(p) / scale)))
 
     return Score(
         evaluate=lambda _, p: jnp.abs(p), evaluate_units=root_mean_square if order == 2 else None
@@ -150,7 +150,7 @@ def saliency(*, decay: float = 1.0) -> Score:
     """
 
     def evaluate(accumulated: Accumulated, p: jax.Array) -> jax.Array:
-        return jnp.abs(widen(p) * accumulated.mean)
+        return jnp.abs(linalg.widen(p) * accumulated.mean)
 
     return _from_grads(lambda p, g: g, evaluate, decay)
 
@@ -195,7 +195,7 @@ def fisher(*, decay: float = 1.0) -> Score:
     """
 
     def evaluate(accumulated: Accumulated, p: jax.Array) -> jax.Array:
-        return jnp.square(widen(p)) * accumulated.mean / 2
+        return jnp.square(linalg.widen(p)) * accumulated.mean / 2
 
     return _from_grads(lambda p, g: jnp.square(g), evaluate, decay)
 
@@ -215,10 +215,6 @@ def movement(*, decay: float = 1.0) -> Score:
     return _from_grads(lambda p, g: -p * g, lambda accumulated, p: accumulated.mean, decay)
 
 
-def widen(x: jax.Array) -> jax.Array:
-    return x.astype(linalg.common_float(x.dtype, jnp.float32))
-
-
 def _from_grads(
     contribution: Callable[[jax.Array, jax.Array], jax.Array],
     evaluate: Callable[[Accumulated, jax.Array], jax.Array],
@@ -236,7 +232,7 @@ def _from_grads(
         return Accumulated(total=total, weight=jnp.zeros((), total.dtype))
 
     def update(accumulated: Accumulated, p: jax.Array, g: jax.Array) -> Accumulated:
-        new = contribution(widen(p), g.astype(accumulated.total.dtype))
+        new = contribution(linalg.widen(p), g.astype(accumulated.total.dtype))
         return Accumulated(decay * accumulated.total + new, decay * accumulated.weight + 1)
 
     return Score(

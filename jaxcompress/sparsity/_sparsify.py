@@ -14,10 +14,10 @@ from jaxcompress import linalg, tree
 from jaxcompress.errors import ArgumentError, StructureError
 from jaxcompress.sparsity._apply import check_mask, read_by_path
 from jaxcompress.sparsity._masks import (
+    DIVERGED,
     ContractionAxes,
     Scope,
     check_amount,
-    check_finite,
     choose_masks,
     coverage,
     resolve_axes,
@@ -126,7 +126,7 @@ def sparsify(
     def init(params: tree.Params) -> Any:
         covered = coverage(params, pattern=pattern, where=where, axes=axes, strict=strict)
         leaves = {path: p for path, p in tree.items(params) if path in covered.touched}
-        check_finite(leaves)
+        tree.require_finite(leaves, fix=DIVERGED)
         limit = None if within is None else check_mask(params, within, name="within")
         allowed = read_by_path(params, limit, name="within")
         unused = [path for path, m in allowed.items() if m is not None and path not in leaves]

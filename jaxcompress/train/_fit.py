@@ -86,7 +86,7 @@ def fit(
         >>> len(rows), rows[-1]["step"], round(float(state.params), 2)
         (5, 20, 1.98)
     """
-    last = _length(data, epochs=epochs, steps=steps)
+    last = _count_steps(data, epochs=epochs, steps=steps)
     period = data.steps_per_epoch if report_every is None else report_every
     _at_least("report_every", period, 1)
     _at_least("prefetch", prefetch, 0)
@@ -149,7 +149,7 @@ def _at_least(argument: str, value: int, least: int) -> None:
         raise ArgumentError(argument, got=value, expected=f"{least} or more", fix="Raise it.")
 
 
-def _length(data: Data, *, epochs: int | None, steps: int | None) -> int:
+def _count_steps(data: Data, *, epochs: int | None, steps: int | None) -> int:
     given = [n for n in (epochs, steps) if n is not None]
     if len(given) != 1 or not isinstance(given[0], int) or given[0] < 0:
         raise ArgumentError(

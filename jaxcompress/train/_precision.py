@@ -6,7 +6,7 @@ from typing import Any, Literal, TypeAlias
 import jax
 import jax.numpy as jnp
 
-from jaxcompress import tree
+from jaxcompress import linalg, tree
 from jaxcompress.train._trainable import default_trainable
 from jaxcompress.tree import Params
 
@@ -75,19 +75,7 @@ class Precision:
         Returns:
             It in the `output` dtype.
         """
-        return x.astype(self.output) if self.output else widen(x)
-
-
-def widen(x: jax.Array) -> jax.Array:
-    """Cast to float32, unless it is wider already.
-
-    Args:
-        x: An array of any real dtype.
-
-    Returns:
-        It in float32 or float64.
-    """
-    return x if x.dtype == jnp.float64 else x.astype(jnp.float32)
+        return x.astype(self.output) if self.output else linalg.widen(x)
 
 
 def _cast(params: Params, dtype: FloatType | None) -> Params:

@@ -17,7 +17,7 @@ from jax.typing import ArrayLike
 from jaxtyping import Array, Float, Int
 
 from jaxcompress.errors import ArgumentError, explain_missing
-from jaxcompress.train._precision import widen
+from jaxcompress.linalg import widen
 
 
 def correct(logits: ArrayLike, labels: ArrayLike, *, k: int = 1) -> Float[Array, " batch"]:

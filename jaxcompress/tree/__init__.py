@@ -16,6 +16,7 @@ from jaxcompress.tree._paths import flatten_like as flatten_like
 from jaxcompress.tree._paths import is_leaf as is_leaf
 from jaxcompress.tree._paths import items as items
 from jaxcompress.tree._paths import leaves as leaves
+from jaxcompress.tree._paths import look_up as look_up
 from jaxcompress.tree._paths import map_with_path as map_with_path
 from jaxcompress.tree._paths import path_str as path_str
 from jaxcompress.tree._paths import paths as paths
@@ -24,6 +25,7 @@ from jaxcompress.tree._sizes import bits_of as bits_of
 from jaxcompress.tree._sizes import count as count
 from jaxcompress.tree._sizes import is_floating as is_floating
 from jaxcompress.tree._sizes import nbytes as nbytes
+from jaxcompress.tree._sizes import require_finite as require_finite
 from jaxcompress.tree._where import Where as Where
 from jaxcompress.tree._where import matches as matches
 from jaxcompress.tree._where import select as select

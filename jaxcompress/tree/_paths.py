@@ -1,6 +1,7 @@
 """Params as an addressed set of leaves: paths, and trees read side by side."""
 
 import abc
+import difflib
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeAlias
 
@@ -225,3 +226,25 @@ def shorten(names: Sequence[str], most: int = 5) -> str:
     """
     more = f" and {len(names) - most} more" if len(names) > most else ""
     return ", ".join(repr(name) for name in names[:most]) + more
+
+
+def look_up(leaves: Sequence[Any], path: str, *, done: str, why_not: str) -> Any:
+    """Find what a report says of a leaf.
+
+    Args:
+        leaves: What was done, leaf by leaf, each with its `path`.
+        path: The leaf's path.
+        done: What was done, such as "quantized".
+        why_not: Why it was not done to this leaf, if it was not.
+
+    Returns:
+        The entry of the leaf.
+
+    Raises:
+        KeyError: If there is none; it says why, and names the nearest paths.
+    """
+    found = {leaf.path: leaf for leaf in leaves}
+    if path in found:
+        return found[path]
+    near = difflib.get_close_matches(path, found, n=3, cutoff=0.3) or list(found)
+    raise KeyError(f"{path!r} {why_not}; {done} are, for example: {shorten(near)}")

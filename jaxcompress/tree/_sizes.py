@@ -1,12 +1,16 @@
-"""Entries, bits and bytes of leaves, as XLA keeps them."""
+"""Entries of leaves: how many, their bits and bytes as XLA keeps them, and checks of them."""
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 
-from jaxcompress.tree._paths import LeafNode, Params, leaves
+from jaxcompress.errors import NonFiniteError
+from jaxcompress.tree._paths import LeafNode, Params, leaves, shorten
 
 
 def is_floating(leaf: Any) -> bool:
@@ -78,3 +82,25 @@ def bits_of(dtype: Any) -> int:
     if jnp.issubdtype(dtype, jnp.integer):
         return jnp.iinfo(dtype).bits
     return 8 * dtype.itemsize if hasattr(dtype, "itemsize") else 8 * np.dtype(dtype).itemsize
+
+
+def require_finite(leaves: Mapping[str, Any], *, fix: str) -> None:
+    """Refuse leaves that hold NaN or infinity, where values can be looked at.
+
+    Args:
+        leaves: Arrays by path; traced ones pass.
+        fix: What to do about it, for the error.
+
+    Raises:
+        NonFiniteError: Naming the leaves.
+    """
+    bad = [p for p, x in leaves.items() if not isinstance(x, Tracer) and not _is_finite(x)]
+    if bad:
+        raise NonFiniteError(
+            "params", got=f"NaN or infinity in {shorten(bad)}", expected="finite weights", fix=fix
+        )
+
+
+@jax.jit
+def _is_finite(x: Any) -> jax.Array:
+    return jnp.isfinite(x).all()

@@ -14,7 +14,7 @@ from matplotlib.text import Annotation
 
 from jaxcompress import report
 from jaxcompress.errors import ArgumentError, MissingExtraError
-from jaxcompress.report._plots import bytes_text
+from jaxcompress.report._units import abbreviate
 
 POINTS = [
     report.Point(label="dense", bytes=161_416, accuracy=0.981, interval=(0.97, 0.99)),
@@ -124,8 +124,8 @@ def test_curves_skip_what_was_not_logged():
     ("count", "text"),
     [(1, "1 B"), (999, "999 B"), (1000, "1 kB"), (2.5e6, "2.5 MB"), (5e9, "5 GB")],
 )
-def test_bytes_text(count, text):
-    assert bytes_text(count) == text
+def test_abbreviate(count, text):
+    assert abbreviate(count, "B") == text
 
 
 def test_bad_input(tmp_path):

@@ -4,9 +4,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any
 
-from jaxcompress.graph._text import grid, plain, scaled
 from jaxcompress.graph.cost._aot import Outcome
 from jaxcompress.graph.cost._targets import Target
+from jaxcompress.text import grid, plain, scaled
 
 if TYPE_CHECKING:
     import rich.console

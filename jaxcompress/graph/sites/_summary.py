@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING, Any
 
 from jaxcompress import tree
 from jaxcompress.errors import ArgumentError
-from jaxcompress.graph._text import grid, plain, scaled
 from jaxcompress.graph.sites._graph import Graph, stored
 from jaxcompress.graph.sites._sites import Axes
 from jaxcompress.graph.sites._trace import Traced, trace
+from jaxcompress.text import grid, plain, scaled
 
 if TYPE_CHECKING:
     import rich.table

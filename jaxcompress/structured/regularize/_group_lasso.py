@@ -16,7 +16,6 @@ from jaxcompress.structured.regularize._penalties import (
     check_figure,
     figure_at,
     require_params,
-    widen,
 )
 
 
@@ -118,7 +117,7 @@ def group_lasso(
 
 def _sum(p: jax.Array, u: jax.Array) -> jax.Array:
     """Add in float32 or wider."""
-    p, u = widen(p), widen(u)
+    p, u = linalg.widen(p), linalg.widen(u)
     dtype = linalg.common_float(p.dtype, u.dtype)
     return p.astype(dtype) + u.astype(dtype)
 

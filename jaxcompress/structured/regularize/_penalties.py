@@ -42,11 +42,6 @@ def require_params(params: tree.Params | None) -> tree.Params:
     return params
 
 
-def widen(x: jax.Array) -> jax.Array:
-    """Widen to float32 or more."""
-    return x.astype(linalg.common_float(x.dtype, jnp.float32))
-
-
 def add_penalty(
     updates: tree.Params,
     params: tree.Params,
@@ -58,8 +53,8 @@ def add_penalty(
     def add(path: str, p: Any, g: Any) -> Any:
         if path not in penalties or g is None:
             return g
-        more = penalties[path].astype(widen(p).dtype) * gradient(widen(p))
-        common = linalg.common_float(widen(g).dtype, more.dtype)
+        more = penalties[path].astype(linalg.widen(p).dtype) * gradient(linalg.widen(p))
+        common = linalg.common_float(linalg.widen(g).dtype, more.dtype)
         return (g.astype(common) + more.astype(common)).astype(g.dtype)
 
     return tree.map_with_path(add, params, updates)
