@@ -44,6 +44,22 @@ class FileError(ArgumentError):
     """A file is truncated, altered, or not what its name promises."""
 
 
+def require_at_least(argument: str, value: float | None, least: float, *, fix: str) -> None:
+    """Refuse a number that is too small; `None` passes.
+
+    Args:
+        argument: The name of the argument.
+        value: Its value.
+        least: The smallest that can be used.
+        fix: What to do about it.
+
+    Raises:
+        ArgumentError: If it is smaller, or NaN.
+    """
+    if value is not None and not value >= least:
+        raise ArgumentError(argument, got=value, expected=f"{least} or more", fix=fix)
+
+
 class MissingExtraError(JaxCompressError, ImportError):
     """A feature needs a package that cannot be imported.
 

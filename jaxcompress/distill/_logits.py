@@ -4,7 +4,7 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float
 
-from jaxcompress.distill._softmax import expect, log_softmax, read_logits, read_temperature
+from jaxcompress.distill._softmax import expect, read_logits, soften
 
 
 def kl(
@@ -41,9 +41,7 @@ def kl(
         Hinton, Vinyals and Dean, Distilling the Knowledge in a Neural Network, arXiv:1503.02531,
         section 2. They write the cross-entropy; it differs by the teacher's entropy, a constant.
     """
-    student, teacher = read_logits(student, teacher)
-    temperature = read_temperature(temperature, student.dtype)
-    log_p, log_q = log_softmax(teacher, temperature), log_softmax(student, temperature)
+    log_p, log_q, temperature = soften(student, teacher, temperature)
     return temperature**2 * expect(log_p, log_p, log_q)
 
 
@@ -79,9 +77,7 @@ def reverse_kl(
         Gu et al., MiniLLM: Knowledge Distillation of Large Language Models, arXiv:2306.08543,
         equation 1, here per position rather than over sampled sequences.
     """
-    student, teacher = read_logits(student, teacher)
-    temperature = read_temperature(temperature, student.dtype)
-    log_p, log_q = log_softmax(teacher, temperature), log_softmax(student, temperature)
+    log_p, log_q, temperature = soften(student, teacher, temperature)
     return temperature**2 * expect(log_q, log_q, log_p)
 
 
@@ -118,9 +114,7 @@ def jensen_shannon(
         Lin, Divergence Measures Based on the Shannon Entropy (IEEE Trans. Inf. Theory, 1991),
         equation 4.1; for distillation, Agarwal et al., arXiv:2306.13649, equation 1 with β = ½.
     """
-    student, teacher = read_logits(student, teacher)
-    temperature = read_temperature(temperature, student.dtype)
-    log_p, log_q = log_softmax(teacher, temperature), log_softmax(student, temperature)
+    log_p, log_q, temperature = soften(student, teacher, temperature)
     exists = (log_p != -jnp.inf) | (log_q != -jnp.inf)
     log_m = jnp.logaddexp(jnp.where(exists, log_p, 0), jnp.where(exists, log_q, 0)) - jnp.log(2.0)
     return temperature**2 * (expect(log_p, log_p, log_m) + expect(log_q, log_q, log_m)) / 2
@@ -158,9 +152,7 @@ def soft_cross_entropy(
         Hinton, Vinyals and Dean, Distilling the Knowledge in a Neural Network, arXiv:1503.02531,
         section 2.
     """
-    student, teacher = read_logits(student, teacher)
-    temperature = read_temperature(temperature, student.dtype)
-    log_p, log_q = log_softmax(teacher, temperature), log_softmax(student, temperature)
+    log_p, log_q, temperature = soften(student, teacher, temperature)
     return temperature**2 * expect(log_p, jnp.zeros_like(log_q), log_q)
 
 

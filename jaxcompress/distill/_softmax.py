@@ -142,6 +142,30 @@ def log_softmax(
     return jnp.where(exists, jax.nn.log_softmax(softened, where=exists | ~row), -jnp.inf)
 
 
+def soften(
+    student: Float[ArrayLike, "*batch classes"],
+    teacher: Float[ArrayLike, "*batch classes"],
+    temperature: ArrayLike,
+) -> tuple[Float[Array, "*batch classes"], Float[Array, "*batch classes"], Array]:
+    """Check the arguments of a divergence, and compute both distributions.
+
+    Args:
+        student: The student's logits.
+        teacher: The teacher's logits, of the same shape.
+        temperature: T, a positive scalar.
+
+    Returns:
+        Log-probabilities of the teacher and of the student, and the temperature as an array.
+
+    Raises:
+        ArgumentTypeError: See `read_logits`.
+        ArgumentError: See `read_logits` and `read_temperature`.
+    """
+    student, teacher = read_logits(student, teacher)
+    temperature = read_temperature(temperature, student.dtype)
+    return log_softmax(teacher, temperature), log_softmax(student, temperature), temperature
+
+
 def expect(
     log_p: Float[Array, "*batch classes"], log_a: Array, log_b: Array
 ) -> Float[Array, "*batch"]:

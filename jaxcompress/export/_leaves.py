@@ -95,8 +95,6 @@ def read_leaf(record: list[Any], formats: list[Any], reader: Reader) -> tuple[An
         return jax.random.wrap_key_data(jnp.array(data), impl=implementation), None
     if kind == "a":
         dtype, shape, *masked = fields
-        if dtype not in DECLARED and dtype not in _NARROW:
-            raise ValueError(f"it holds the unknown dtype {dtype!r}")
         kept = _take_mask(tuple(shape), reader) if masked else None
         count = entries_in(shape) if kept is None else int(kept.sum())
         entries = _take_entries(dtype, count, reader)
@@ -148,8 +146,10 @@ def _write_entries(entries: np.ndarray, writer: Writer) -> None:
 
 
 def _take_entries(name: str, count: int, reader: Reader) -> np.ndarray:
-    if name not in _NARROW:
+    if name in DECLARED:
         return reader.take(name, count)
+    if name not in _NARROW:
+        raise ValueError(f"it holds the unknown dtype {name!r}")
     states, signed = _NARROW[name]
     return _from_codes(_take_codes(count, states, reader), jnp.dtype(name), states, signed)
 
@@ -215,13 +215,9 @@ def _write_qarray(
     path: str, q: numerics.QArray, kept: np.ndarray | None, formats: list[Any], writer: Writer
 ) -> list[Any]:
     qtype = q.format.qtype
-    q = dataclasses.replace(
-        q,
-        values=np.asarray(q.values),
-        scale=np.asarray(q.scale),
-        zero=None if q.zero is None else np.asarray(q.zero),
-    )
     values, scale = np.asarray(q.values), np.asarray(q.scale)
+    zero = None if q.zero is None else np.asarray(q.zero)
+    q = dataclasses.replace(q, values=values, scale=scale, zero=zero)
     if kept is not None:
         _check_pruned(path, q, kept)
         values = values[_block(q.format, kept)]
@@ -235,8 +231,8 @@ def _write_qarray(
         )
     writer.put(BITS, bits.pack_codes(codes, states=_count_states(qtype)))
     _write_entries(scale, writer)
-    if q.zero is not None:
-        _write_entries(np.asarray(q.zero), writer)
+    if zero is not None:
+        _write_entries(zero, writer)
     shapes = [list(np.shape(q.values)), list(scale.shape)]
     record = ["q", _index(q.format, formats), *shapes, np.dtype(q.dtype).name]
     more = _write_more(path, q, formats, writer)
@@ -341,8 +337,6 @@ def _read_part(record: list[Any] | None, reader: Reader) -> Any:
     if record is None:
         return None
     dtype, shape = record
-    if dtype not in DECLARED and dtype not in _NARROW:
-        raise ValueError(f"it holds the unknown dtype {dtype!r}")
     return jnp.array(_take_entries(dtype, entries_in(shape), reader).reshape(shape))
 
 

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jaxtyping import Float
 
-from jaxcompress.errors import ArgumentError
+from jaxcompress.errors import ArgumentError, require_at_least
 
 Round = Callable[[Array, Array, Any], Array]
 """`(index, row (out,), state) -> the numbers that the row becomes`."""
@@ -146,8 +146,7 @@ def descend_columns(
 
 
 def _check_sizes(n: int, block: int, start: Start | None, segment: int | None) -> None:
-    if block < 1:
-        raise ArgumentError("block", got=block, expected="1 or more", fix="128 is usual.")
+    require_at_least("block", block, 1, fix="128 is usual.")
     if (start is None) != (segment is None) or (
         segment is not None and (segment < 1 or n % segment)
     ):

@@ -8,7 +8,7 @@ from typing import Any
 from jaxcompress import budget as budgets
 from jaxcompress import graph, stats, tree
 from jaxcompress.batches import open_stream
-from jaxcompress.errors import ArgumentError, ArgumentTypeError
+from jaxcompress.errors import ArgumentTypeError, require_at_least
 from jaxcompress.lowrank._candidate import Candidate, errors, saving
 from jaxcompress.lowrank._choose import Budget, Ranks, chosen
 from jaxcompress.lowrank._execute import execute
@@ -152,8 +152,7 @@ def _check_arguments(budget: Any, multiple: int) -> None:
             expected="budget.Params, Flops, Bytes or Seconds, or lowrank.Ranks",
             fix="Params(0.5) leaves at most half of the params.",
         )
-    if multiple < 1:
-        raise ArgumentError("multiple", got=multiple, expected="1 or more", fix="8 suits GPUs.")
+    require_at_least("multiple", multiple, 1, fix="8 suits GPUs.")
 
 
 def _collect_grams(

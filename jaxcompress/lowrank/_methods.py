@@ -4,7 +4,7 @@ import math
 from dataclasses import dataclass
 from typing import TypeAlias
 
-from jaxcompress.errors import ArgumentError
+from jaxcompress.errors import ArgumentError, require_at_least
 
 
 @dataclass(frozen=True)
@@ -46,10 +46,7 @@ class Tucker2:
     iterations: int = 10
 
     def __post_init__(self) -> None:
-        if self.iterations < 0:
-            raise ArgumentError(
-                "iterations", got=self.iterations, expected="0 or more", fix="10 is plenty."
-            )
+        require_at_least("iterations", self.iterations, 0, fix="10 is plenty.")
 
 
 Method: TypeAlias = SVD | ActivationSVD | Tucker2

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jaxtyping import ArrayLike, Float
 
-from jaxcompress.errors import ArgumentError
+from jaxcompress.errors import ArgumentError, require_at_least
 from jaxcompress.linalg import matmul
 from jaxcompress.lowrank._svd import _check_rank
 
@@ -86,8 +86,7 @@ def tucker2(
         )
     _check_rank("rank_in", rank_in, k.shape[-2])
     _check_rank("rank_out", rank_out, k.shape[-1])
-    if iterations < 0:
-        raise ArgumentError("iterations", got=iterations, expected="0 or more", fix="10 is plenty.")
+    require_at_least("iterations", iterations, 0, fix="10 is plenty.")
     return _tucker2(k, rank_in, rank_out, iterations)
 
 

@@ -21,6 +21,7 @@ from jaxcompress.numerics._learned import lsq_init as lsq_init
 from jaxcompress.numerics._learned import lsq_plus as lsq_plus
 from jaxcompress.numerics._learned import lsq_plus_init as lsq_plus_init
 from jaxcompress.numerics._learned import pact as pact
+from jaxcompress.numerics._pass_through import pass_through as pass_through
 from jaxcompress.numerics._qarray import Activation as Activation
 from jaxcompress.numerics._qarray import QArray as QArray
 from jaxcompress.numerics._qtypes import Codebook as Codebook

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from jax import Array
 
-from jaxcompress.errors import ArgumentError
+from jaxcompress.errors import ArgumentError, require_at_least
 
 
 @dataclass(frozen=True)
@@ -158,10 +158,7 @@ class PerGroup(Granularity):
     axis: int = -2
 
     def __post_init__(self):
-        if self.size < 1:
-            raise ArgumentError(
-                "size", got=self.size, expected="a positive group size", fix="64 and 128 are usual."
-            )
+        require_at_least("size", self.size, 1, fix="64 and 128 are usual.")
 
     def obstacle(self, shape: tuple[int, ...]) -> str | None:
         """Miss the axis, or have a length that does not divide."""

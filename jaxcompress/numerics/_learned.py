@@ -15,6 +15,7 @@ from jax.typing import ArrayLike
 from jaxcompress.errors import ArgumentError
 from jaxcompress.numerics._checks import check_array
 from jaxcompress.numerics._format import Format
+from jaxcompress.numerics._pass_through import pass_through
 from jaxcompress.numerics._qtypes import Int, Limits
 from jaxcompress.numerics._quantize import scale_shape
 from jaxcompress.numerics._scales import round_scale
@@ -186,7 +187,7 @@ def pact(x: ArrayLike, alpha: ArrayLike, *, bits: int) -> Array:
     # Written so that alpha, not x, gets the gradient at x == alpha.
     clipped = jnp.where(wide < 0, 0, jnp.where(wide < alpha, wide, alpha))
     level = jax.lax.stop_gradient(alpha)
-    return _pass_through(clipped, jnp.round(clipped * (steps / level)) * (level / steps)).astype(
+    return pass_through(clipped, jnp.round(clipped * (steps / level)) * (level / steps)).astype(
         x.dtype
     )
 
@@ -220,11 +221,11 @@ def dorefa_weights(x: ArrayLike, *, bits: int, axes: Sequence[int] | None = None
     wide = x.astype(jnp.float32)
     if bits == 1:
         mean = jnp.abs(wide).mean(axes, keepdims=True)
-        return _pass_through(wide, jnp.where(wide < 0, -mean, mean)).astype(x.dtype)
+        return pass_through(wide, jnp.where(wide < 0, -mean, mean)).astype(x.dtype)
     squeezed = jnp.tanh(wide)
     largest = jnp.abs(squeezed).max(axes, keepdims=True)
     unit = squeezed / (2 * jnp.where(largest > 0, largest, 1)) + 0.5
-    return (2 * _pass_through(unit, jnp.round(unit * steps) / steps) - 1).astype(x.dtype)
+    return (2 * pass_through(unit, jnp.round(unit * steps) / steps) - 1).astype(x.dtype)
 
 
 def dorefa_activations(x: ArrayLike, *, bits: int) -> Array:
@@ -252,19 +253,7 @@ def dorefa_activations(x: ArrayLike, *, bits: int) -> Array:
     x = jnp.asarray(x)
     wide = x.astype(jnp.float32)
     clipped = jnp.where(wide < 0, 0, jnp.where(wide > 1, 1, wide))
-    return _pass_through(clipped, jnp.round(clipped * steps) / steps).astype(x.dtype)
-
-
-@jax.custom_jvp
-def _pass_through(x: Array, rounded: Array) -> Array:
-    """Be `rounded`, with the gradient of x (x + stop_gradient(rounded - x) is off by an ulp)."""
-    del x
-    return rounded
-
-
-@_pass_through.defjvp
-def _pass_through_jvp(primals: tuple[Array, Array], tangents: tuple[Array, Array]):
-    return primals[1], tangents[0]
+    return pass_through(clipped, jnp.round(clipped * steps) / steps).astype(x.dtype)
 
 
 @jax.custom_jvp
@@ -283,7 +272,7 @@ def _round_to_steps(x: Array, step: Array, limits: Limits) -> Array:
     low, high = limits
     t = x * (1 / step)
     clipped = jnp.where(t < low, low, jnp.where(t > high, high, t))
-    return _pass_through(clipped, jnp.round(clipped)) * step
+    return pass_through(clipped, jnp.round(clipped)) * step
 
 
 def _scale_parameter_gradient(parameter: Array, x: Array, limits: Limits) -> Array:

@@ -231,8 +231,11 @@ class _Given(NamedTuple):
     global_scale: Array | None = None
 
 
-def _fit_blocked(x: Array, format: Format, given: _Given) -> tuple[Array, _Given]:
-    """Block x, in float32, and find what is not given of its scale, zero point, global scale."""
+def _fit_blocked(x: Array, format: Format, given: _Given) -> tuple[Array, _Given, Array]:
+    """Block x, in float32, and find what is not given of its scale, zero point, global scale.
+
+    The last of the three is the product of both scales, which codes are worked out with.
+    """
     blocked = format.granularity.block(x.astype(jnp.float32))
     scale, zero, global_scale = given
     if global_scale is None:
@@ -240,15 +243,16 @@ def _fit_blocked(x: Array, format: Format, given: _Given) -> tuple[Array, _Given
     if scale is None:
         shared = format.granularity.shared(x.ndim)
         scale, zero = fit_scale(blocked, format, shared=shared, global_scale=global_scale)
-    return blocked, _Given(scale, zero, global_scale)
+    assert scale is not None
+    given = _Given(scale, zero, global_scale)
+    return blocked, given, multiply_scales(scale, global_scale)
 
 
 @functools.partial(jax.jit, static_argnums=1)
 def _quantize(x: Array, format: Format, given: _Given, key: Array | None) -> tuple[QArray, Array]:
-    blocked, (scale, zero, global_scale) = _fit_blocked(x, format, given)
+    blocked, (scale, zero, global_scale), product = _fit_blocked(x, format, given)
     assert scale is not None
     noise = None if key is None else jax.random.uniform(key, blocked.shape)
-    product = multiply_scales(scale, global_scale)
     values = format.qtype.to_values(blocked, product, zero, limits=format.limits, noise=noise)
     q = QArray(
         values=values,
@@ -270,10 +274,8 @@ def _dequantize(q: QArray) -> Array:
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(1,))
 def _straight_through(x: Array, format: Format) -> Array:
-    blocked, (scale, zero, global_scale) = _fit_blocked(x, format, _Given())
-    assert scale is not None
-    product = multiply_scales(scale, global_scale)
-    numbers = format.qtype.round_trip(blocked, product, zero, limits=format.limits)
+    blocked, fit, product = _fit_blocked(x, format, _Given())
+    numbers = format.qtype.round_trip(blocked, product, fit.zero, limits=format.limits)
     return format.granularity.unblock(numbers).astype(x.dtype)
 
 
@@ -282,10 +284,8 @@ def _straight_through_jvp(format: Format, primals: Any, tangents: Any) -> tuple[
     (x,), (tangent,) = primals, tangents
     if not format.clips:  # nothing to compute, and no mask to keep for the backward pass
         return _fake_quant(x, format), tangent
-    blocked, (scale, zero, global_scale) = _fit_blocked(jax.lax.stop_gradient(x), format, _Given())
-    assert scale is not None
-    product = multiply_scales(scale, global_scale)
-    inside = format.qtype.inside(blocked, product, zero, limits=format.limits)
+    blocked, fit, product = _fit_blocked(jax.lax.stop_gradient(x), format, _Given())
+    inside = format.qtype.inside(blocked, product, fit.zero, limits=format.limits)
     inside = format.granularity.unblock(inside)
     return _fake_quant(x, format), jnp.where(inside, tangent, jnp.zeros_like(tangent))
 

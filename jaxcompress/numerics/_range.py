@@ -13,7 +13,7 @@ import numpy as np
 from jax import Array
 from jax.typing import ArrayLike
 
-from jaxcompress.errors import ArgumentError
+from jaxcompress.errors import ArgumentError, require_at_least
 from jaxcompress.numerics._basis import Basis
 from jaxcompress.numerics._qtypes import Limits, QType
 from jaxcompress.numerics._scales import (
@@ -290,10 +290,7 @@ class LeastSquares(Range):
     iterations: int = 10
 
     def __post_init__(self):
-        if self.iterations < 1:
-            raise ArgumentError(
-                "iterations", got=self.iterations, expected="at least 1", fix="Try 10."
-            )
+        require_at_least("iterations", self.iterations, 1, fix="Try 10.")
 
     def fit(
         self,

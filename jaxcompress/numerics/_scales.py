@@ -1,6 +1,5 @@
 """Scales as they are stored: what each `scale_dtype` holds, and how a scale is rounded to it."""
 
-import functools
 import math
 from typing import Any
 
@@ -10,6 +9,7 @@ import numpy as np
 from jax import Array
 
 from jaxcompress.errors import ArgumentError
+from jaxcompress.numerics._pass_through import pass_through
 from jaxcompress.numerics._qtypes import Float, Limits
 
 WIDE = tuple(np.dtype(dtype) for dtype in (jnp.float32, jnp.bfloat16, jnp.float16))
@@ -63,10 +63,9 @@ def round_scale(scale: Array, scale_dtype: Any) -> Array:
     """
     if scale_dtype == jnp.float32:
         return scale
-    return jnp.asarray(_round_scale(scale, np.dtype(scale_dtype)))
+    return pass_through(scale, _round_scale(jax.lax.stop_gradient(scale), np.dtype(scale_dtype)))
 
 
-@functools.partial(jax.custom_jvp, nondiff_argnums=(1,))
 def _round_scale(scale: Array, scale_dtype: np.dtype) -> Array:
     if scale_dtype == POWERS:
         return _nearest_power(scale)
@@ -76,13 +75,6 @@ def _round_scale(scale: Array, scale_dtype: np.dtype) -> Array:
         return _NARROW_GRID.encode(jnp.clip(scale, low, high))
     info = jnp.finfo(scale_dtype)
     return jax.lax.reduce_precision(scale, info.nexp, info.nmant)
-
-
-@_round_scale.defjvp
-def _round_scale_jvp(
-    scale_dtype: np.dtype, primals: tuple[Array], tangents: tuple[Array]
-) -> tuple[Array, Array]:
-    return round_scale(primals[0], scale_dtype), tangents[0]
 
 
 def _nearest_power(scale: Array) -> Array:

@@ -12,7 +12,7 @@ from jax import Array, lax
 from jaxtyping import ArrayLike, Float
 
 from jaxcompress import linalg, numerics, stats
-from jaxcompress.errors import ArgumentError
+from jaxcompress.errors import ArgumentError, require_at_least
 from jaxcompress.numerics import Format, PerGroup, PerTensor, QArray, Scaled
 from jaxcompress.quantize._method import Method
 from jaxcompress.stats import Statistic
@@ -176,16 +176,12 @@ def gptq(
 
 
 def _check_solver_options(damping: float, block: int, refine: int) -> None:
-    options = (
-        ("damping", damping, 0 < damping <= 10, "a fraction in (0, 10]", 0.01),
-        ("block", block, block >= 1, "a positive number of rows", 128),
-        ("refine", refine, refine >= 0, "a number of passes, 0 or more", 2),
-    )
-    for name, got, fits, expected, default in options:
-        if not fits:
-            raise ArgumentError(
-                name, got=got, expected=expected, fix=f"Try {name}={default}, the default."
-            )
+    if not 0 < damping <= 10:
+        raise ArgumentError(
+            "damping", got=damping, expected="a fraction in (0, 10]", fix="0.01 is the default."
+        )
+    require_at_least("block", block, 1, fix="128 is the default.")
+    require_at_least("refine", refine, 0, fix="2 is the default.")
 
 
 @functools.partial(

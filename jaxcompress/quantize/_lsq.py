@@ -13,7 +13,6 @@ from jaxcompress.quantize._quantizer import (
     Learned,
     Quantizer,
     Seen,
-    instead,
     limits_of,
     positive,
     require,
@@ -75,7 +74,7 @@ class LSQ(Quantizer):
 
 
 @dataclass(frozen=True)
-class LSQPlus(Quantizer):
+class LSQPlus(LSQ):
     """Learn step sizes, and for activations offsets too; see `numerics.lsq_plus`.
 
     Weights: symmetric integer formats, `step` from max(|mean - 3 std|, |mean + 3 std|) / 2^(b-1),
@@ -107,10 +106,6 @@ class LSQPlus(Quantizer):
         )
         require_one_range(format, of, "LSQPlus()")
 
-    def learns(self, *, of: str) -> bool:
-        """Steps for both, offsets for activations."""
-        return True
-
     def init_weights(self, w: Array, format: Format) -> Learned:
         """Cover three standard deviations."""
         shared = format.granularity.shared(w.ndim)
@@ -119,14 +114,6 @@ class LSQPlus(Quantizer):
         reach = jnp.maximum(jnp.abs(mean - spread), jnp.abs(mean + spread))
         half = np.float32(2.0 ** (1 - format.qtype.bits))
         return {"step": jnp.where(reach > 0, reach * half, 1)}
-
-    def weights(self, w: Array, learned: Learned, format: Format) -> Array:
-        """Round by the step; see `numerics.lsq`."""
-        return LSQ().weights(w, learned, format)
-
-    def pack(self, w: Array, learned: Learned, format: Format) -> QArray:
-        """Store the codes of the learned step."""
-        return LSQ().pack(w, learned, format)
 
     def init_activations(self, seen: Seen, format: Format) -> Learned:
         """Cover the first batch; see `numerics.lsq_plus_init`."""
@@ -149,7 +136,7 @@ class LSQPlus(Quantizer):
         step, offset = positive(learned["step"], format), learned["offset"]
         if self.whole:
             form = jax.tree.map(jax.lax.stop_gradient, self.settle(learned, format))
-            offset = instead(offset, -form.zero * form.scale)
+            offset = numerics.pass_through(offset, -form.zero * form.scale)
         ones = (1,) * x.ndim
         return numerics.lsq_plus(x, step.reshape(ones), offset.reshape(ones), format)
 

@@ -7,7 +7,7 @@ it starts, the rounded leaf with its gradients, the stored form) and the same ab
 import abc
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, NamedTuple, TypeAlias
+from typing import NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -164,19 +164,7 @@ class Quantizer(abc.ABC):
         settled = jax.tree.map(jax.lax.stop_gradient, self.settle(learned, format))
         scale, zero = fit_activation(x, settled, tuple(range(x.ndim)))
         exact = round_through(jax.lax.stop_gradient(x), scale, zero, settled)
-        return instead(self.surrogate(x, learned, format), exact)
-
-
-@jax.custom_jvp
-def instead(surrogate: Array, exact: Array) -> Array:
-    """Be `exact`, with the gradients of `surrogate`."""
-    del surrogate
-    return exact
-
-
-@instead.defjvp
-def _instead_jvp(primals: Any, tangents: Any) -> tuple[Array, Array]:
-    return primals[1], tangents[0]
+        return numerics.pass_through(self.surrogate(x, learned, format), exact)
 
 
 @dataclass(frozen=True)
@@ -214,7 +202,7 @@ def positive(learned: Array, format: Format) -> Array:
     """Keep a step or level positive: one that training drove to zero can still come back."""
     # Not so small that the square of its reciprocal, in the gradient, is infinite.
     least = max(2.0**-40, float(jnp.finfo(format.scale_dtype).smallest_normal))
-    return instead(learned, jnp.maximum(jax.lax.stop_gradient(learned), least))
+    return numerics.pass_through(learned, jnp.maximum(jax.lax.stop_gradient(learned), least))
 
 
 def require(fits: bool, format: Format, *, of: str, method: str, expected: str) -> None:

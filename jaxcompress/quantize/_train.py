@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from typing import Any
 
-from jaxcompress.errors import ArgumentError
+from jaxcompress.errors import ArgumentError, require_at_least
 from jaxcompress.numerics import Entropy
 from jaxcompress.quantize._policy import Policy, check_policy
 from jaxcompress.quantize._qat import QAT
@@ -127,11 +127,8 @@ def _check_quantizer(name: str, quantizer: Any, policy: Policy) -> None:
 def _check_schedule(
     policy: Policy, activations: Quantizer, start: int, freeze: int | None, decay: float
 ) -> None:
-    for name, steps in (("start", start), ("freeze", freeze)):
-        if steps is not None and steps < 0:
-            raise ArgumentError(
-                name, got=steps, expected="a number of calls, 0 or more", fix="0 is at once."
-            )
+    require_at_least("start", start, 0, fix="0 is at once.")
+    require_at_least("freeze", freeze, 0, fix="0 is at once.")
     if not 0 <= decay < 1:
         raise ArgumentError("decay", got=decay, expected="in [0, 1)", fix="0.99 is the default.")
     followed = any(rule.static for rule in policy.rules) and isinstance(activations, STE)

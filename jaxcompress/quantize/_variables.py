@@ -102,9 +102,7 @@ def opened(variables: Params, *, has_state: bool) -> tuple[Params, QuantizerStat
 def check_weights(state: QuantizerState, wanted: Mapping[str, tuple[int, ...]]) -> None:
     """Refuse variables that do not hold what is learned of the weights, and that alone."""
     held = {path: entry["weights"] for path, entry in state.learned.items() if "weights" in entry}
-    _check_paths("what is learned of weights", held, wanted)
-    for path, shape in wanted.items():
-        _check_entry_shapes(path, held[path], shape)
+    _check_entries("what is learned of weights", held, wanted)
 
 
 def check_activations(state: QuantizerState, wanted: Mapping[str, tuple[int, ...]]) -> None:
@@ -113,12 +111,12 @@ def check_activations(state: QuantizerState, wanted: Mapping[str, tuple[int, ...
     for path, entry in state.learned.items():
         if "activations" in entry:
             held[path] = entry["activations"]
-    _check_paths("ranges of activations", held, wanted)
-    for path, shape in wanted.items():
-        _check_entry_shapes(path, held[path], shape)
+    _check_entries("ranges of activations", held, wanted)
 
 
-def _check_paths(what: str, held: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
+def _check_entries(
+    what: str, held: Mapping[str, Any], wanted: Mapping[str, tuple[int, ...]]
+) -> None:
     missing, extra = sorted(set(wanted) - set(held)), sorted(set(held) - set(wanted))
     if missing or extra:
         got = [f"none for {tree.shorten(missing)}"] if missing else []
@@ -129,17 +127,16 @@ def _check_paths(what: str, held: Mapping[str, Any], wanted: Mapping[str, Any]) 
             expected="variables made by this function's own `init`",
             fix="Call `qat.init(params, *inputs)`, with the options that training goes on with.",
         )
-
-
-def _check_entry_shapes(path: str, entry: Mapping[str, Any], shape: tuple[int, ...]) -> None:
-    wrong = {name: tuple(x.shape) for name, x in entry.items() if tuple(x.shape) != shape}
-    if wrong:
-        raise StructureError(
-            "variables",
-            got=f"for {path!r} the shapes {wrong}",
-            expected=f"shape {shape}",
-            fix="Call `qat.init(params, *inputs)` with these params.",
-        )
+    for path, shape in wanted.items():
+        found = {name: tuple(x.shape) for name, x in held[path].items()}
+        wrong = {name: there for name, there in found.items() if there != shape}
+        if wrong:
+            raise StructureError(
+                "variables",
+                got=f"for {path!r} the shapes {wrong}",
+                expected=f"shape {shape}",
+                fix="Call `qat.init(params, *inputs)` with these params.",
+            )
 
 
 def labels(variables: Params) -> Params:

@@ -9,7 +9,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from jaxcompress.errors import ArgumentError
+from jaxcompress.errors import require_at_least
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,9 +61,8 @@ def latency(fn: Callable[..., Any], *args: Any, repeats: int = 30, warmup: int =
         >>> taken.low <= taken.median <= taken.high
         True
     """
-    for name, value in {"repeats": repeats, "warmup": warmup}.items():
-        if value < 1:
-            raise ArgumentError(name, got=value, expected="at least 1", fix="Use 1 or more.")
+    require_at_least("repeats", repeats, 1, fix="Use 1 or more.")
+    require_at_least("warmup", warmup, 1, fix="Use 1 or more.")
     jax.block_until_ready(args)
     for _ in range(warmup):
         jax.block_until_ready(fn(*args))

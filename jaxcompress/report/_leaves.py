@@ -44,6 +44,10 @@ class Leaf:
         taken = self.bytes if self.file_bytes is None else self.file_bytes
         return 8 * taken / self.entries if self.entries else 0.0
 
+    def as_dict(self) -> dict[str, Any]:
+        """Give the attributes, sparsity and bits by name."""
+        return vars(self) | {"sparsity": self.sparsity, "bits": self.bits}
+
 
 @dataclass(frozen=True, kw_only=True)
 class Leaves:
@@ -66,10 +70,7 @@ class Leaves:
         Returns:
             The table.
         """
-        rows = [
-            {"shape": leaf.shape, "sparsity": leaf.sparsity, "bits": leaf.bits} | vars(leaf)
-            for leaf in (*self.rows, self.total)
-        ]
+        rows = [leaf.as_dict() for leaf in (*self.rows, self.total)]
         in_file = self.total.file_bytes is not None
         columns = [
             *("path", "shape", "stored", "entries", "kept", "sparsity"),

@@ -208,9 +208,8 @@ def plot_leaves(
         figure.suptitle(title, x=0.012, ha="left", fontsize=11, fontweight="bold", color=INK)
 
     data = {
-        "leaves": [asdict(r) | {"sparsity": r.sparsity, "bits": r.bits} for r in leaves.rows],
-        "total": asdict(leaves.total)
-        | {"sparsity": leaves.total.sparsity, "bits": leaves.total.bits},
+        "leaves": [row.as_dict() for row in leaves.rows],
+        "total": leaves.total.as_dict(),
     }
     return Plot(title=title, data=data, size=(8.4, 1.5 + 0.27 * len(shown)), draw=draw)
 

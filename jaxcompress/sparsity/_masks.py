@@ -22,9 +22,6 @@ ContractionAxes: TypeAlias = Any
 Scope: TypeAlias = Literal["layer", "global"]
 """Whether scores compete within each leaf, or over all leaves together."""
 
-DIVERGED = "Prune a checkpoint from before training diverged."
-"""What to do about weights that are not finite."""
-
 
 def make_mask(
     params: tree.Params,
@@ -88,10 +85,7 @@ def make_mask(
         targets = _targets(params, sparsity, where)
         where = lambda path, leaf: path in targets
     covered = coverage(params, pattern=pattern, where=where, axes=axes, strict=strict)
-    leaves = {path: p for path, p in tree.items(params) if path in covered.touched}
-    tree.require_finite(leaves, fix=DIVERGED)
-    limit = None if within is None else check_mask(params, within, name="within")
-    allowed = read_by_path(params, limit, name="within")
+    leaves, allowed = read_prunable(params, covered, within)
     masks = choose_masks(
         leaves,
         accumulated=_accumulate(params, leaves, score, grads),
@@ -150,6 +144,30 @@ def coverage(
         return chosen.obstacle(tuple(leaf.shape), contraction[path])
 
     return tree.cover(params, where, obstacle, strict=strict)
+
+
+def read_prunable(
+    params: tree.Params, covered: tree.Coverage, within: tree.Params | None
+) -> tuple[dict[str, jax.Array], dict[str, Any]]:
+    """Read the leaves to prune, which must be finite, and the user's masks, by path.
+
+    Args:
+        params: Any pytree of arrays.
+        covered: What `coverage` says of them.
+        within: The user's mask, or `None`.
+
+    Returns:
+        The leaves; and for each leaf of params its mask or `None`, if there is a user's mask.
+
+    Raises:
+        NonFiniteError: If a concrete leaf holds NaN or infinity.
+        StructureError: If the mask does not mirror params.
+        ArgumentTypeError: If it is not boolean.
+    """
+    leaves = {path: p for path, p in tree.items(params) if path in covered.touched}
+    tree.require_finite(leaves, fix="Prune a checkpoint from before training diverged.")
+    limit = None if within is None else check_mask(params, within, name="within")
+    return leaves, read_by_path(params, limit, name="within")
 
 
 # --- Choosing, for make_mask and sparsify alike -------------------------------------------------

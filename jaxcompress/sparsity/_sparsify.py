@@ -11,15 +11,15 @@ from jax import lax
 from jaxtyping import ArrayLike, Int
 
 from jaxcompress import linalg, tree
-from jaxcompress.errors import ArgumentError, StructureError
+from jaxcompress.errors import ArgumentError, StructureError, require_at_least
 from jaxcompress.sparsity._apply import check_mask, read_by_path
 from jaxcompress.sparsity._masks import (
-    DIVERGED,
     ContractionAxes,
     Scope,
     check_amount,
     choose_masks,
     coverage,
+    read_prunable,
     resolve_axes,
 )
 from jaxcompress.sparsity._patterns import Pattern, Unstructured
@@ -125,10 +125,7 @@ def sparsify(
 
     def init(params: tree.Params) -> Any:
         covered = coverage(params, pattern=pattern, where=where, axes=axes, strict=strict)
-        leaves = {path: p for path, p in tree.items(params) if path in covered.touched}
-        tree.require_finite(leaves, fix=DIVERGED)
-        limit = None if within is None else check_mask(params, within, name="within")
-        allowed = read_by_path(params, limit, name="within")
+        leaves, allowed = read_prunable(params, covered, within)
         unused = [path for path, m in allowed.items() if m is not None and path not in leaves]
         if unused:
             raise ArgumentError(
@@ -147,7 +144,7 @@ def sparsify(
             mask=_as_tree(params, mask),
             inner=inner.init(params),
             scores=_as_tree(params, {path: score.init(path, p) for path, p in leaves.items()}),
-            within=jax.tree.map(jnp.copy, limit),
+            within=None if within is None else jax.tree.map(jnp.copy, _as_tree(params, allowed)),
             leaked=jnp.zeros((), jnp.int32),
         )
 
@@ -267,14 +264,8 @@ def check(params: tree.Params, opt_state: Any) -> None:
 
 
 def _check_steps(every: int, until: int | None) -> None:
-    if every < 1:
-        raise ArgumentError(
-            "every", got=f"{every}", expected="at least 1", fix="Use every=100 for every 100 steps."
-        )
-    if until is not None and until < 0:
-        raise ArgumentError(
-            "until", got=f"{until}", expected="a step, or None", fix="Use until=None for no end."
-        )
+    require_at_least("every", every, 1, fix="Use every=100 for every 100 steps.")
+    require_at_least("until", until, 0, fix="Use until=None for no end.")
 
 
 def _is_due(count: jax.Array, every: int, until: int | None) -> jax.Array:

@@ -4,7 +4,7 @@ import os
 import pathlib
 from dataclasses import dataclass
 
-from jaxcompress.errors import ArgumentError, FileError
+from jaxcompress.errors import FileError, require_at_least
 from jaxcompress.train._state import State
 
 
@@ -24,10 +24,8 @@ class Checkpoints:
     keep: int = 3
 
     def __post_init__(self):
-        for name in ("every", "keep"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ArgumentError(name, got=value, expected="1 or more", fix="Raise it.")
+        require_at_least("every", self.every, 1, fix="Raise it.")
+        require_at_least("keep", self.keep, 1, fix="Raise it.")
 
 
 def restore(directory: str | os.PathLike[str], *, like: State, step: int | None = None) -> State:

@@ -10,7 +10,7 @@ import jax
 import numpy as np
 
 from jaxcompress import tree
-from jaxcompress.errors import ArgumentError
+from jaxcompress.errors import ArgumentError, require_at_least
 
 
 @runtime_checkable
@@ -92,8 +92,7 @@ class Batches:
         Returns:
             A batch like `arrays`.
         """
-        if i < 0:
-            raise ArgumentError("i", got=i, expected="0 or more", fix="Count from the first step.")
+        require_at_least("i", i, 0, fix="Count from the first step.")
         epoch, step = divmod(i, self.steps_per_epoch)
         chosen = slice(step * self.batch_size, (step + 1) * self.batch_size)
         if self.shuffle:

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
-from jaxcompress.errors import ArgumentError
+from jaxcompress.errors import ArgumentError, require_at_least
 from jaxcompress.train._checkpoint import Checkpoints
 from jaxcompress.train._data import Data, prefetch_batches
 from jaxcompress.train._evaluate import evaluate as evaluate_on
@@ -88,8 +88,8 @@ def fit(
     """
     last = _count_steps(data, epochs=epochs, steps=steps)
     period = data.steps_per_epoch if report_every is None else report_every
-    _at_least("report_every", period, 1)
-    _at_least("prefetch", prefetch, 0)
+    require_at_least("report_every", period, 1, fix="Raise it.")
+    require_at_least("prefetch", prefetch, 0, fix="Raise it.")
     place = getattr(step, "place", jax.device_put)
     metrics_of = _evaluator(evaluate, validation, place)
     saving = _as_checkpoints(checkpoints)
@@ -142,11 +142,6 @@ def fit(
             if stopped:
                 break
     return state if best is None else best, list(ledger.rows)
-
-
-def _at_least(argument: str, value: int, least: int) -> None:
-    if value < least:
-        raise ArgumentError(argument, got=value, expected=f"{least} or more", fix="Raise it.")
 
 
 def _count_steps(data: Data, *, epochs: int | None, steps: int | None) -> int:

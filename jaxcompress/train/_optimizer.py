@@ -10,7 +10,7 @@ import optax
 import optax.contrib
 
 from jaxcompress import tree
-from jaxcompress.errors import ArgumentError
+from jaxcompress.errors import ArgumentError, require_at_least
 from jaxcompress.tree import Params, Where
 
 Method: TypeAlias = Literal[
@@ -149,10 +149,7 @@ def _check_numbers(
             raise ArgumentError(
                 name, got=value, expected="a positive number", fix="Use None not to clip."
             )
-    if not weight_decay >= 0:
-        raise ArgumentError(
-            "weight_decay", got=weight_decay, expected="0 or more", fix="Use 0 for none."
-        )
+    require_at_least("weight_decay", weight_decay, 0, fix="Use 0 for none.")
 
 
 def _check_names(method: Method, options: Mapping[str, Any]) -> None:

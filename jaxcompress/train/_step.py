@@ -11,7 +11,7 @@ from jax.sharding import Mesh
 from jax.typing import ArrayLike
 
 from jaxcompress import tree
-from jaxcompress.errors import ArgumentError, ArgumentTypeError, StructureError
+from jaxcompress.errors import ArgumentError, ArgumentTypeError, StructureError, require_at_least
 from jaxcompress.train._precision import Precision
 from jaxcompress.train._sharding import (
     Rules,
@@ -159,10 +159,7 @@ def make_step(
         >>> round(float(state.params["w"]), 1)
         3.0
     """
-    if accumulate < 1:
-        raise ArgumentError(
-            "accumulate", got=accumulate, expected="1 or more", fix="Use 1 for whole batches."
-        )
+    require_at_least("accumulate", accumulate, 1, fix="Use 1 for whole batches.")
     mesh = None if mesh is None else make_automatic(mesh)
     policy = precision or Precision()
     if remat is not False:

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 from jaxtyping import Array, Shaped
 
-from jaxcompress.errors import ArgumentError, explain_missing
+from jaxcompress.errors import ArgumentError, explain_missing, require_at_least
 
 
 def pad_crop_flip(
@@ -44,8 +44,7 @@ def pad_crop_flip(
             expected="(batch, height, width, channels)",
             fix="Add the missing axes; vmap over any further ones.",
         )
-    if pad < 0:
-        raise ArgumentError("pad", got=pad, expected="0 or more", fix="Use 0 not to crop.")
+    require_at_least("pad", pad, 0, fix="Use 0 not to crop.")
     return _pad_crop_flip(key, images, jnp.asarray(value, images.dtype), pad)
 
 

@@ -16,7 +16,7 @@ from jax.core import Tracer
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float, Int
 
-from jaxcompress.errors import ArgumentError, explain_missing
+from jaxcompress.errors import ArgumentError, explain_missing, require_at_least
 from jaxcompress.linalg import widen
 
 
@@ -42,8 +42,7 @@ def correct(logits: ArrayLike, labels: ArrayLike, *, k: int = 1) -> Float[Array,
         Array([1., 0.], dtype=float32)
     """
     logits, labels = _check_labels(logits, labels)
-    if k < 1:
-        raise ArgumentError("k", got=k, expected="1 or more", fix="Use 1 for plain accuracy.")
+    require_at_least("k", k, 1, fix="Use 1 for plain accuracy.")
     return _correct(logits, labels, k)
 
 
@@ -191,8 +190,7 @@ def expected_calibration_error(
 
     Reference: "On Calibration of Modern Neural Networks" (arXiv:1706.04599, eq. 3).
     """
-    if bins < 1:
-        raise ArgumentError("bins", got=bins, expected="1 or more", fix="15 is usual.")
+    require_at_least("bins", bins, 1, fix="15 is usual.")
     return _calibration_error(*_check_labels(logits, labels), bins)
 
 
@@ -296,8 +294,7 @@ def compare(
         raise ArgumentError(
             "confidence", got=confidence, expected="a level in (0, 1)", fix="0.95 is usual."
         )
-    if resamples < 1:
-        raise ArgumentError("resamples", got=resamples, expected="1 or more", fix="Raise it.")
+    require_at_least("resamples", resamples, 1, fix="Raise it.")
     a, labels = _check_labels(a_logits, labels)
     b = jnp.asarray(b_logits)
     if a.shape != b.shape:

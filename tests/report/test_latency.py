@@ -60,5 +60,5 @@ def test_a_failure_restores_the_collector():
 
 @pytest.mark.parametrize("name", ["repeats", "warmup"])
 def test_at_least_one_call(name):
-    with pytest.raises(ArgumentError, match=f"`{name}`: expected at least 1, got 0"):
+    with pytest.raises(ArgumentError, match=f"`{name}`: expected 1 or more, got 0"):
         report.latency(lambda: 0, **{name: 0})

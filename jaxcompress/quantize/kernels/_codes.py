@@ -5,8 +5,9 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 from jax import Array
 
-from jaxcompress.numerics import Activation, Float, Format, Int
+from jaxcompress.numerics import Float, Format, Int
 from jaxcompress.quantize import _activations as activations
+from jaxcompress.quantize._carried import CarriedCodes
 
 
 class Operand(NamedTuple):
@@ -54,7 +55,7 @@ def accumulator(weights: Format) -> Any:
     return jnp.int32 if isinstance(weights.qtype, Int) else jnp.float32
 
 
-def operand(
+def _to_multiplied(
     values: Array, scale: Array, zero: Array | None, format: Format, backend: str
 ) -> Operand:
     """Bring codes into the type that the backend multiplies.
@@ -77,8 +78,27 @@ def operand(
     return Operand(codes, scale, zero - jnp.int32(shift))
 
 
-def encoded(x: Array, activation: Activation, shared: tuple[int, ...], backend: str) -> Operand:
-    """Round an activation to codes; see `activations.fit`."""
+def encode_sides(
+    name: str, params: Any, operand: int, node: CarriedCodes, x: Array, backend: str
+) -> tuple[Operand, Operand]:
+    """Round an activation to codes, and bring those of the weights beside it.
+
+    Args:
+        name: The primitive's name.
+        params: The equation's parameters.
+        operand: Which operand the weights are.
+        node: The weights; `node.activation` says how x is rounded.
+        x: The activation.
+        backend: What multiplies them.
+
+    Returns:
+        The activation and the weights.
+    """
+    activation = node.activation
+    assert activation is not None
+    shared = activations.shared_axes(name, params, 1 - operand, activation, x.ndim)
     scale, zero = activations.fit_activation(x, activation, shared)
     values = activations.to_codes(x, scale, zero, activation)
-    return operand(values, scale, zero, activation.format, backend)
+    acts = _to_multiplied(values, scale, zero, activation.format, backend)
+    scale = node.scale.astype(jnp.float32)
+    return acts, _to_multiplied(node.values, scale, node.zero, node.format, backend)

@@ -7,7 +7,6 @@ from typing import Any
 import jax.numpy as jnp
 from jax import Array, lax
 
-from jaxcompress.quantize import _activations as activations
 from jaxcompress.quantize._carried import CarriedCodes
 from jaxcompress.quantize.kernels import _codes as codes_of
 
@@ -39,13 +38,7 @@ def by_codes(params: Any, node: CarriedCodes, x: Array, backend: str, *, patches
     Returns:
         float32, in the shape of the equation's result.
     """
-    activation = node.activation
-    assert activation is not None
-    shared = activations.shared_axes("conv_general_dilated", params, 0, activation, x.ndim)
-    acts = codes_of.encoded(x, activation, shared, backend)
-    weights = codes_of.operand(
-        node.values, node.scale.astype(jnp.float32), node.zero, node.format, backend
-    )
+    acts, weights = codes_of.encode_sides("conv_general_dilated", params, 1, node, x, backend)
     numbers = params["dimension_numbers"]
     run = _patches if patches else _convolve
     sums = run(params, acts, weights.codes, codes_of.accumulator(node.format))

@@ -14,7 +14,6 @@ from typing import Any
 import jax.numpy as jnp
 from jax import Array, lax
 
-from jaxcompress.quantize import _activations as activations
 from jaxcompress.quantize._carried import CarriedCodes
 from jaxcompress.quantize.kernels import _codes as codes_of
 from jaxcompress.quantize.kernels._codes import Operand
@@ -172,17 +171,12 @@ def by_codes(params: Any, operand: int, node: CarriedCodes, x: Array, backend: s
     Returns:
         float32, in the shape of the equation's result.
     """
-    how, activation = arrange_axes(params, operand, node, x), node.activation
-    assert activation is not None
-    shared = activations.shared_axes("dot_general", params, 1 - operand, activation, x.ndim)
-    rounded = codes_of.encoded(x, activation, shared, backend)
+    how = arrange_axes(params, operand, node, x)
+    rounded, weights = codes_of.encode_sides("dot_general", params, operand, node, x, backend)
     acts = Operand(
         how.cut(rounded.codes),
         how.cut(rounded.scale),
         None if rounded.zero is None else how.cut(rounded.zero),
-    )
-    weights = codes_of.operand(
-        node.values, node.scale.astype(jnp.float32), node.zero, node.format, backend
     )
     plain = acts.zero is None and weights.zero is None and not how.x_batch
     if backend in _IN_TURN and any(how.grouped) and plain:

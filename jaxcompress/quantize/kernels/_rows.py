@@ -5,7 +5,6 @@ from typing import Any
 import jax.numpy as jnp
 from jax import Array, lax
 
-from jaxcompress.quantize import _activations as activations
 from jaxcompress.quantize._carried import CarriedCodes
 from jaxcompress.quantize.kernels import _codes as codes_of
 
@@ -100,17 +99,12 @@ def ragged(params: Any, node: CarriedCodes, x: Array, sizes: Array, backend: str
     owner = jnp.minimum(owner, node.shape[group] - 1)
     of_token = lambda part: _per_token(part, owner, (group, contract, free))
     options = {k: params[k] for k in ("precision", "group_offset")}
-    activation = node.activation
-    if activation is None:
+    if node.activation is None:
         wide = jnp.promote_types(x.dtype, jnp.float32)
         w = node.codes(x.dtype, backend=backend)
         sums = lax.ragged_dot_general(x, w, sizes, numbers, preferred_element_type=wide, **options)
         return sums * of_token(node.scale).astype(wide)
-    shared = activations.shared_axes("ragged_dot_general", params, 0, activation, x.ndim)
-    acts = codes_of.encoded(x, activation, shared, backend)
-    w = codes_of.operand(
-        node.values, node.scale.astype(jnp.float32), node.zero, node.format, backend
-    )
+    acts, w = codes_of.encode_sides("ragged_dot_general", params, 1, node, x, backend)
     sums = lax.ragged_dot_general(
         acts.codes,
         w.codes,
