@@ -140,7 +140,6 @@ class _Stages:
         fn, teacher = self.fn, self.teacher
 
         def loss(params: Params, batch: Split, key: jax.Array) -> Any:
-            del key
             rounded = params if policy is None else quantize.fake_quant(params, policy)
             logits = fn(rounded, batch.images)
             task = metrics.cross_entropy(logits, batch.labels)

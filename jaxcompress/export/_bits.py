@@ -49,16 +49,12 @@ def pack_codes(codes: np.ndarray, *, states: int) -> np.ndarray:
     """
     codes, bits = np.ravel(codes), width(states)
     if states == 3:
-        padded = np.zeros((math.ceil(codes.size / 5), 5), np.uint8)
-        padded.reshape(-1)[: codes.size] = codes
-        return padded @ _BASE3  # at most 2 * 121
+        return _pad_rows(codes, 5) @ _BASE3  # at most 2 * 121
     if bits == 8:
         return codes
     if bits in (2, 4):
-        per_byte = 8 // bits
-        padded = np.zeros((math.ceil(codes.size / per_byte), per_byte), np.uint8)
-        padded.reshape(-1)[: codes.size] = codes
-        return np.bitwise_or.reduce(padded << np.arange(0, 8, bits, dtype=np.uint8), axis=1)
+        places = np.arange(0, 8, bits, dtype=np.uint8)
+        return np.bitwise_or.reduce(_pad_rows(codes, 8 // bits) << places, axis=1)
     chunks = [_pack_bits(codes[i : i + _CHUNK], bits) for i in range(0, codes.size, _CHUNK)]
     return np.concatenate(chunks) if chunks else codes
 
@@ -85,6 +81,10 @@ def unpack_codes(data: np.ndarray, count: int, *, states: int) -> np.ndarray:
     step = _CHUNK * bits // 8
     chunks = [_unpack_bits(data[i : i + step], bits) for i in range(0, data.size, step)]
     return np.concatenate(chunks)[:count] if chunks else data
+
+
+def _pad_rows(codes: np.ndarray, size: int) -> np.ndarray:
+    return np.pad(codes, (0, -codes.size % size)).reshape(-1, size)
 
 
 def _pack_bits(codes: np.ndarray, bits: int) -> np.ndarray:

@@ -7,6 +7,7 @@ from jaxcompress.linalg._columns import Start as Start
 from jaxcompress.linalg._columns import descend_columns as descend_columns
 from jaxcompress.linalg._columns import matmul as matmul
 from jaxcompress.linalg._columns import solve_columns as solve_columns
+from jaxcompress.linalg._columns import vmap_leading as vmap_leading
 from jaxcompress.linalg._top_k import common_float as common_float
 from jaxcompress.linalg._top_k import top_k_in_groups as top_k_in_groups
 from jaxcompress.linalg._top_k import top_k_mask as top_k_mask

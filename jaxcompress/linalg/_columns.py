@@ -241,6 +241,21 @@ class _Sweep:
         return lax.fori_loop(0, len(base), run, (jnp.zeros_like(base), jnp.zeros_like(base)))
 
 
+def vmap_leading(f: Callable[..., Any], count: int) -> Callable[..., Any]:
+    """Map a function of matrices over leading axes.
+
+    Args:
+        f: Takes and returns pytrees of arrays.
+        count: How many leading axes all its arguments have beyond what it takes.
+
+    Returns:
+        The function of arrays with these axes.
+    """
+    for _ in range(count):
+        f = jax.vmap(f)
+    return f
+
+
 def matmul(a: Array, b: Array) -> Array:
     """Multiply matrices at the full precision of their dtype, on every backend.
 

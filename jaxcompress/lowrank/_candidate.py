@@ -112,12 +112,6 @@ def template(form: Form, dtype: Any, axes: Sequence[int], ranks: Sequence[int]) 
     return jax.ShapeDtypeStruct(shape, dtype)
 
 
-def mapped(f: Any, lead: Sequence[int]) -> Any:
-    for _ in lead:
-        f = jax.vmap(f)
-    return f
-
-
 def errors(candidate: Candidate, factors: Factors) -> tuple[float, float | None]:
     """Measure what factors are off by, relative: in the weights, and in what they give.
 

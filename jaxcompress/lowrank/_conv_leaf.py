@@ -10,7 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from jaxcompress.lowrank._candidate import Candidate, aligned, mapped, template
+from jaxcompress.linalg import vmap_leading
+from jaxcompress.lowrank._candidate import Candidate, aligned, template
 from jaxcompress.lowrank._factors import Factors
 from jaxcompress.lowrank._methods import Tucker2
 from jaxcompress.lowrank._tucker import Tucker, spectra, tucker2
@@ -77,7 +78,7 @@ class TuckerCandidate(Candidate):
         assert isinstance(self.method, Tucker2)
         a, b = ranks
         f = functools.partial(tucker2, rank_in=a, rank_out=b, iterations=self.method.iterations)
-        parts: Tucker = mapped(f, self.form.lead)(self._kernels)
+        parts: Tucker = vmap_leading(f, len(self.form.lead))(self._kernels)
         right = jnp.swapaxes(parts.right, -1, -2)
         place = functools.partial(aligned, self.form)
         factors = Factors(
@@ -97,7 +98,7 @@ class TuckerCandidate(Candidate):
 
     @functools.cached_property
     def _spectra(self) -> tuple[np.ndarray, np.ndarray]:
-        found = mapped(spectra, self.form.lead)(self._kernels)
+        found = vmap_leading(spectra, len(self.form.lead))(self._kernels)
         inputs, outputs = (np.asarray(x, np.float64) for x in found)
         return (
             inputs.reshape(-1, inputs.shape[-1]).sum(0),

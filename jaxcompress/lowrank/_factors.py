@@ -1,7 +1,6 @@
 """`Factors`: the pytree node that stands where a factorised leaf stood."""
 
 import functools
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -74,7 +73,7 @@ class Factors:
     @property
     def entries(self) -> int:
         """How many numbers it stores."""
-        return sum(math.prod(part.shape) for part in jax.tree.leaves(self))
+        return tree.count(self)
 
     def dense(self) -> Array:
         """Multiply the parts out.

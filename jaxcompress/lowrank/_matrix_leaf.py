@@ -12,7 +12,8 @@ import numpy as np
 from jax import Array
 
 from jaxcompress.graph.sites import Form
-from jaxcompress.lowrank._candidate import Candidate, aligned, mapped, template
+from jaxcompress.linalg import vmap_leading
+from jaxcompress.lowrank._candidate import Candidate, aligned, template
 from jaxcompress.lowrank._factors import Factors
 from jaxcompress.lowrank._methods import ActivationSVD, Method, break_even
 from jaxcompress.lowrank._svd import Pair, activation_svd, svd
@@ -78,8 +79,8 @@ def _pair(leaf: Array, gram: Array | None, form: Form, rank: int, method: Method
     w = form.to_matrices(leaf.astype(jnp.float32))
     if isinstance(method, ActivationSVD):
         f = functools.partial(activation_svd, rank=rank, damping=method.damping)
-        return mapped(f, form.lead)(w, gram)
-    return mapped(functools.partial(svd, rank=rank), form.lead)(w)
+        return vmap_leading(f, len(form.lead))(w, gram)
+    return vmap_leading(functools.partial(svd, rank=rank), len(form.lead))(w)
 
 
 @functools.partial(jax.jit, static_argnums=(1, 2, 3))

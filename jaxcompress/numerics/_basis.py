@@ -53,7 +53,6 @@ class Basis(QType):
         noise: Array | None = None,
     ) -> Array:
         """Choose for every entry the nearest combination; see `QType.to_values`."""
-        del zero, limits, noise
         place = jnp.arange(self.bits, dtype=jnp.int32)
 
         def compare(code: Array, best: tuple[Array, Array]) -> tuple[Array, Array]:
@@ -68,12 +67,10 @@ class Basis(QType):
 
     def to_numbers(self, values: Array, scale: Array, zero: Array | None) -> Array:
         """Combine the sign vectors; see `QType.to_numbers`."""
-        del zero
         return _combine(scale, self._signs(values))
 
     def inside(self, x: Array, scale: Array, zero: Array | None, *, limits: Limits | None) -> Array:
         """Compare with the largest combination and half the last gap; see `QType.inside`."""
-        del zero, limits
         sizes = jnp.abs(scale)
         return jnp.abs(x) <= sizes.sum(-1) + sizes.min(-1)
 

@@ -26,7 +26,6 @@ class Granularity(abc.ABC):
         Returns:
             The reason, which continues a sentence about the array; `None` if it can.
         """
-        del shape
         return None
 
     @abc.abstractmethod

@@ -258,7 +258,6 @@ def dorefa_activations(x: ArrayLike, *, bits: int) -> Array:
 
 @jax.custom_jvp
 def _scale_gradient(x: Array, factor: Array) -> Array:
-    del factor
     return x
 
 

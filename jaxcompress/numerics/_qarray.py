@@ -10,7 +10,7 @@ import numpy as np
 from jax import Array
 
 from jaxcompress.numerics._format import Format
-from jaxcompress.tree import LeafNode, bits_of
+from jaxcompress.tree import LeafNode, nbytes
 
 
 @partial(jax.tree_util.register_dataclass, data_fields=("scale", "zero"), meta_fields=("format",))
@@ -98,8 +98,7 @@ class QArray(LeafNode):
     @property
     def nbytes(self) -> int:
         """The bytes that XLA keeps, of all its arrays; int4 takes half a byte."""
-        parts = jax.tree.leaves(self)
-        return sum(-(-math.prod(part.shape) * bits_of(part.dtype) // 8) for part in parts)
+        return nbytes(jax.tree.leaves(self))
 
     def __repr__(self) -> str:
         parts = (self.values, self.scale, self.zero)

@@ -107,7 +107,6 @@ def round_through(x: Array, scale: Array, zero: Array | None, activation: Activa
 def _round_through(
     x: Array, scale: Array, zero: Array | None, format: Format, clips: bool
 ) -> Array:
-    del clips
     wide = x.astype(jnp.float32)
     return format.qtype.round_trip(wide, scale, zero, limits=format.limits).astype(x.dtype)
 

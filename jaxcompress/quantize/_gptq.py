@@ -262,11 +262,9 @@ def _solve_groups(
     assert isinstance(format.granularity, PerGroup)
 
     def start(group: Array, rows: Array, diagonal: Array) -> Scales:
-        del group, diagonal
         return jax.tree.map(lambda part: part[0], _fit_group_scales(rows[None], format, overall))
 
     def round(index: Array, row: Array, scales: Scales) -> Array:
-        del index
         return _round_row(row, scales, format)
 
     return linalg.solve_columns(
@@ -279,7 +277,6 @@ def _rounder(scales: Scales, format: Format, order: Array) -> linalg.Round:
     size = len(order) // len(scales[0])
 
     def round(index: Array, row: Array, state: Any) -> Array:
-        del state
         group = lax.dynamic_index_in_dim(order, index, keepdims=False) // size
         here = jax.tree.map(
             lambda part: lax.dynamic_index_in_dim(part, group, keepdims=False), scales

@@ -143,10 +143,8 @@ class QAT:
         ranges: dict[str, Any] = {}
         met, seen = self._first_look(plan, params, inputs, kwargs)
         for path, one in met.items():
-            format = one.rule.activations
-            assert format is not None
             if self.activations.learns(of="activations"):
-                entry = self.activations.init_activations(seen[path], format)
+                entry = self.activations.init_activations(seen[path], one.format)
                 learned.setdefault(path, {})["activations"] = entry
             elif one.rule.static:
                 ranges[path] = _observers.follow(
@@ -269,12 +267,7 @@ class QAT:
             )
         return TrainCoverage(
             leaves=plan.covered,
-            rounded={
-                site.name: one.rule.activations
-                for one in met.values()
-                for site in one.sites
-                if one.rule.activations is not None
-            },
+            rounded={site.name: one.format for one in met.values() for site in one.sites},
             unrounded=unrounded,
             elsewhere=elsewhere,
             notes=plan.notes,
@@ -331,8 +324,7 @@ class QAT:
         for path, one in met.items():
             needs: dict[str, Any] = {}
             follows = path in state.ranges and not self.activations.learns(of="activations")
-            assert one.rule.activations is not None
-            form = Activation(format=one.rule.activations)
+            form = Activation(format=one.format)
             if self._has_range(one.rule) and follows:
                 form = lax.stop_gradient(
                     _observers.settle_activation(state.ranges[path], form.format)
@@ -358,9 +350,8 @@ class QAT:
     def _in_integers(self, site: Site, met: Met, plan: _Plan) -> bool:
         found_anew = isinstance(self.activations, STE) and not met.rule.static
         simple = self.integers and self.start == 0 and isinstance(self.weights, STE) and found_anew
-        weights, activations = plan.covered.formats[met.path], met.rule.activations
-        assert activations is not None
-        return simple and suits(site, weights, activations, plan.leaves[met.path].shape)
+        weights = plan.covered.formats[met.path]
+        return simple and suits(site, weights, met.format, plan.leaves[met.path].shape)
 
     def _first_look(
         self, plan: _Plan, params: Params, inputs: Any, kwargs: Any
@@ -377,7 +368,7 @@ class QAT:
                     functools.partial(
                         _look,
                         site,
-                        None if self.activations.learns(of="activations") else one.rule.activations,
+                        None if self.activations.learns(of="activations") else one.format,
                     ),
                     _observers.nothing(site.stack),
                 )

@@ -66,7 +66,6 @@ class Quantizer(abc.ABC):
         Returns:
             Whether there is.
         """
-        del of
         return False
 
     def init_weights(self, w: Array, format: Format) -> Learned:
@@ -79,7 +78,6 @@ class Quantizer(abc.ABC):
         Returns:
             What is learned, of shapes that belong to the leaf's axes.
         """
-        del w, format
         return {}
 
     def weights(self, w: Array, learned: Learned, format: Format) -> Array:
@@ -93,7 +91,6 @@ class Quantizer(abc.ABC):
         Returns:
             An array of the leaf's shape and dtype.
         """
-        del learned
         return numerics.fake_quant(w, format)
 
     def pack(self, w: Array, learned: Learned, format: Format) -> QArray:
@@ -107,7 +104,6 @@ class Quantizer(abc.ABC):
         Returns:
             The stored form.
         """
-        del learned
         return numerics.quantize(w, format)
 
     def init_activations(self, seen: Seen, format: Format) -> Learned:
@@ -120,7 +116,6 @@ class Quantizer(abc.ABC):
         Returns:
             What is learned, of the shape of `seen`.
         """
-        del seen, format
         return {}
 
     def settle(self, learned: Learned, format: Format) -> Activation | None:
@@ -134,7 +129,6 @@ class Quantizer(abc.ABC):
             The static form, its scale and zero point of that shape; `None` where the range is
             found or observed, not learned.
         """
-        del learned, format
         return None
 
     def surrogate(self, x: Array, learned: Learned, format: Format) -> Array:

@@ -59,6 +59,12 @@ class Met:
     layers: tuple[int, ...]
     shape: tuple[int, ...]
 
+    @property
+    def format(self) -> Format:
+        """The format of the activations."""
+        assert self.rule.activations is not None
+        return self.rule.activations
+
     def at(self, x: Array, site: Site) -> Array:
         """Give every run of a site its entry: `shape` to `Site.stack`."""
         kept = [axis for axis in site.layers if axis in self.layers]  # in the order of the scans

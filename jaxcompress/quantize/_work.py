@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxcompress import numerics
+from jaxcompress import linalg, numerics
 from jaxcompress.graph import Site
 from jaxcompress.graph.sites import Form
 from jaxcompress.numerics import Activation, QArray
@@ -121,20 +121,20 @@ class Work:
         means = self._joined(self._means)
         w = self.task.form.to_matrices(jnp.asarray(self.leaf).astype(jnp.float32))
         w_hat = numerics.dequantize(self._together())
-        shift = bias_shift
-        for _ in self.task.form.matrices:
-            shift = jax.vmap(shift)
-        return shift(w, w_hat, means)
+        return linalg.vmap_leading(bias_shift, len(self.task.form.matrices))(w, w_hat, means)
 
     def _together(self) -> QArray:
         """Put the slices together; those that nothing reached are rounded to nearest."""
-        axes = [k for k, _ in next(iter(self._parts))]
+        matrix, axes = self.task.target.matrix, [k for k, _ in next(iter(self._parts))]
+        assert matrix is not None
         missing = [
             picks for picks in _list_slices(self.task.form, axes) if picks not in self._parts
         ]
         for picks in missing:
             where = tuple(dict(picks).get(k, slice(None)) for k in range(self.leaf.ndim))
-            self._fill(self.leaf[where], picks)
+            form = self.task.form.without([k for k, _ in picks])
+            matrices = form.to_matrices(self.leaf[where].astype(jnp.float32))
+            self._parts[picks], _ = _quantized(matrices, {}, RoundToNearest(), matrix)
         if missing:
             self.notes.append(
                 f"{len(missing)} slices rounded to nearest, since nothing reached them"
@@ -156,13 +156,6 @@ class Work:
 
         return jax.tree.map(stack, *(parts[picks] for picks in _list_slices(form, axes)))
 
-    def _fill(self, leaf: jax.Array, picks: Picks) -> None:
-        task, form = self.task, self.task.form.without([k for k, _ in picks])
-        assert task.target.matrix is not None
-        matrices = form.to_matrices(leaf.astype(jnp.float32))
-        parts, _ = _quantized(matrices, {}, RoundToNearest(), task.target.matrix)
-        self._parts[picks] = parts
-
 
 def _list_slices(form: Form, axes: Sequence[int]) -> list[Picks]:
     """List all slices along some axes, in row-major order."""
@@ -176,6 +169,4 @@ def _quantized(
 ) -> tuple[QArray, dict[str, jax.Array]]:
     """Map a method over `(*lead, in, out)`."""
     call = lambda w, seen: method(w, format, seen)
-    for _ in range(matrices.ndim - 2):
-        call = jax.vmap(call)
-    return call(matrices, seen)
+    return linalg.vmap_leading(call, matrices.ndim - 2)(matrices, seen)

@@ -132,11 +132,7 @@ def _depths(
 
 def _untangle(rows: list[list[Item]], links: Sequence[tuple[str, str]]) -> None:
     """Order each row by the mean place of its neighbours above, then below, a few times over."""
-    above: dict[str, list[str]] = {}
-    below: dict[str, list[str]] = {}
-    for a, b in links:
-        above.setdefault(b, []).append(a)
-        below.setdefault(a, []).append(b)
+    above, below = _list_neighbours(links)
     for row in rows:
         row.sort(key=lambda item: item.order)
     place_of = {item.key: k - len(row) / 2 for row in rows for k, item in enumerate(row)}
@@ -151,6 +147,17 @@ def _untangle(rows: list[list[Item]], links: Sequence[tuple[str, str]]) -> None:
             best = ([list(row) for row in rows], count)
     for row, kept in zip(rows, best[0], strict=True):
         row[:] = kept
+
+
+def _list_neighbours(
+    links: Sequence[tuple[str, str]],
+) -> tuple[dict[str, list[str]], dict[str, list[str]]]:
+    above: dict[str, list[str]] = {}
+    below: dict[str, list[str]] = {}
+    for a, b in links:
+        above.setdefault(b, []).append(a)
+        below.setdefault(a, []).append(b)
+    return above, below
 
 
 def _barycentre(
@@ -178,17 +185,15 @@ def _crossings(rows: list[list[Item]], links: Sequence[tuple[str, str]]) -> int:
 def _straighten(rows: list[list[Item]], links: Sequence[tuple[str, str]]) -> None:
     """Move items below the middle of what feeds them, or above what they feed, in turns."""
     by_key = {item.key: item for row in rows for item in row}
-    above: dict[str, list[Item]] = {}
-    below: dict[str, list[Item]] = {}
-    for a, b in links:
-        above.setdefault(b, []).append(by_key[a])
-        below.setdefault(a, []).append(by_key[b])
+    above, below = _list_neighbours(links)
     for row in rows:
         _spread(row, [0.0] * len(row))
     for sweep in range(11):  # the last one goes down
         near, ordered = (above, rows) if sweep % 2 == 0 else (below, rows[::-1])
         for row in ordered:
-            _spread(row, [median(o.x for o in near.get(item.key, [item])) for item in row])
+            _spread(
+                row, [median(by_key[k].x for k in near.get(item.key, [item.key])) for item in row]
+            )
 
 
 def _spread(row: Sequence[Item], wanted: Sequence[float]) -> None:

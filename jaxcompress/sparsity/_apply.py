@@ -32,7 +32,6 @@ def apply(params: tree.Params, mask: tree.Params) -> tree.Params:
     """
 
     def zero(path: str, p: Any, m: Any) -> Any:
-        del path
         return p if m is None else jnp.where(m, p, jnp.zeros((), p.dtype))
 
     return tree.map_with_path(zero, params, check_mask(params, mask))

@@ -49,7 +49,6 @@ class Pattern(abc.ABC):
         self, scores: jax.Array, contraction: Axes, *, sparsity: ArrayLike | None
     ) -> jax.Array:
         """Mark the units of one leaf to keep, given their scores and the fraction to prune."""
-        del contraction
         assert sparsity is not None, "make_mask asks for an amount"
         return linalg.top_k_mask(scores, keep_count(scores.size, sparsity))
 
@@ -60,21 +59,17 @@ class Unstructured(Pattern):
 
     def obstacle(self, shape: Axes, contraction: Axes) -> str | None:
         """Say why a leaf cannot be cut into units: any can."""
-        del shape, contraction
 
     def unit_size(self, shape: Axes, contraction: Axes) -> int:
         """Count the entries of one unit: 1."""
-        del shape, contraction
         return 1
 
     def mean(self, entries: jax.Array, contraction: Axes) -> jax.Array:
         """Average over each unit: nothing to do."""
-        del contraction
         return entries
 
     def expand(self, units: jax.Array, shape: Axes, contraction: Axes) -> jax.Array:
         """Give each entry its unit's value: nothing to do."""
-        del shape, contraction
         return units
 
 
@@ -142,7 +137,6 @@ class Block(Pattern):
 
     def obstacle(self, shape: Axes, contraction: Axes) -> str | None:
         """Say why a leaf cannot be cut into such blocks."""
-        del contraction
         if len(shape) < len(self.shape):
             return f"has {len(shape)} axes, fewer than a block's {len(self.shape)}"
         tail = shape[len(shape) - len(self.shape) :]
@@ -152,12 +146,10 @@ class Block(Pattern):
 
     def unit_size(self, shape: Axes, contraction: Axes) -> int:
         """Count the entries of one block."""
-        del shape, contraction
         return math.prod(self.shape)
 
     def mean(self, entries: jax.Array, contraction: Axes) -> jax.Array:
         """Average over each block."""
-        del contraction
         counts, sizes = self._grid(entries.shape)
         split = [n for pair in zip(counts, sizes, strict=True) for n in pair]
 
@@ -168,7 +160,6 @@ class Block(Pattern):
 
     def expand(self, units: jax.Array, shape: Axes, contraction: Axes) -> jax.Array:
         """Give each entry its block's value."""
-        del contraction
         counts, sizes = self._grid(shape)
         split = [n for pair in zip(counts, sizes, strict=True) for n in pair]
 
@@ -210,7 +201,6 @@ class Channel(Pattern):
 
     def expand(self, units: jax.Array, shape: Axes, contraction: Axes) -> jax.Array:
         """Give each entry its neuron's value."""
-        del contraction
         return jnp.broadcast_to(units, shape)
 
 

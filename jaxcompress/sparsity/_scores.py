@@ -38,12 +38,10 @@ class Accumulated(NamedTuple):
 
 def _accumulate_nothing(path: str, p: jax.Array) -> Any:
     """Accumulate nothing."""
-    del path, p
 
 
 def _keep_unchanged(accumulated: Any, p: jax.Array, g: jax.Array) -> Any:
     """Learn nothing from a gradient."""
-    del p, g
     return accumulated
 
 
@@ -91,7 +89,6 @@ def random(key: jax.Array) -> Score:
     impl = jax.random.key_impl(key)
 
     def init(path: str, p: jax.Array) -> jax.Array:
-        del p
         # Plain integers rather than a typed key: every checkpointer and optax wrapper takes them.
         return jax.random.key_data(jax.random.fold_in(key, zlib.crc32(path.encode())))
 
@@ -172,7 +169,6 @@ def taylor(*, decay: float = 1.0) -> Score:
     """
 
     def evaluate_units(accumulated: Accumulated, p: jax.Array, mean: Mean) -> jax.Array:
-        del p
         return jnp.abs(mean(accumulated.mean))
 
     return _from_grads(
@@ -227,7 +223,6 @@ def _from_grads(
         )
 
     def init(path: str, p: jax.Array) -> Accumulated:
-        del path
         total = jnp.zeros_like(p, linalg.common_float(p.dtype, jnp.float32))
         return Accumulated(total=total, weight=jnp.zeros((), total.dtype))
 

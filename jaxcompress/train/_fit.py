@@ -92,7 +92,9 @@ def fit(
     require_at_least("prefetch", prefetch, 0, fix="Raise it.")
     place = getattr(step, "place", jax.device_put)
     metrics_of = _evaluator(evaluate, validation, place)
-    saving = _as_checkpoints(checkpoints)
+    saving = checkpoints
+    if not isinstance(saving, Checkpoints | None):
+        saving = Checkpoints(directory=saving)
 
     state = _place_on_mesh_of(step, state)
 
@@ -176,14 +178,6 @@ def _evaluator(
         return {f"validation/{name}": value for name, value in means.items()}
 
     return metrics_of
-
-
-def _as_checkpoints(
-    checkpoints: Checkpoints | str | os.PathLike[str] | None,
-) -> Checkpoints | None:
-    if checkpoints is None or isinstance(checkpoints, Checkpoints):
-        return checkpoints
-    return Checkpoints(directory=checkpoints)
 
 
 def _open_store(saving: Checkpoints) -> "Store":

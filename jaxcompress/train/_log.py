@@ -6,7 +6,6 @@ import math
 import os
 import pathlib
 from collections.abc import Sequence
-from types import TracebackType
 from typing import Any, TypeAlias
 
 from rich.progress import (
@@ -54,12 +53,7 @@ class Log:
                 self.write(row)
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *details: Any) -> None:
         """Close the file."""
         if self._path is not None:
             self._file.close()

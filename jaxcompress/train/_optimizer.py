@@ -14,16 +14,7 @@ from jaxcompress.errors import ArgumentError, require_at_least
 from jaxcompress.tree import Params, Where
 
 Method: TypeAlias = Literal[
-    "gd",
-    "sgd",
-    "momentum",
-    "nesterov",
-    "adagrad",
-    "rmsprop",
-    "adam",
-    "adamw",
-    "lion",
-    "muon",
+    "gd", "sgd", "momentum", "nesterov", "adagrad", "rmsprop", "adam", "adamw", "lion", "muon"
 ]
 """The name of an update rule."""
 
