@@ -35,7 +35,7 @@ def from_nnx(
     graphdef, state = nnx.split(module)
 
     def fn(params: Params, *inputs: Any, **kwargs: Any) -> Any:
-        model = nnx.merge(graphdef, _copied(params))
+        model = nnx.merge(graphdef, _copy(params))
         outputs = model(*inputs, **{**call_kwargs, **kwargs})
         return outputs if mutable is None else (outputs, nnx.state(model, mutable))
 
@@ -65,9 +65,9 @@ def to_nnx(module: nnx.Module, params: nnx.State) -> nnx.Module:
     """
     graphdef, state = nnx.split(module)
     tree.flatten_like(state, params, name="params")
-    return nnx.merge(graphdef, _copied(params))
+    return nnx.merge(graphdef, _copy(params))
 
 
-def _copied(params: Any) -> Any:
+def _copy(params: Any) -> Any:
     """Make new variables of the same arrays: a merged module shares them, and writes into them."""
     return jax.tree.map(lambda x: x, params)

@@ -95,7 +95,7 @@ def saving(candidate: Candidate, multiple: int) -> list[tuple[int, ...]]:
     return [ranks for ranks in candidate.ladder(multiple) if saves(candidate, ranks)]
 
 
-def aligned(form: Form, part: Array, axes: Sequence[int]) -> Array:
+def align(form: Form, part: Array, axes: Sequence[int]) -> Array:
     """Bring `(*lead, prod(axes), *ranks)` into the leaf's axes, 1 where it has none."""
     held = [*form.lead, *axes]
     sizes = [form.shape[k] for k in held]

@@ -29,7 +29,7 @@ class Ranks:
 Budget: TypeAlias = budgets.Budget | Ranks
 
 
-def chosen(
+def choose_ranks(
     fn: Callable[..., Any],
     params: tree.Params,
     inputs: Sequence[Any],
@@ -138,7 +138,7 @@ def _estimate(
 
 def _given(found: Mapping[str, Candidate], budget: Ranks) -> dict[str, tuple[int, ...]]:
     """Read ranks that are given."""
-    chosen: dict[str, tuple[int, ...]] = {}
+    taken: dict[str, tuple[int, ...]] = {}
     used: set[str] = set()
     for path, one in found.items():
         for where, given in budget.by_path.items():
@@ -146,17 +146,17 @@ def _given(found: Mapping[str, Candidate], budget: Ranks) -> dict[str, tuple[int
                 used.add(where)
                 ranks = (given,) if isinstance(given, int) else tuple(given)
                 _check_ranks(one, ranks)
-                chosen[path] = ranks
+                taken[path] = ranks
                 break
     unused = [where for where in budget.by_path if where not in used]
-    if unused or not chosen:
+    if unused or not taken:
         raise SelectionError(
             "budget",
             got=f"Ranks for {tree.shorten(unused)}, which take no leaf that can be factorised",
             expected="keys that each take at least one",
             fix=f"Those that can be are: {tree.shorten(list(found))}.",
         )
-    return chosen
+    return taken
 
 
 def _check_ranks(candidate: Candidate, ranks: tuple[int, ...]) -> None:

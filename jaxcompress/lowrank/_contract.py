@@ -121,7 +121,7 @@ def _plan_dot(
     costs = {flip: _count_flops(run, operands[other], node, flip=flip) for flip in (False, True)}
     flip = costs[True] < costs[False]
     sizes = dict(enumerate(node.shape)) | dict(zip(x_labels, operands[other].shape, strict=True))
-    dense = 2 * math.prod(sizes.values()) + _densifying(node)
+    dense = 2 * math.prod(sizes.values()) + _count_densifying(node)
     if costs[flip] >= dense:
         return "multiplying its factors out costs less here"
 
@@ -177,7 +177,7 @@ def _count_flops(run: Callable[..., Any], *args: Any, **kwargs: Any) -> int:
     return sum(tally)
 
 
-def _densifying(node: CarriedFactors) -> int:
+def _count_densifying(node: CarriedFactors) -> int:
     """FLOPs of multiplying the parts out."""
     ranks = [part.shape[-1] for part in node.parts[:-1]]
     return 2 * node.size * min(ranks)
@@ -193,7 +193,7 @@ def _plan_conv(
     if operand != 1 or params["batch_group_count"] != 1 or params["feature_group_count"] != 1:
         return "the convolution has feature groups, or is one by an activation"
     out, inside = params["dimension_numbers"].rhs_spec[:2]
-    holders = _holders(node)
+    holders = _list_holders(node)
     if any(len(parts) > 1 for parts in holders):
         return "its convolutions are told apart by an axis of the kernel"
     last = len(node.parts) - 1
@@ -212,12 +212,12 @@ def _plan_conv(
     kernel = jax.ShapeDtypeStruct(node.shape, node.dtype)
     result = jax.eval_shape(equation.bind, operands[0], kernel)
     dense = 2 * math.prod(result.shape) * node.size // node.shape[out]
-    if _count_flops(run, operands[0], node) >= dense + _densifying(node):
+    if _count_flops(run, operands[0], node) >= dense + _count_densifying(node):
         return "multiplying its factors out costs less here"
     return lambda x, node: run(x, node, tally=[])
 
 
-def _holders(node: CarriedFactors) -> list[set[int]]:
+def _list_holders(node: CarriedFactors) -> list[set[int]]:
     """List for each axis of the array at hand the parts that vary along it."""
     return [
         {number for number, part in enumerate(node.parts) if any(part.shape[k] > 1 for k in stored)}
@@ -275,7 +275,7 @@ def _plan_ragged(
         return "the ragged contraction is no jax.lax.ragged_dot"
     (group,), (depth,) = groups, w_contract
     (free,) = {0, 1, 2} - {group, depth}
-    holders = _holders(node)
+    holders = _list_holders(node)
     ends = [next(iter(holders[k]), None) for k in (depth, free)]
     if len(node.parts) != 2 or len(holders[group]) != 2 or ends not in ([0, 1], [1, 0]):
         return "its factors do not hold the sides of each expert's matrix"

@@ -11,7 +11,7 @@ import numpy as np
 from jax import Array
 
 from jaxcompress.linalg import vmap_leading
-from jaxcompress.lowrank._candidate import Candidate, aligned, template
+from jaxcompress.lowrank._candidate import Candidate, align, template
 from jaxcompress.lowrank._factors import Factors
 from jaxcompress.lowrank._methods import Tucker2
 from jaxcompress.lowrank._tucker import Tucker, spectra, tucker2
@@ -80,7 +80,7 @@ class TuckerCandidate(Candidate):
         f = functools.partial(tucker2, rank_in=a, rank_out=b, iterations=self.method.iterations)
         parts: Tucker = vmap_leading(f, len(self.form.lead))(self._kernels)
         right = jnp.swapaxes(parts.right, -1, -2)
-        place = functools.partial(aligned, self.form)
+        place = functools.partial(align, self.form)
         factors = Factors(
             left=place(parts.left, [self._inside]),
             core=place(parts.core, self._window),

@@ -10,12 +10,12 @@ from jaxcompress import graph, stats, tree
 from jaxcompress.batches import open_stream
 from jaxcompress.errors import ArgumentTypeError, require_at_least
 from jaxcompress.lowrank._candidate import Candidate, errors, saving
-from jaxcompress.lowrank._choose import Budget, Ranks, chosen
+from jaxcompress.lowrank._choose import Budget, Ranks, choose_ranks
 from jaxcompress.lowrank._execute import execute
 from jaxcompress.lowrank._factors import Factors
 from jaxcompress.lowrank._matrix_leaf import MatrixCandidate
 from jaxcompress.lowrank._methods import SVD, ActivationSVD, Method
-from jaxcompress.lowrank._plan import candidates, checked_methods, list_observed, place_factors
+from jaxcompress.lowrank._plan import find_candidates, list_observed, place_factors, read_methods
 from jaxcompress.lowrank._report import FactorizedLeaf, LowRankReport
 from jaxcompress.stats import by_matrix, merge_results
 
@@ -105,12 +105,12 @@ def factorize(
     _check_arguments(budget, multiple)
     first, rest = open_stream(batches)
     traced = graph.trace(fn, params, *first)
-    found, coverage = candidates(
+    found, coverage = find_candidates(
         fn,
         params,
         first,
         traced,
-        checked_methods(method),
+        read_methods(method),
         where=where,
         multiple=multiple,
         strict=strict,
@@ -120,7 +120,7 @@ def factorize(
         fix="Find where they come from; factors would spread them over whole matrices.",
     )
     _collect_grams(fn, params, (first, rest), found, progress=progress)
-    ranks, seconds = chosen(fn, params, first, traced, found, budget, multiple)
+    ranks, seconds = choose_ranks(fn, params, first, traced, found, budget, multiple)
     factored = {
         path: place_factors(found[path].factors(r), found[path].leaf) for path, r in ranks.items()
     }

@@ -13,7 +13,7 @@ from jax import Array
 
 from jaxcompress.graph.sites import Form
 from jaxcompress.linalg import vmap_leading
-from jaxcompress.lowrank._candidate import Candidate, aligned, template
+from jaxcompress.lowrank._candidate import Candidate, align, template
 from jaxcompress.lowrank._factors import Factors
 from jaxcompress.lowrank._methods import ActivationSVD, Method, break_even
 from jaxcompress.lowrank._svd import Pair, activation_svd, svd
@@ -88,6 +88,6 @@ def _factors(pair: Pair, form: Form, rank: int, dtype: Any) -> Factors:
     left = pair.left[..., :rank]
     right = jnp.swapaxes(pair.right, -1, -2)[..., :rank]
     return Factors(
-        left=aligned(form, left, form.inner).astype(dtype),
-        right=aligned(form, right, form.outer).astype(dtype),
+        left=align(form, left, form.inner).astype(dtype),
+        right=align(form, right, form.outer).astype(dtype),
     )

@@ -15,7 +15,7 @@ from jaxcompress.lowrank._matrix_leaf import MatrixCandidate
 from jaxcompress.lowrank._methods import SVD, ActivationSVD, Method, Tucker2
 
 
-def checked_methods(method: Any) -> tuple[Method, ...]:
+def read_methods(method: Any) -> tuple[Method, ...]:
     """Read `method`, one or several."""
     methods = tuple(method) if isinstance(method, Sequence) else (method,)
     kinds = SVD | ActivationSVD | Tucker2
@@ -29,7 +29,7 @@ def checked_methods(method: Any) -> tuple[Method, ...]:
     return methods
 
 
-def candidates(
+def find_candidates(
     fn: Callable[..., Any],
     params: tree.Params,
     inputs: Sequence[Any],
@@ -62,7 +62,7 @@ def candidates(
         path: _candidate(graph, path, leaf, methods, multiple)
         for path, leaf in tree.select(params, where).items()
     }
-    found |= _whole(fn, params, inputs, found)
+    found |= _find_needed_whole(fn, params, inputs, found)
 
     def obstacle(path: str, leaf: Any) -> str | None:
         one = found[path]
@@ -73,7 +73,7 @@ def candidates(
     return taken, coverage
 
 
-def _whole(
+def _find_needed_whole(
     fn: Callable[..., Any],
     params: tree.Params,
     inputs: Sequence[Any],
@@ -112,7 +112,7 @@ def _candidate(
         return "is contracted along axes that differ from site to site, or along all or none"
     reasons = []
     for method in methods:
-        one = _by(method, path, leaf, form, sites)
+        one = _try_method(method, path, leaf, form, sites)
         if not isinstance(one, str) and not saving(one, multiple):
             of = f" that is a multiple of {multiple}" if multiple > 1 else ""
             one = f"has no rank{of} below break-even"
@@ -139,7 +139,7 @@ def _alike(leaf: Any, site: Site, form: Form) -> bool:
     return here.lead == form.lead and sides in (mine, mine[::-1])
 
 
-def _by(
+def _try_method(
     method: Method, path: str, leaf: Any, form: Form, sites: tuple[Site, ...]
 ) -> Candidate | str:
     if isinstance(method, Tucker2):

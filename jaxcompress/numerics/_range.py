@@ -26,6 +26,7 @@ from jaxcompress.numerics._scales import (
     settle_scale,
 )
 
+Axes = tuple[int, ...]
 Fit = tuple[Array, Array | None]  # float32 scale and zero point
 
 
@@ -71,12 +72,7 @@ class Range(abc.ABC):
 
     @abc.abstractmethod
     def fit(
-        self,
-        x: Array,
-        *,
-        shared: tuple[int, ...],
-        format: RangeTarget,
-        global_scale: Array | None = None,
+        self, x: Array, *, shared: Axes, format: RangeTarget, global_scale: Array | None = None
     ) -> Fit:
         """Find the scale and zero point of every slice.
 
@@ -99,12 +95,7 @@ class AbsMax(Range):
     """The whole range: no entry is clipped (but see `Convention.HALF`)."""
 
     def fit(
-        self,
-        x: Array,
-        *,
-        shared: tuple[int, ...],
-        format: RangeTarget,
-        global_scale: Array | None = None,
+        self, x: Array, *, shared: Axes, format: RangeTarget, global_scale: Array | None = None
     ) -> Fit:
         """Take the smallest and largest entries."""
         require_global_scale(global_scale, wanted=format.global_scale)
@@ -135,12 +126,7 @@ class Percentile(Range):
             )
 
     def fit(
-        self,
-        x: Array,
-        *,
-        shared: tuple[int, ...],
-        format: RangeTarget,
-        global_scale: Array | None = None,
+        self, x: Array, *, shared: Axes, format: RangeTarget, global_scale: Array | None = None
     ) -> Fit:
         """Cut the range of each slice at its percentile."""
         require_global_scale(global_scale, wanted=format.global_scale)
@@ -149,7 +135,7 @@ class Percentile(Range):
         cut = jnp.where(cut > 0, cut, jnp.inf)
         return _from_range(jnp.maximum(low, -cut), jnp.minimum(high, cut), format, global_scale)
 
-    def _cut(self, sizes: Array, shared: tuple[int, ...]) -> Array:
+    def _cut(self, sizes: Array, shared: Axes) -> Array:
         """Bisect the bit pattern, which orders like the number: no sort, nothing gathered."""
         needed = math.ceil(
             # As a fraction: 99.9 / 100 * 1000 is above 999.
@@ -201,7 +187,7 @@ class MSE(Range):
         self,
         x: Array,
         *,
-        shared: tuple[int, ...],
+        shared: Axes,
         format: RangeTarget,
         global_scale: Array | None = None,
         weights: Array | None = None,
@@ -252,12 +238,7 @@ class Entropy(Range):
     """
 
     def fit(
-        self,
-        x: Array,
-        *,
-        shared: tuple[int, ...],
-        format: RangeTarget,
-        global_scale: Array | None = None,
+        self, x: Array, *, shared: Axes, format: RangeTarget, global_scale: Array | None = None
     ) -> Fit:
         """Refuse.
 
@@ -293,12 +274,7 @@ class LeastSquares(Range):
         require_at_least("iterations", self.iterations, 1, fix="Try 10.")
 
     def fit(
-        self,
-        x: Array,
-        *,
-        shared: tuple[int, ...],
-        format: RangeTarget,
-        global_scale: Array | None = None,
+        self, x: Array, *, shared: Axes, format: RangeTarget, global_scale: Array | None = None
     ) -> Fit:
         """Refine the scale of each slice."""
         require_global_scale(global_scale, wanted=format.global_scale)
@@ -352,7 +328,7 @@ def scale_of_range(low: ArrayLike, high: ArrayLike, format: RangeTarget) -> Fit:
     return _from_range(low, high, format, None)
 
 
-def _extremes(x: Array, shared: tuple[int, ...], format: RangeTarget) -> tuple[Array, Array]:
+def _extremes(x: Array, shared: Axes, format: RangeTarget) -> tuple[Array, Array]:
     """Find each slice's range, made to include 0, and to be centred where that is what counts."""
     low_limit, high_limit = format.limits or (-1.0, 1.0)
     if (format.symmetric and -low_limit == high_limit) or format.convention is Convention.HALF:

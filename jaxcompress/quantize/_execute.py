@@ -88,7 +88,7 @@ def execute(fn: Callable[..., Any], *, backend: str | None = None) -> Callable[.
         >>> execute(fn)(params, jnp.array([[1.0, 2.0, 3.0]]))
         Array([[1., 2., 3.]], dtype=float32)
     """
-    chosen = _checked_backend(backend)
+    chosen = _read_backend(backend)
 
     @functools.wraps(fn)
     def executed(params: tree.Params, *inputs: Any, **kwargs: Any) -> Any:
@@ -129,11 +129,11 @@ def site_kernels(
         dequantized abs takes arrays
         weights
     """
-    kind = _describe_kind(_checked_backend(backend)())
+    kind = _describe_kind(_read_backend(backend)())
     return _site_kernels(list_uses(kind, fn, params, inputs, kwargs))
 
 
-def _checked_backend(backend: str | None) -> Callable[[], str]:
+def _read_backend(backend: str | None) -> Callable[[], str]:
     if backend not in (None, *_BACKENDS):
         raise ArgumentError(
             "backend",

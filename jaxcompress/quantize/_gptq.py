@@ -180,7 +180,7 @@ def _check_solver_options(damping: float, block: int, refine: int) -> None:
         raise ArgumentError(
             "damping", got=damping, expected="a fraction in (0, 10]", fix="0.01 is the default."
         )
-    require_at_least("block", block, 1, fix="128 is the default.")
+    require_at_least("block", block, 1, fix="Take a positive number of rows; 128 is the default.")
     require_at_least("refine", refine, 0, fix="2 is the default.")
 
 
@@ -238,7 +238,7 @@ def _gptq(
         "succeeded": damped.succeeded,
         "dead": dead.sum(dtype=jnp.int32),
     }
-    return _stored(w_hat, scales, format, overall, weights.dtype), info
+    return _encode_numbers(w_hat, scales, format, overall, weights.dtype), info
 
 
 def _fit_group_scales(blocked: Array, format: Format, overall: Array | None) -> Scales:
@@ -351,7 +351,7 @@ def _refit(
     return format.qtype.to_numbers(codes, scale, zero).reshape(w.shape), (scale, zero)
 
 
-def _stored(
+def _encode_numbers(
     w_hat: Array, scales: Scales, format: Format, overall: Array | None, dtype: Any
 ) -> QArray:
     """Encode numbers that the format holds: what was rounded by a scale is found again exactly."""

@@ -12,7 +12,7 @@ from jaxcompress.numerics import Activation, Format, Int, QArray
 from jaxcompress.quantize._quantizer import (
     Learned,
     Quantizer,
-    Seen,
+    SeenRange,
     limits_of,
     positive,
     require,
@@ -58,7 +58,7 @@ class LSQ(Quantizer):
         """Store the codes of the learned step."""
         return numerics.quantize(w, format, scale=positive(learned["step"], format))
 
-    def init_activations(self, seen: Seen, format: Format) -> Learned:
+    def init_activations(self, seen: SeenRange, format: Format) -> Learned:
         """Take the paper's first step from the mean magnitude."""
         _, high = limits_of(format)
         return {"step": jnp.where(seen.mean > 0, seen.mean * np.float32(2 / np.sqrt(high)), 1)}
@@ -115,7 +115,7 @@ class LSQPlus(LSQ):
         half = np.float32(2.0 ** (1 - format.qtype.bits))
         return {"step": jnp.where(reach > 0, reach * half, 1)}
 
-    def init_activations(self, seen: Seen, format: Format) -> Learned:
+    def init_activations(self, seen: SeenRange, format: Format) -> Learned:
         """Cover the first batch; see `numerics.lsq_plus_init`."""
         low, high = seen.low, seen.high
         if self.whole:

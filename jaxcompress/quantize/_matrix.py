@@ -55,7 +55,7 @@ def resolve_format(format: Format, form: Form) -> LeafFormat:
         return LeafFormat(leaf=replace(format, granularity=kept), matrix=format)
     if isinstance(granularity, PerGroup) and granularity.axis == -2 and form.inner:
         axis = form.innermost
-        size, note = _dividing(granularity.size, form.shape[axis])
+        size, note = _find_divisor(granularity.size, form.shape[axis])
         leaf = replace(format, granularity=PerGroup(size, axis - ndim))
         matrix = replace(format, granularity=PerGroup(size, -2))
         # Feature groups have one global scale for all of them.
@@ -72,7 +72,7 @@ def follows_site(format: Format) -> bool:
     return granularity in (PerTensor(), PerChannel())
 
 
-def _dividing(size: int, length: int) -> tuple[int, str]:
+def _find_divisor(size: int, length: int) -> tuple[int, str]:
     if length % size == 0:
         return size, ""
     best = max(n for n in range(1, min(size, length) + 1) if length % n == 0)

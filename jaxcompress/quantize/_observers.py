@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from jaxcompress.numerics import AbsMax, Activation, Format
-from jaxcompress.quantize._quantizer import Seen
+from jaxcompress.quantize._quantizer import SeenRange
 from jaxcompress.quantize._train_sites import Met
 
 Range: TypeAlias = Mapping[str, Array]
@@ -53,13 +53,13 @@ def _ends(x: Array, format: Format) -> tuple[Array, Array]:
     return jnp.minimum(first, last).reshape(()), jnp.maximum(first, last).reshape(())
 
 
-def merge_extents(met: Met, seen: Sequence[Extent]) -> Seen:
+def merge_extents(met: Met, seen: Sequence[Extent]) -> SeenRange:
     """Bring together what all sites and runs of a leaf have shown."""
     low = met.over([one.low for one in seen], jnp.min)
     high = met.over([one.high for one in seen], jnp.max)
     total = met.over([one.total for one in seen], jnp.sum)
     entries = met.over([one.entries for one in seen], jnp.sum)
-    return Seen(low, high, total / jnp.maximum(entries, 1))
+    return SeenRange(low, high, total / jnp.maximum(entries, 1))
 
 
 def start(shape: tuple[int, ...]) -> Range:
@@ -68,7 +68,7 @@ def start(shape: tuple[int, ...]) -> Range:
     return {"low": zeros, "high": zeros, "count": jnp.zeros(shape, jnp.int32)}
 
 
-def follow(old: Range, seen: Seen, decay: float, moving: Array | bool = True) -> Range:
+def follow(old: Range, seen: SeenRange, decay: float, moving: Array | bool = True) -> Range:
     r"""Average in what one call has shown.
 
     $m_n = \beta m_{n-1} + (1 - \beta) x_n$, $\bar x_n = m_n / (1 - \beta^n)$, written for the

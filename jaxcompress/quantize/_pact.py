@@ -11,7 +11,7 @@ from jaxcompress.numerics import Activation, Format
 from jaxcompress.quantize._quantizer import (
     Learned,
     Quantizer,
-    Seen,
+    SeenRange,
     from_zero_to,
     positive,
     require_unsigned,
@@ -61,7 +61,7 @@ class PACT(Quantizer):
         """The clipping level of activations."""
         return of == "activations"
 
-    def init_activations(self, seen: Seen, format: Format) -> Learned:
+    def init_activations(self, seen: SeenRange, format: Format) -> Learned:
         """Start at `alpha`, or clip nothing."""
         if self.alpha is not None:
             return {"alpha": jnp.full_like(seen.high, self.alpha)}

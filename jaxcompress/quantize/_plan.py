@@ -11,7 +11,7 @@ from jaxcompress.numerics import Format
 from jaxcompress.quantize import _ranges
 from jaxcompress.quantize._matrix import LeafFormat, resolve_format
 from jaxcompress.quantize._method import Method, RoundToNearest
-from jaxcompress.quantize._policy import Followed, Policy, Rule, find_obstacle, follow_rules
+from jaxcompress.quantize._policy import Coverage, Policy, Rule, find_obstacle, follow_rules
 from jaxcompress.stats import Statistic, mean_covariance
 
 
@@ -62,18 +62,26 @@ class ResolvedPolicy:
 
     Attributes:
         graph: The trace of fn.
+        tasks: What is to be done, `{path: task}` in traversal order.
         statistics: What has to be seen of activations, by key.
-        followed: What became of every leaf.
+        rest: What became of all other leaves.
+        unused_rules: Numbers of the rules that decide no leaf.
     """
 
     graph: Graph
+    tasks: Mapping[str, Task]
     statistics: Mapping[str, Statistic]
-    followed: Followed
+    rest: Coverage
+    unused_rules: tuple[int, ...]
 
     @property
-    def tasks(self) -> Mapping[str, Task]:
-        """What is to be done, `{path: task}` in traversal order."""
-        return self.followed.done
+    def replaces(self) -> bool:
+        """Whether activations are seen after all upstream weights have been replaced."""
+        return any(task.method.sequential for task in self.tasks.values())
+
+    def is_watched(self, path: str, leaf: Any) -> bool:
+        """Tell whether something of the activations that a leaf meets has to be seen."""
+        return path in self.tasks and bool(self.tasks[path].keys)
 
 
 def resolve_policy(
@@ -99,8 +107,10 @@ def resolve_policy(
         reason = graph.why_no_site(path) or find_obstacle(leaf, None)
         return reason or _task(graph, path, leaf, rule, book)
 
-    followed = follow_rules(params, policy, follow, strict=strict, allow_unused=True)
-    return ResolvedPolicy(graph=graph, statistics=book.statistics, followed=followed)
+    tasks, rest, unused = follow_rules(params, policy, follow, strict=strict, allow_unused=True)
+    return ResolvedPolicy(
+        graph=graph, tasks=tasks, statistics=book.statistics, rest=rest, unused_rules=unused
+    )
 
 
 class _Book:
@@ -171,7 +181,7 @@ def _same_form(leaf: Any, site: Site, form: Form) -> bool:
     return form_of(leaf.shape, site.axes, site.feature_groups) == form
 
 
-def untouched(plan: ResolvedPolicy) -> dict[str, str]:
+def list_untouched(plan: ResolvedPolicy) -> dict[str, str]:
     """Say of each site whose weight stays as it is why.
 
     Args:
@@ -180,7 +190,7 @@ def untouched(plan: ResolvedPolicy) -> dict[str, str]:
     Returns:
         `{Site.name: reason}`, in fn's order.
     """
-    reasons = dict(plan.followed.exempt)
-    reasons |= dict.fromkeys(plan.followed.excluded, "is excluded by a rule")
-    reasons |= dict.fromkeys(plan.followed.unselected, "is selected by no rule")
+    reasons = dict(plan.rest.exempt)
+    reasons |= dict.fromkeys(plan.rest.excluded, "is excluded by a rule")
+    reasons |= dict.fromkeys(plan.rest.unselected, "is selected by no rule")
     return {s.name: reasons[s.path] for s in plan.graph.sites if s.path in reasons}

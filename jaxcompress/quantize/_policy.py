@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, NamedTuple
+from typing import Any
 
 from jaxcompress import numerics, tree
 from jaxcompress.errors import ArgumentError, ArgumentTypeError, SelectionError
@@ -215,31 +215,8 @@ def cover_formats(
         format = resolve(path, leaf, rule.weights)
         return find_obstacle(leaf, format) or format
 
-    followed = follow_rules(params, policy, follow, strict=strict, allow_unused=False)
-    return Coverage(
-        formats=followed.done,
-        excluded=followed.excluded,
-        unselected=followed.unselected,
-        exempt=followed.exempt,
-    )
-
-
-class Followed(NamedTuple):
-    """What became of every leaf under a policy; each is in exactly one of the first four.
-
-    Attributes:
-        done: What its rule comes to, `{path: ...}` in traversal order.
-        excluded: Paths of the leaves that a rule with `weights=None` leaves alone.
-        unselected: Paths of the leaves that no rule selects.
-        exempt: Leaves that cannot follow their rule, `{path: reason}`.
-        unused_rules: Numbers of the rules that decide no leaf.
-    """
-
-    done: dict[str, Any]
-    excluded: tuple[str, ...]
-    unselected: tuple[str, ...]
-    exempt: dict[str, str]
-    unused_rules: tuple[int, ...]
+    formats, rest, _ = follow_rules(params, policy, follow, strict=strict, allow_unused=False)
+    return replace(rest, formats=formats)
 
 
 def follow_rules(
@@ -249,7 +226,7 @@ def follow_rules(
     *,
     strict: bool,
     allow_unused: bool,
-) -> Followed:
+) -> tuple[dict[str, Any], Coverage, tuple[int, ...]]:
     """Let every leaf follow the first rule that selects it.
 
     Args:
@@ -261,7 +238,8 @@ def follow_rules(
         allow_unused: Whether an unused rule is one only under `strict`.
 
     Returns:
-        What became of every leaf; at least one is done.
+        What each rule comes to, `{path: ...}` in traversal order, at least one; what became of
+        all other leaves; and the numbers of the rules that decide no leaf.
 
     Raises:
         SelectionError: As `coverage` and `ptq` do.
@@ -277,13 +255,12 @@ def follow_rules(
             (exempt if isinstance(found, str) else done)[path] = found
     if not done or (strict and (exempt or unused)):
         raise _refuse(done, exempt, unused, strict)
-    return Followed(
-        done=done,
+    rest = Coverage(
         excluded=tuple(path for path, rule in rule_of.items() if rule.weights is None),
         unselected=tuple(path for path in leaves if path not in rule_of),
         exempt=exempt,
-        unused_rules=unused,
     )
+    return done, rest, unused
 
 
 def first_matches(
@@ -391,10 +368,10 @@ def fake_quant(params: Params, policy: Policy, *, strict: bool = False) -> Param
         >>> fake_quant(params, presets.int8_weights)["kernel"].tolist()
         [[0.0], [127.0]]
     """
-    return _convert(params, policy, numerics.fake_quant, strict=strict)
+    return _apply_formats(params, policy, numerics.fake_quant, strict=strict)
 
 
-def _convert(
+def _apply_formats(
     params: Params, policy: Policy, convert: Callable[[Any, Format], Any], *, strict: bool
 ) -> Params:
     formats = coverage(params, alone(policy), strict=strict).formats
@@ -426,7 +403,7 @@ def pack(params: Params, policy: Policy, *, strict: bool = False) -> Params:
         >>> tree.nbytes(params), tree.nbytes(pack(params, presets.int8_weights))
         (60, 36)
     """
-    return _convert(params, policy, numerics.quantize, strict=strict)
+    return _apply_formats(params, policy, numerics.quantize, strict=strict)
 
 
 def unpack(params: Params) -> Params:

@@ -11,7 +11,7 @@ from jaxcompress import graph, numerics, stats, tree
 from jaxcompress.batches import open_stream
 from jaxcompress.errors import NonFiniteError
 from jaxcompress.quantize._execute import measure
-from jaxcompress.quantize._plan import ResolvedPolicy, resolve_policy, untouched
+from jaxcompress.quantize._plan import ResolvedPolicy, list_untouched, resolve_policy
 from jaxcompress.quantize._policy import Policy
 from jaxcompress.quantize._report import QLeaf, QReport
 from jaxcompress.quantize._work import Work
@@ -99,12 +99,9 @@ def ptq(
         fix="Find where they come from; quantizing would spread them over whole slices.",
     )
     stream = itertools.chain([first], rest)
-    replaces = any(task.method.sequential for task in plan.tasks.values())
     try:
-        if replaces or any(task.is_indexed for task in plan.tasks.values()):
-            _in_sequence(
-                traced, params, stream, plan, works, replaces=replaces, host=host, progress=progress
-            )
+        if plan.replaces or any(task.is_indexed for task in plan.tasks.values()):
+            _in_sequence(traced, params, stream, plan, works, host=host, progress=progress)
         else:
             _in_one_pass(traced, params, stream, plan, works, progress=progress)
     except NonFiniteError as error:  # its advice is for those who call `stats`
@@ -129,17 +126,15 @@ def _in_one_pass(
     params: tree.Params,
     batches: Iterable[Any],
     plan: ResolvedPolicy,
-    works: Mapping[str, "Work"],
+    works: Mapping[str, Work],
     *,
     progress: bool,
 ) -> None:
     """Collect what is needed of activations as they are in fn, then quantize."""
-    wanted = {path for path, task in plan.tasks.items() if task.keys}
     collected: Mapping[str, Any] = {}
-    if wanted:
-        where = lambda path, _: path in wanted
+    if plan.statistics:
         collected = stats.collect(
-            traced, params, batches, plan.statistics, where=where, progress=progress
+            traced, params, batches, plan.statistics, where=plan.is_watched, progress=progress
         )
     for path, work in works.items():
         task = plan.tasks[path]
@@ -154,24 +149,22 @@ def _in_sequence(
     params: tree.Params,
     batches: Iterable[Any],
     plan: ResolvedPolicy,
-    works: Mapping[str, "Work"],
+    works: Mapping[str, Work],
     *,
-    replaces: bool,
     host: bool,
     progress: bool,
 ) -> None:
     """Advance all batches together, and quantize leaves, or their slices, by what reaches them.
 
-    Activations are those after all upstream weights have been replaced, if `replaces`.
+    Activations are those after all upstream weights have been replaced, if `plan.replaces`.
     """
-    wanted = {path for path, task in plan.tasks.items() if task.keys}
     # What needs no data is replaced beforehand: it is upstream of something, or of nothing.
     ready = {
         path: work.quantize(work.leaf, [], {})
         for path, work in works.items()
         if not plan.tasks[path].method_keys
     }
-    upstream = ready if replaces else {}
+    upstream = ready if plan.replaces else {}
     started = tree.map_with_path(lambda path, x: upstream.get(path, x), params)
 
     def visit(stop: stats.Stop) -> dict[str, Any]:
@@ -185,7 +178,7 @@ def _in_sequence(
             if path not in ready and not work.has(picks):
                 found = [(site, stop.results[site.name])]
                 replaced[path] = work.quantize(stop.leaves[path], found, picks)
-        return replaced if replaces else {}
+        return replaced if plan.replaces else {}
 
     stats.sequential(
         traced,
@@ -193,7 +186,7 @@ def _in_sequence(
         batches,
         plan.statistics,
         visit,
-        where=lambda path, _: path in wanted,
+        where=plan.is_watched,
         host=host,
         progress=progress,
     )
@@ -266,11 +259,11 @@ def _report(
         )
     return QReport(
         leaves=tuple(rows),
-        excluded=plan.followed.excluded,
-        unselected=plan.followed.unselected,
-        exempt=plan.followed.exempt,
-        unused_rules=plan.followed.unused_rules,
-        untouched=untouched(plan),
+        excluded=plan.rest.excluded,
+        unselected=plan.rest.unselected,
+        exempt=plan.rest.exempt,
+        unused_rules=plan.unused_rules,
+        untouched=list_untouched(plan),
         bytes_before=tree.nbytes(params),
         bytes=tree.nbytes(quantized),
     )

@@ -26,9 +26,9 @@ from jaxcompress.quantize._variables import (
     check_activations,
     check_weights,
     is_variables,
-    nested,
-    opened,
-    sealed,
+    join_variables,
+    nest,
+    split_variables,
 )
 from jaxcompress.tree import Params
 
@@ -113,7 +113,7 @@ class QAT:
             SelectionError: As calling does.
         """
         outputs, ranges, steps = self._run(variables, inputs, kwargs, watch=True)
-        return outputs, {"quantizers": {"ranges": nested(ranges), "steps": steps + 1}}
+        return outputs, {"quantizers": {"ranges": nest(ranges), "steps": steps + 1}}
 
     def init(self, params: Params, *inputs: Any, **kwargs: Any) -> Params:
         """Put beside params what is learned and followed, started from a first batch.
@@ -150,7 +150,7 @@ class QAT:
                 ranges[path] = _observers.follow(
                     _observers.start(one.shape), seen[path], self.decay
                 )
-        return sealed(params, QuantizerState(learned, ranges, jnp.zeros((), jnp.int32)))
+        return join_variables(params, QuantizerState(learned, ranges, jnp.zeros((), jnp.int32)))
 
     def convert(self, variables: Params, *inputs: Any, **kwargs: Any) -> Params:
         """Bring trained params into their stored form, with the form of activations beside them.
@@ -172,7 +172,7 @@ class QAT:
             ArgumentError: If a range has never been seen.
             ArgumentTypeError: If inputs are not those of fn.
         """
-        params, state = opened(variables, has_state=self.has_state)
+        params, state = split_variables(variables, has_state=self.has_state)
         plan = self._plan(params, inputs, kwargs)
         check_weights(state, self._weight_shapes(plan))
 
@@ -181,7 +181,7 @@ class QAT:
                 return leaf
             learned = state.learned.get(path, {})
             q = self.weights.pack(leaf, learned.get("weights", {}), plan.covered.formats[path])
-            return replace(q, activation=self._settled(path, leaf, plan.rules[path], state))
+            return replace(q, activation=self._settle(path, leaf, plan.rules[path], state))
 
         return tree.map_with_path(packed, params)
 
@@ -276,7 +276,7 @@ class QAT:
     def _run(
         self, variables: Params, inputs: Any, kwargs: Any, *, watch: bool
     ) -> tuple[Any, dict[str, Any], Array]:
-        params, state = opened(variables, has_state=self.has_state)
+        params, state = split_variables(variables, has_state=self.has_state)
         plan = self._plan(params, inputs, kwargs)
         check_weights(state, self._weight_shapes(plan))
         active = state.steps >= self.start if self.start else None
@@ -395,9 +395,7 @@ class QAT:
                 merged[path] = one._replace(low=low, high=high)
         return met, merged
 
-    def _settled(
-        self, path: str, leaf: Any, rule: Rule, state: QuantizerState
-    ) -> Activation | None:
+    def _settle(self, path: str, leaf: Any, rule: Rule, state: QuantizerState) -> Activation | None:
         """Give the form of the activations that meet a leaf, its parts shaped like the leaf."""
         if rule.activations is None:
             return None

@@ -23,7 +23,7 @@ Learned: TypeAlias = Mapping[str, Array]
 """What a quantizer learns for one leaf, by the paper's name for it."""
 
 
-class Seen(NamedTuple):
+class SeenRange(NamedTuple):
     """What a first batch showed of an activation; float32, one entry per stacked layer.
 
     Attributes:
@@ -106,7 +106,7 @@ class Quantizer(abc.ABC):
         """
         return numerics.quantize(w, format)
 
-    def init_activations(self, seen: Seen, format: Format) -> Learned:
+    def init_activations(self, seen: SeenRange, format: Format) -> Learned:
         """Start from a first batch.
 
         Args:

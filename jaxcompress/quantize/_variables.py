@@ -33,7 +33,7 @@ def is_variables(x: Any) -> bool:
     return isinstance(beside, Mapping) and set(beside) == set(QuantizerState._fields)
 
 
-def nested(entries: Mapping[str, Any]) -> dict[str, Any]:
+def nest(entries: Mapping[str, Any]) -> dict[str, Any]:
     """Write `{path: entry}` as nested dictionaries, whose paths are the leaves'."""
     out: dict[str, Any] = {}
     for path, entry in entries.items():
@@ -45,19 +45,19 @@ def nested(entries: Mapping[str, Any]) -> dict[str, Any]:
     return out
 
 
-def sealed(params: Params, state: QuantizerState) -> Params:
+def join_variables(params: Params, state: QuantizerState) -> Params:
     """Put the state beside params."""
     return {
         "params": params,
         "quantizers": {
-            "learned": nested(state.learned),
-            "ranges": nested(state.ranges),
+            "learned": nest(state.learned),
+            "ranges": nest(state.ranges),
             "steps": state.steps,
         },
     }
 
 
-def opened(variables: Params, *, has_state: bool) -> tuple[Params, QuantizerState]:
+def split_variables(variables: Params, *, has_state: bool) -> tuple[Params, QuantizerState]:
     """Take variables, or params that need nothing beside them, apart.
 
     Raises:

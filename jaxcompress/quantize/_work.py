@@ -92,7 +92,7 @@ class Work:
             for name, key in task.method_keys.items()
         }
         matrices = form.to_matrices(jnp.asarray(leaf).astype(jnp.float32))
-        parts, info = _quantized(matrices, seen, task.method, task.target.matrix)
+        parts, info = _quantize_matrices(matrices, seen, task.method, task.target.matrix)
         for name, values in info.items():
             worst = float(np.max(np.asarray(values)))
             self.diagnostics[name] = max(worst, self.diagnostics.get(name, worst))
@@ -105,7 +105,7 @@ class Work:
         if task.target.matrix is None:
             q = self._parts[()]
         else:
-            q = assemble(self._together(), task.form, task.target, self.leaf.dtype)
+            q = assemble(self._combine(), task.form, task.target, self.leaf.dtype)
         if task.activations is not None:
             static = None if self._ranges is None else self._ranges.settle()
             q = replace(q, activation=static or Activation(format=task.activations))
@@ -118,12 +118,12 @@ class Work:
         axes = [k for k, _ in next(iter(self._means))]
         if any(picks not in self._means for picks in _list_slices(self.task.form, axes)):
             return None
-        means = self._joined(self._means)
+        means = self._stack_slices(self._means)
         w = self.task.form.to_matrices(jnp.asarray(self.leaf).astype(jnp.float32))
-        w_hat = numerics.dequantize(self._together())
+        w_hat = numerics.dequantize(self._combine())
         return linalg.vmap_leading(bias_shift, len(self.task.form.matrices))(w, w_hat, means)
 
-    def _together(self) -> QArray:
+    def _combine(self) -> QArray:
         """Put the slices together; those that nothing reached are rounded to nearest."""
         matrix, axes = self.task.target.matrix, [k for k, _ in next(iter(self._parts))]
         assert matrix is not None
@@ -134,14 +134,14 @@ class Work:
             where = tuple(dict(picks).get(k, slice(None)) for k in range(self.leaf.ndim))
             form = self.task.form.without([k for k, _ in picks])
             matrices = form.to_matrices(self.leaf[where].astype(jnp.float32))
-            self._parts[picks], _ = _quantized(matrices, {}, RoundToNearest(), matrix)
+            self._parts[picks], _ = _quantize_matrices(matrices, {}, RoundToNearest(), matrix)
         if missing:
             self.notes.append(
                 f"{len(missing)} slices rounded to nearest, since nothing reached them"
             )
-        return self._joined(self._parts)
+        return self._stack_slices(self._parts)
 
-    def _joined(self, parts: Mapping[Picks, Any]) -> Any:
+    def _stack_slices(self, parts: Mapping[Picks, Any]) -> Any:
         """Stack slices along the lead axes that were picked from."""
         axes, form = [k for k, _ in next(iter(parts))], self.task.form
         if not axes:
@@ -164,7 +164,7 @@ def _list_slices(form: Form, axes: Sequence[int]) -> list[Picks]:
 
 
 @functools.partial(jax.jit, static_argnums=(2, 3))
-def _quantized(
+def _quantize_matrices(
     matrices: jax.Array, seen: Mapping[str, Any], method: Method, format: numerics.Format
 ) -> tuple[QArray, dict[str, jax.Array]]:
     """Map a method over `(*lead, in, out)`."""

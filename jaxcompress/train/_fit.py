@@ -86,7 +86,7 @@ def fit(
         >>> len(rows), rows[-1]["step"], round(float(state.params), 2)
         (5, 20, 1.98)
     """
-    last = _count_steps(data, epochs=epochs, steps=steps)
+    last = _resolve_length(data, epochs=epochs, steps=steps)
     period = data.steps_per_epoch if report_every is None else report_every
     require_at_least("report_every", period, 1, fix="Raise it.")
     require_at_least("prefetch", prefetch, 0, fix="Raise it.")
@@ -146,7 +146,7 @@ def fit(
     return state if best is None else best, list(ledger.rows)
 
 
-def _count_steps(data: Data, *, epochs: int | None, steps: int | None) -> int:
+def _resolve_length(data: Data, *, epochs: int | None, steps: int | None) -> int:
     given = [n for n in (epochs, steps) if n is not None]
     if len(given) != 1 or not isinstance(given[0], int) or given[0] < 0:
         raise ArgumentError(

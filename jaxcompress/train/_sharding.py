@@ -77,7 +77,7 @@ def state_shardings(state: Any, mesh: Mesh, rules: Rules | None) -> Any:
         ArgumentError: If a rule names an unknown axis, or one that does not divide the leaf.
     """
     replicated = NamedSharding(mesh, PartitionSpec())
-    specs = _specs(state.params, rules or {})
+    specs = _list_specs(state.params, rules or {})
     for path, leaf in tree.items(state.params):
         _check_spec(path, leaf, specs.get(path, PartitionSpec()), mesh)
     shapes = {path: leaf.shape for path, leaf in tree.items(state.params)}
@@ -113,7 +113,7 @@ def batch_shardings(batch: Any, mesh: Mesh, data_axis: str | tuple[str, ...]) ->
     return jax.tree.map(lambda _: NamedSharding(mesh, spec), batch)
 
 
-def _specs(params: Params, rules: Rules) -> dict[str, PartitionSpec]:
+def _list_specs(params: Params, rules: Rules) -> dict[str, PartitionSpec]:
     specs: dict[str, PartitionSpec] = {}
     for where, spec in rules.items():
         for path in tree.select(params, where):

@@ -193,7 +193,7 @@ def test_an_offset_that_leaves_no_code_for_zero_is_held_back():
     assert form.zero == -8  # the range is [0, 7.5]
     assert quantizer.activations(jnp.zeros(1), entry, SHIFTED) == 0
     start = quantizer.init_activations(
-        quantize._quantizer.Seen(jnp.float32(2.0), jnp.float32(7.5), jnp.float32(3.0)), SHIFTED
+        quantize._quantizer.SeenRange(jnp.float32(2.0), jnp.float32(7.5), jnp.float32(3.0)), SHIFTED
     )
     assert start["step"] == 0.5 and start["offset"] == 4.0
 

@@ -77,13 +77,13 @@ def _read_conv_params(params: Any) -> dict[str, Any]:
 def _convolve(params: Any, acts: codes_of.Operand, w: Array, dtype: Any) -> Array:
     options, x = _read_conv_params(params), acts.codes
     if acts.zero is not None:
-        x = _padded(params, acts)
+        x = _pad(params, acts)
         spatial = len(options["window_strides"])
         options |= {"padding": [(0, 0)] * spatial, "lhs_dilation": (1,) * spatial}
     return lax.conv_general_dilated(x, w, **options, preferred_element_type=dtype)
 
 
-def _padded(params: Any, acts: codes_of.Operand) -> Array:
+def _pad(params: Any, acts: codes_of.Operand) -> Array:
     """Pad and dilate codes with the code of zero."""
     spec = params["dimension_numbers"].lhs_spec
     dilation = params["lhs_dilation"] or (1,) * len(params["padding"])
@@ -105,7 +105,7 @@ def _patches(params: Any, acts: codes_of.Operand, w: Array, dtype: Any) -> Array
     # Without the barrier each window would be rounded anew.
     acts = acts._replace(codes=lax.optimization_barrier(acts.codes))
     x = jnp.transpose(
-        _padded(params, acts), (numbers.lhs_spec[0], *numbers.lhs_spec[2:], numbers.lhs_spec[1])
+        _pad(params, acts), (numbers.lhs_spec[0], *numbers.lhs_spec[2:], numbers.lhs_spec[1])
     )
     out, feature, *spatial = numbers.rhs_spec
     w = jnp.transpose(w, (*spatial, feature, out))  # (*window, in, out)

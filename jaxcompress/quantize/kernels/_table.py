@@ -140,7 +140,7 @@ def run_kernel(
     if name in _CONTRACTIONS and not jnp.issubdtype(x.dtype, jnp.inexact):
         x = x.astype(jnp.float32)  # numbers in the dtype of integers would be cut
     if choice.kernel == "dequantized":
-        return equation.bind(*_exchanged(operands, operand, _rounded(equation, operand, node, x)))
+        return equation.bind(*_exchange(operands, operand, _round_both(equation, operand, node, x)))
 
     def kernel(x: Array, node: CarriedCodes, *rest: Any) -> Array:
         how = choice.kernel, name, params, operand
@@ -151,8 +151,8 @@ def run_kernel(
         return call(x, node, *rest)
     through = _differentiate_linearly(
         lambda x, node: call(x, node, *rest),
-        lambda x, node: equation.bind(*_exchanged(operands, operand, (x, node.dequantize()))),
-        _shared(equation, operand, node, x),
+        lambda x, node: equation.bind(*_exchange(operands, operand, (x, node.dequantize()))),
+        _list_shared(equation, operand, node, x),
     )
     return through(x, node)
 
@@ -182,25 +182,25 @@ def _call_kernel(
     return _rows.ragged(params, node, x, sizes, backend)
 
 
-def _exchanged(operands: Sequence[Any], operand: int, pair: tuple[Any, Any]) -> list[Any]:
+def _exchange(operands: Sequence[Any], operand: int, pair: tuple[Any, Any]) -> list[Any]:
     """Put an activation and weights in their places among the operands."""
     new = list(operands)
     new[1 - operand], new[operand] = pair
     return new
 
 
-def _shared(equation: Any, operand: int, node: CarriedCodes, x: Any) -> tuple[int, ...]:
+def _list_shared(equation: Any, operand: int, node: CarriedCodes, x: Any) -> tuple[int, ...]:
     activation = node.activation
     assert activation is not None
     name, params = equation.primitive.name, equation.params
     return activations.shared_axes(name, params, 1 - operand, activation, x.ndim)
 
 
-def _rounded(equation: Any, operand: int, node: CarriedCodes, x: Any) -> tuple[Any, Array]:
+def _round_both(equation: Any, operand: int, node: CarriedCodes, x: Any) -> tuple[Any, Array]:
     """Give what codes would stand for, on both sides; indices are no activation."""
     contracts = equation.primitive.name in _CONTRACTIONS
     if node.activation is not None and contracts and not jnp.iscomplexobj(x):
-        shared = _shared(equation, operand, node, x)
+        shared = _list_shared(equation, operand, node, x)
         scale, zero = activations.fit_activation(x, node.activation, shared)
         x = activations.round_through(x, scale, zero, node.activation)
     return x, node.dequantize()
