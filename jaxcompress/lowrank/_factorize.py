@@ -9,13 +9,14 @@ from jaxcompress import budget as budgets
 from jaxcompress import graph, stats, tree
 from jaxcompress.batches import open_stream
 from jaxcompress.errors import ArgumentTypeError, require_at_least
+from jaxcompress.graph.sites import list_observed
 from jaxcompress.lowrank._candidate import Candidate, errors, saving
 from jaxcompress.lowrank._choose import Budget, Ranks, choose_ranks
 from jaxcompress.lowrank._execute import execute
 from jaxcompress.lowrank._factors import Factors
 from jaxcompress.lowrank._matrix_leaf import MatrixCandidate
 from jaxcompress.lowrank._methods import SVD, ActivationSVD, Method
-from jaxcompress.lowrank._plan import find_candidates, list_observed, place_factors, read_methods
+from jaxcompress.lowrank._plan import find_candidates, place_factors, read_methods
 from jaxcompress.lowrank._report import FactorizedLeaf, LowRankReport
 from jaxcompress.stats import by_matrix, merge_results
 
@@ -180,7 +181,7 @@ def _collect_grams(
     for one in wanted.values():
         moments = [
             by_matrix(collected[site.name], site, one.form)
-            for site in list_observed(one.leaf, one.sites, one.form)
+            for site in list_observed(one.sites, one.form)
         ]
         one.gram = merge_results(moments).total
 

@@ -7,7 +7,7 @@ from jaxcompress import tree
 from jaxcompress.errors import ArgumentTypeError
 from jaxcompress.graph import Graph, Site
 from jaxcompress.graph.leaves import place_parts
-from jaxcompress.graph.sites import Form, form_at, form_of
+from jaxcompress.graph.sites import Form, form_at, form_of, list_observed
 from jaxcompress.lowrank._candidate import Candidate, saving
 from jaxcompress.lowrank._conv_leaf import TuckerCandidate
 from jaxcompress.lowrank._execute import places
@@ -149,26 +149,12 @@ def _try_method(
             return "is no convolution with a window, for Tucker-2"
         return TuckerCandidate(path, leaf, form, sites, method)
     if isinstance(method, ActivationSVD):
-        seen = list_observed(leaf, sites, form)
+        seen = list_observed(sites, form)
         if not seen:
             return "has its entries moved about before they are contracted, for ActivationSVD"
         if any(site.axes.sliced for site in seen):
             return "is picked from by number, so that its slices are not told apart by their inputs"
     return MatrixCandidate(path, leaf, form, sites, method)
-
-
-def list_observed(leaf: Any, sites: Sequence[Site], form: Form) -> tuple[Site, ...]:
-    """List the sites whose activations show what a leaf's matrices contract.
-
-    Args:
-        leaf: The leaf.
-        sites: Its sites.
-        form: Its matrices.
-
-    Returns:
-        Those that contract its inner axes, in its own order.
-    """
-    return tuple(s for s in sites if s.aligned and form_of(leaf.shape, s.axes) == form)
 
 
 def place_factors(factors: Any, leaf: Any) -> Any:

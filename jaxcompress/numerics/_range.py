@@ -211,7 +211,8 @@ class MSE(Range):
             scale, zero = _from_fraction(low, high, fraction, format, global_scale)
             # In a slice far below the global scale this is infinite, and the error NaN: no better.
             scale = multiply_scales(scale, global_scale) / peak
-            off = jnp.abs(_round_trip(unit, scale, zero, format) - unit)
+            hat = format.qtype.round_trip(unit, scale, zero, limits=format.limits)
+            off = jnp.abs(hat - unit)
             off = jnp.square(off) if self.norm == 2 else off**self.norm
             off = off if weights is None else off * weights
             error = off.sum(shared, keepdims=True)
@@ -384,7 +385,3 @@ def _from_fraction(
         scale, _ = _from_range(low, high, format, global_scale)
         return jnp.clip(scale * fraction, *scale_bounds(POWERS)), None
     return _from_range(low * fraction, high * fraction, format, global_scale)
-
-
-def _round_trip(x: Array, scale: Array, zero: Array | None, format: RangeTarget) -> Array:
-    return format.qtype.round_trip(x, scale, zero, limits=format.limits)

@@ -77,11 +77,6 @@ def to_codes(x: Array, scale: Array, zero: Array | None, activation: Activation)
     return format.qtype.to_values(x.astype(jnp.float32), scale, zero, limits=format.limits)
 
 
-def to_numbers(codes: Array, scale: Array, zero: Array | None, activation: Activation) -> Array:
-    """Give the float32 numbers that codes stand for."""
-    return activation.format.qtype.to_numbers(codes, scale, zero)
-
-
 def round_through(x: Array, scale: Array, zero: Array | None, activation: Activation) -> Array:
     """Round an activation and come back to its dtype, letting gradients through.
 

@@ -181,7 +181,7 @@ def _check_solver_options(damping: float, block: int, refine: int) -> None:
             "damping", got=damping, expected="a fraction in (0, 10]", fix="0.01 is the default."
         )
     require_at_least("block", block, 1, fix="Take a positive number of rows; 128 is the default.")
-    require_at_least("refine", refine, 0, fix="2 is the default.")
+    require_at_least("refine", refine, 0, fix="Take a number of passes; 2 is the default.")
 
 
 @functools.partial(

@@ -6,7 +6,7 @@ from typing import Any
 
 from jaxcompress import tree
 from jaxcompress.graph import Graph, Site
-from jaxcompress.graph.sites import Form, form_at, form_of
+from jaxcompress.graph.sites import Form, form_at, list_observed
 from jaxcompress.numerics import Format
 from jaxcompress.quantize import _ranges
 from jaxcompress.quantize._matrix import LeafFormat, resolve_format
@@ -138,7 +138,7 @@ def _task(graph: Graph, path: str, leaf: Any, rule: Rule, book: _Book) -> Task |
         return why
     notes += [target.note] if target.note else []
     # What is seen must be of these matrices: the same axes, in the leaf's own order.
-    alike = tuple(s for s in contracting if _same_form(leaf, s, form) and s.aligned)
+    alike = list_observed(contracting, form)
     method, why = rule.method, ""
     if target.matrix is None:
         why = f"{rule.weights.granularity} does not follow its matrices"
@@ -175,10 +175,6 @@ def _task(graph: Graph, path: str, leaf: Any, rule: Rule, book: _Book) -> Task |
         activations=activations,
         notes=tuple(notes),
     )
-
-
-def _same_form(leaf: Any, site: Site, form: Form) -> bool:
-    return form_of(leaf.shape, site.axes, site.feature_groups) == form
 
 
 def list_untouched(plan: ResolvedPolicy) -> dict[str, str]:

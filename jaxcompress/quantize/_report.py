@@ -102,11 +102,12 @@ class QReport:
         words = ("leaf", "format", "activations", "method", "kernel")
         table = text.grid(words, ("weights [dB]", "output [dB]", "bytes"))
         for leaf in self.leaves:
+            activations = "" if leaf.activations is None else name_format(leaf.activations)
             worst = min(leaf.output_sqnr.values(), default=None)
             table.add_row(
                 leaf.path,
                 name_format(leaf.format),
-                "" if leaf.activations is None else _activations(leaf),
+                f"{activations} static" if leaf.static else activations,
                 leaf.method,
                 ", ".join(dict.fromkeys(use.kernel for use in leaf.kernels)),
                 f"{leaf.weight_sqnr:.1f}",
@@ -138,8 +139,3 @@ def name_format(format: Format) -> str:
     size = getattr(granularity, "size", None)
     kind = type(granularity).__name__ + (f"({size})" if size else "")
     return f"{format.qtype.name} {kind}" + ("" if format.symmetric else " asymmetric")
-
-
-def _activations(leaf: QLeaf) -> str:
-    assert leaf.activations is not None
-    return name_format(leaf.activations) + (" static" if leaf.static else "")

@@ -95,14 +95,10 @@ def place(items: Sequence[Item], edges: Sequence[tuple[str, str]], *, hang: bool
                 item.height = height
         top += height + ROW_GAP
     bends = {
-        edge: [p for k in lane for p in ((nodes[k].x, nodes[k].y), (nodes[k].x, _end(nodes[k])))]
+        edge: [(nodes[k].x, y) for k in lane for y in (nodes[k].y, nodes[k].y + nodes[k].height)]
         for edge, lane in lanes.items()
     }
     return Placed(width, top - ROW_GAP, {item.key: item for item in items}, bends)
-
-
-def _end(item: Item) -> float:
-    return item.y + item.height
 
 
 def _depths(

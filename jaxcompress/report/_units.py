@@ -84,7 +84,7 @@ def settle_unit(unit: Unit, values: Sequence[Any]) -> Unit:
         symbol, scale = ["", "k", "M", "G", "T"][power] + symbol, scale / 1000**power
         digits = (1 if power else 0) if digits is None else digits
     elif digits is None and numbers:
-        whole = all(not is_number(v) or _is_whole(v, unit) for v in values)
+        whole = unit.scale == 1 and all(isinstance(v, int) or not is_number(v) for v in values)
         digits = 0 if whole else max(0, min(6, 3 - math.floor(math.log10(max(numbers)))))
     return Unit(symbol=symbol, scale=scale, digits=digits or 0)
 
@@ -102,10 +102,6 @@ def abbreviate(count: float, unit: str) -> str:
     power = max(0, min(5, math.floor(math.log10(count) / 3 + 1e-9))) if count >= 1 else 0
     text = f"{count / 1000**power:.3g} {['', 'k', 'M', 'G', 'T', 'P'][power]}{unit}"
     return text.replace("  ", " ")
-
-
-def _is_whole(value: Any, unit: Unit) -> bool:
-    return isinstance(value, int) and unit.scale == 1
 
 
 def show(unit: Unit, value: Any) -> str:

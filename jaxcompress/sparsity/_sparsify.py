@@ -117,7 +117,8 @@ def sparsify(
     score, pattern = score or magnitude(), pattern or Unstructured()
     # What a function will return is only known under jit, where it is clipped to [0, 1].
     check_amount(0.0 if callable(schedule) else schedule, None, pattern, scope)
-    _check_steps(every, until)
+    require_at_least("every", every, 1, fix="Use every=100 for every 100 steps.")
+    require_at_least("until", until, 0, fix="Use until=None for no end.")
     inner = optax.with_extra_args_support(inner)
     choose = functools.partial(
         choose_masks, threshold=None, score=score, pattern=pattern, scope=scope
@@ -261,11 +262,6 @@ def check(params: tree.Params, opt_state: Any) -> None:
 
 
 # --- Parts --------------------------------------------------------------------------------------
-
-
-def _check_steps(every: int, until: int | None) -> None:
-    require_at_least("every", every, 1, fix="Use every=100 for every 100 steps.")
-    require_at_least("until", until, 0, fix="Use until=None for no end.")
 
 
 def _is_due(count: jax.Array, every: int, until: int | None) -> jax.Array:

@@ -301,12 +301,13 @@ def _gradients(
         grads, (sums, rest) = grad(learned, rest, batch, key)
     else:
         micro = _microbatches(batch, accumulate)
+        add_wide = lambda total, x: total + x.astype(total.dtype)
 
         def body(carry: Any, i_and_batch: Any) -> tuple[Any, None]:
             rest, total = carry
             i, batch = i_and_batch
             grads, (sums, rest) = grad(learned, rest, batch, jax.random.fold_in(key, i))
-            return (rest, jax.tree.map(_add_wide, total, (grads, sums))), None
+            return (rest, jax.tree.map(add_wide, total, (grads, sums))), None
 
         first = jax.tree.map(lambda x: x[0], micro)
         shapes = jax.eval_shape(grad, learned, rest, first, key)
@@ -323,10 +324,6 @@ def _gradients(
     )
     metrics = {name: x / sums.weight.astype(x.dtype) for name, x in sums.metrics.items()}
     return grads, rest, metrics
-
-
-def _add_wide(total: jax.Array, x: jax.Array) -> jax.Array:
-    return total + x.astype(total.dtype)
 
 
 def _microbatches(batch: Batch, n: int) -> Batch:

@@ -3,6 +3,7 @@
 from jaxcompress.graph.sites._forms import Form as Form
 from jaxcompress.graph.sites._forms import form_at as form_at
 from jaxcompress.graph.sites._forms import form_of as form_of
+from jaxcompress.graph.sites._forms import list_observed as list_observed
 from jaxcompress.graph.sites._forms import replicated as replicated
 from jaxcompress.graph.sites._intercept import Layer as Layer
 from jaxcompress.graph.sites._intercept import run_layers as run_layers

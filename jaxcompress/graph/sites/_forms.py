@@ -144,6 +144,21 @@ def form_of(shape: Sequence[int], axes: Axes, feature_groups: int = 1) -> Form:
     )
 
 
+def list_observed(sites: Sequence[Site], form: Form) -> tuple[Site, ...]:
+    """List the sites whose activations show what a leaf's matrices contract.
+
+    Args:
+        sites: Sites of the leaf.
+        form: Its matrices.
+
+    Returns:
+        Those that contract its inner axes, in its own order.
+    """
+    return tuple(
+        s for s in sites if s.aligned and form_of(form.shape, s.axes, s.feature_groups) == form
+    )
+
+
 def form_at(shape: Sequence[int], sites: Sequence[Site]) -> Form:
     """Find the matrices of a leaf from its sites.
 

@@ -129,7 +129,8 @@ def arrange_axes(params: Any, operand: int, node: CarriedCodes, x: Any) -> Arran
         *(x.shape[k] for k in x_free),
         *(node.shape[k] for k in (w_free if operand == 1 else ())),
     )
-    varies = [node.scale.shape[j] > 1 or _length(node.zero, j) > 1 for j in w_summed]
+    parts = [part for part in (node.scale, node.zero) if part is not None]
+    varies = [any(part.shape[j] > 1 for part in parts) for j in w_summed]
     return Arrangement(
         pieces=tuple(pieces),
         x_contract=spread(x_contract, axes),
@@ -142,10 +143,6 @@ def arrange_axes(params: Any, operand: int, node: CarriedCodes, x: Any) -> Arran
         first=operand == 0,
         shape=(*(x.shape[k] for k in x_batch), *free),
     )
-
-
-def _length(part: Array | None, axis: int) -> int:
-    return 1 if part is None else part.shape[axis]
 
 
 def _contract(
