@@ -90,7 +90,7 @@ def factorize(
         NonFiniteError: If weights or activations that were read are not finite.
 
     Example:
-        >>> import jax
+        >>> import jax, jax.numpy as jnp
         >>> from jaxcompress.budget import Params
         >>> fn = lambda params, x: jnp.tanh(x @ params["up"]) @ params["down"]
         >>> keys = jax.random.split(jax.random.key(0), 3)
