@@ -56,7 +56,7 @@ def grid(left: Sequence[str], right: Sequence[str]) -> "rich.table.Table":
     return table
 
 
-def plain(renderable: Any) -> str:
+def render_plain(renderable: Any) -> str:
     """Render without colour, as wide as it needs to be.
 
     Args:

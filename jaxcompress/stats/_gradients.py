@@ -14,8 +14,8 @@ from jaxcompress.errors import ArgumentError
 from jaxcompress.stats._statistic import (
     Counter,
     Statistic,
+    add_count,
     as_float32,
-    count,
     counter,
     products,
     read_count,
@@ -112,7 +112,7 @@ def gradient_activation(*, at: Literal["input", "output"] = "output") -> Statist
         return _Taylor(
             state.signed + effect.sum(0),
             state.absolute + jnp.abs(effect).sum(0),
-            count(state.tokens, len(effect)),
+            add_count(state.tokens, len(effect)),
         )
 
     def finalize(state: _Taylor) -> GradientActivation:
@@ -153,7 +153,7 @@ def fisher() -> Statistic:
 
     def update(state: _Squares, x: Array, g: Array) -> _Squares:
         squares = products(jnp.square(as_float32(x)), jnp.square(as_float32(g)))
-        return _Squares(state.total + squares, count(state.tokens, len(x)))
+        return _Squares(state.total + squares, add_count(state.tokens, len(x)))
 
     return Statistic(
         init=init, update=update, finalize=_finalize_squares, reads=("input", "output_grad")
@@ -192,7 +192,7 @@ def channel_fisher(*, at: Literal["input", "output"] = "output") -> Statistic:
 
     def update(state: _Squares, a: Array, g: Array) -> _Squares:
         squares = jnp.square(as_float32(a) * as_float32(g)).sum(0)
-        return _Squares(state.total + squares, count(state.tokens, len(a)))
+        return _Squares(state.total + squares, add_count(state.tokens, len(a)))
 
     return Statistic(init=init, update=update, finalize=_finalize_squares, reads=_channels(at))
 
@@ -236,7 +236,7 @@ def kronecker() -> Statistic:
         return _Factors(
             state.inputs + products(x, x),
             state.gradients + products(g, g),
-            count(state.tokens, len(x)),
+            add_count(state.tokens, len(x)),
         )
 
     def finalize(state: _Factors) -> Kronecker:

@@ -16,8 +16,8 @@ from jaxcompress.errors import ArgumentError
 from jaxcompress.stats._statistic import (
     Counter,
     Statistic,
+    add_count,
     as_float32,
-    count,
     counter,
     products,
     read_count,
@@ -107,7 +107,7 @@ def channel_norm(*, reads: str = "input") -> Statistic:
         return _Norms(
             state.l1 + jnp.abs(x).sum(0),
             state.squares + jnp.square(x).sum(0),
-            count(state.tokens, len(x)),
+            add_count(state.tokens, len(x)),
         )
 
     def finalize(state: _Norms) -> ChannelNorm:
@@ -168,7 +168,7 @@ def second_moment(*, block: int | None = None, reads: str = "input") -> Statisti
         else:
             blocks = x.reshape(len(x), -1, block)  # (tokens, blocks, block)
             gram = jax.vmap(products, in_axes=1)(blocks, blocks)
-        return _Gram(state.total + gram, count(state.tokens, len(x)))
+        return _Gram(state.total + gram, add_count(state.tokens, len(x)))
 
     def finalize(state: _Gram) -> SecondMoment:
         return SecondMoment(state.total, read_count(state.tokens))
@@ -216,7 +216,7 @@ def mean_covariance(*, diagonal: bool = False, reads: str = "input") -> Statisti
         return _Spread(zeros, zeros, jnp.zeros(shape, jnp.float32), counter())
 
     def update(state: _Spread, x: Array) -> _Spread:
-        before, tokens = read_count(state.tokens), count(state.tokens, len(x))
+        before, tokens = read_count(state.tokens), add_count(state.tokens, len(x))
         origin = jnp.where(before == 0, as_float32(x).mean(0), state.origin)
         x = as_float32(x) - origin
         mean = x.mean(0)

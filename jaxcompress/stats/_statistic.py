@@ -87,14 +87,14 @@ def counter(shape: tuple[int, ...] = ()) -> Counter:
     return Counter(jnp.zeros(shape, jnp.uint32), jnp.zeros(shape, jnp.uint32))
 
 
-def count(total: Counter, more: int | Array) -> Counter:
+def add_count(total: Counter, more: int | Array) -> Counter:
     """Add up to 2**32 - 1."""
     low = total.low + jnp.asarray(more, jnp.uint32)
     return Counter(low, total.high + (low < total.low).astype(jnp.uint32))
 
 
 def add_counters(a: Counter, b: Counter) -> Counter:
-    low, high = count(Counter(a.low, a.high), b.low)
+    low, high = add_count(Counter(a.low, a.high), b.low)
     return Counter(low, high + b.high)
 
 

@@ -12,8 +12,8 @@ from jaxcompress import tree
 from jaxcompress.errors import ArgumentError
 from jaxcompress.graph import Site, Traced
 from jaxcompress.graph.sites import (
-    Layer,
     Side,
+    SiteLayer,
     call_of,
     check_observers,
     observing,
@@ -21,14 +21,14 @@ from jaxcompress.graph.sites import (
     run_layers,
     tapping,
 )
-from jaxcompress.stats._plan import Keyed, Plan, batch_shape, lead, read, sizes
+from jaxcompress.stats._plan import Keyed, StatisticPlan, batch_shape, lead, read_rows, sizes
 from jaxcompress.stats._statistic import Statistic
 
 Step = Callable[..., tuple[Any, dict[str, Array]]]
 """`(states, params, batch) -> (states, {site name: non-finite entries, per iteration})`."""
 
 
-def init_states(plan: Plan) -> dict[str, Keyed]:
+def init_states(plan: StatisticPlan) -> dict[str, Keyed]:
     """Make the initial states: `{"forward" or "gradient": {site name: {key: state}}}`."""
 
     def init(name: str, statistic: Statistic) -> Any:
@@ -45,7 +45,7 @@ def init_states(plan: Plan) -> dict[str, Keyed]:
     }
 
 
-def finalize(plan: Plan, states: dict[str, Keyed]) -> Keyed:
+def finalize(plan: StatisticPlan, states: dict[str, Keyed]) -> Keyed:
     """Finalize each state, under its leading axes; results by owner."""
     results: Keyed = {}
     for part in states.values():
@@ -57,7 +57,7 @@ def finalize(plan: Plan, states: dict[str, Keyed]) -> Keyed:
     return results
 
 
-def make_step(plan: Plan) -> Step:
+def make_collect_step(plan: StatisticPlan) -> Step:
     """Make the function that collects from one batch."""
     forward, backward = plan.list_owned(gradients=False), plan.list_owned(gradients=True)
     observers = {
@@ -92,7 +92,7 @@ def make_step(plan: Plan) -> Step:
     return step
 
 
-def make_observer(plan: Plan, statistics: Mapping[str, Statistic]) -> Callable[..., Any]:
+def make_observer(plan: StatisticPlan, statistics: Mapping[str, Statistic]) -> Callable[..., Any]:
     """Make an observer: its cell is `(non-finite entries, runs, states)`."""
 
     def observe(site: Site, cell: Any, activation: Array, output: Array) -> Any:
@@ -110,7 +110,7 @@ def make_observer(plan: Plan, statistics: Mapping[str, Statistic]) -> Callable[.
 
 
 def _update(
-    plan: Plan,
+    plan: StatisticPlan,
     site: Site,
     statistics: Mapping[str, Statistic],
     states: Mapping[str, Any],
@@ -126,7 +126,7 @@ def _update(
     for key, statistic in statistics.items():
         for kind in statistic.reads:
             if kind not in rows:
-                rows[kind] = read(site, kind, arrays)
+                rows[kind] = read_rows(site, kind, arrays)
         given = [rows[kind] for kind in statistic.reads]
         if not given[0].shape[-2]:
             raise ArgumentError(
@@ -156,9 +156,9 @@ def _non_finite(x: Array) -> Array:
 def _differentiate(
     traced: Traced,
     args: Any,
-    layers: Mapping[str, Sequence[Layer]],
+    layers: Mapping[str, Sequence[SiteLayer]],
     cells: dict[str, Any],
-    plan: Plan,
+    plan: StatisticPlan,
     backward: Mapping[str, Mapping[str, Statistic]],
 ) -> tuple[dict[str, Any], dict[str, dict[str, Array]]]:
     """Run fn and its gradient; returns the cells, and arrays of each site with stacked axes.
@@ -211,7 +211,7 @@ def _sum_outputs(outputs: Any) -> Array:
 
 
 def _update_from_gradients(
-    plan: Plan,
+    plan: StatisticPlan,
     backward: Mapping[str, Mapping[str, Statistic]],
     states: Keyed,
     arrays: Mapping[str, Mapping[str, Array]],

@@ -66,7 +66,7 @@ def choose(
         >>> chosen["up"].tolist()
         [4, 5, 6, 7]
     """
-    ranked = {name: _rank(groups, name, np.asarray(s)) for name, s in scores.items()}
+    ranked = {name: _order_units(groups, name, np.asarray(s)) for name, s in scores.items()}
     if not ranked:
         raise SelectionError(
             "scores",
@@ -74,7 +74,7 @@ def choose(
             expected="scores of at least one group",
             fix=f"These can shrink: {tree.shorten(sorted(groups))}.",
         )
-    steps = _steps(groups, ranked, scope, bounds or {})
+    steps = _list_steps(groups, ranked, scope, bounds or {})
     measure = _measure(groups, budget)
     dense = measure(_keep_after(groups, ranked, steps, 0), {})
     limit = budget.limit(dense)
@@ -111,7 +111,7 @@ class _Step(NamedTuple):
     left: int
 
 
-def _rank(groups: Groups, name: str, scores: np.ndarray) -> np.ndarray:
+def _order_units(groups: Groups, name: str, scores: np.ndarray) -> np.ndarray:
     if name not in groups:
         frozen = groups.frozen.get(name)
         raise SelectionError(
@@ -136,7 +136,7 @@ def _rank(groups: Groups, name: str, scores: np.ndarray) -> np.ndarray:
     return scores.astype(np.float64)
 
 
-def _steps(
+def _list_steps(
     groups: Groups, ranked: Mapping[str, np.ndarray], scope: Scope, bounds: Bounds
 ) -> list[_Step]:
     """List all steps, least important first; those of one group come in order."""
@@ -146,8 +146,8 @@ def _steps(
         )
     kinds: dict[tuple, list[str]] = {}
     for name in ranked:
-        kinds.setdefault(_kind(groups[name]), []).append(name)
-    rank = _ranks(ranked, kinds) if scope == "isomorphic" else {}
+        kinds.setdefault(_classify_group(groups[name]), []).append(name)
+    rank = _rank_in_kinds(ranked, kinds) if scope == "isomorphic" else {}
     steps = []
     for name, scores in ranked.items():
         group = groups[name]
@@ -163,7 +163,7 @@ def _steps(
     return sorted(steps, key=lambda step: step.key)  # stable: order within a group stays
 
 
-def _ranks(
+def _rank_in_kinds(
     ranked: Mapping[str, np.ndarray], kinds: Mapping[tuple, Sequence[str]]
 ) -> dict[str, np.ndarray]:
     """Give, for the j-th unit of a group to go, the fraction of its kind that is gone by then."""
@@ -178,7 +178,7 @@ def _ranks(
     return found
 
 
-def _kind(group: Group) -> tuple:
+def _classify_group(group: Group) -> tuple:
     parts = [
         (m.path.split("/")[-1], m.axis, m.indices.shape[1], m.produces, m.reads)
         for m in group.members

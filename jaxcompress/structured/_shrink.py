@@ -23,7 +23,7 @@ from jaxcompress.structured._certificate import (
     random_like,
     size_of,
     tolerance_of,
-    widen,
+    widen_outputs,
 )
 from jaxcompress.structured._find import groups as find_groups
 from jaxcompress.structured._keep import Keep
@@ -163,7 +163,7 @@ def shrink(
     with jax.default_matmul_precision("highest"):  # accelerators use fewer bits otherwise
         traced = call_of(_known_call(keep, fn), params, inputs, kwargs)
         smaller, small = slice_params(params, keep), rebuild(fn, keep)
-        certificate = _certify(
+        certificate = _certify_shrink(
             traced, small, params, smaller, keep, inputs, kwargs, compiled=compiled
         )
     return small, smaller, certificate
@@ -179,7 +179,7 @@ def _known_call(keep: Keep, fn: Callable[..., Any]) -> Callable[..., Any] | Trac
     return known if known.fn is fn or alike else fn
 
 
-def _certify(
+def _certify_shrink(
     traced: Traced,
     small: Callable[..., Any],
     params: tree.Params,
@@ -247,7 +247,7 @@ class _Comparison:
     def _capture_wide(self, traced: Traced, inputs: Sequence[Any]) -> Traced | None:
         """Trace fn in float32, if anything is narrower and fn takes it so."""
         narrow = (self._params, inputs)
-        wide = jax.eval_shape(widen, narrow)
+        wide = jax.eval_shape(widen_outputs, narrow)
         if wide == jax.eval_shape(lambda x: x, narrow):
             return None
         try:
@@ -257,7 +257,7 @@ class _Comparison:
 
     def distances(self, inputs: Sequence[Any]) -> Distances:
         run = lambda fn, params, inputs: fn(params, *inputs, **self._kwargs)
-        exactly = widen if self._wide else lambda values: values
+        exactly = widen_outputs if self._wide else lambda values: values
         outputs = run(self._small, self._smaller, inputs)
         exact = run(self._exact, exactly(self._smaller), exactly(inputs)) if self._wide else outputs
         remasked = run(self._remasked, exactly(self._params), exactly(inputs))

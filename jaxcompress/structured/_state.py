@@ -83,7 +83,7 @@ def shrink_state(
         lambda path, x: _slice_leaf(_join_paths(under, path), x, keep), params
     )
     before, after = (jax.eval_shape(tx.init, p) for p in (params, smaller))
-    _check(state, before)
+    _check_optimizer_state(state, before)
     owners = _Owners(params, under)
     have = dict(jax.tree_util.tree_flatten_with_path(state)[0])
     wanted, treedef = jax.tree_util.tree_flatten_with_path(after)
@@ -128,7 +128,7 @@ def _is_node(x: Any) -> bool:
     return isinstance(x, tree.LeafNode)
 
 
-def _check(state: Any, expected: Any) -> None:
+def _check_optimizer_state(state: Any, expected: Any) -> None:
     if jax.tree.structure(state) != jax.tree.structure(expected):
         raise StructureError(
             "state",

@@ -83,7 +83,7 @@ def widths(keep: Keep, groups: Groups) -> Widths:
         down: inputs 8 -> 3
         up: features 8 -> 3
     """
-    roles = _roles(keep, groups)
+    roles = _describe_axes(keep, groups)
     modules: dict[str, list[Width]] = {}
     for path, axes in sorted(keep.leaves.items()):
         module, _, leaf = path.rpartition("/")
@@ -95,7 +95,7 @@ def widths(keep: Keep, groups: Groups) -> Widths:
     return Widths(modules={module: tuple(sizes) for module, sizes in modules.items()})
 
 
-def _roles(keep: Keep, groups: Groups) -> dict[tuple[str, int], list[tuple[str, int, int]]]:
+def _describe_axes(keep: Keep, groups: Groups) -> dict[tuple[str, int], list[tuple[str, int, int]]]:
     """Say of each axis that shrinks what it holds, with sizes."""
     found: dict[tuple[str, int], dict[str, tuple[str, int, int]]] = {
         (path, axis): {} for path, axes in keep.leaves.items() for axis in axes

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 
 from jaxcompress import tree
-from jaxcompress.graph.affine._chain import Chain, Holder, Step, preferred
+from jaxcompress.graph.affine._chain import Chain, ChainStep, Holder, preferred
 from jaxcompress.graph.affine._reads import Known, Reads, read_all
 from jaxcompress.graph.program import _compat
 from jaxcompress.graph.program._constructs import CLOSED, construct
@@ -93,7 +93,7 @@ class _Follower:
 
     def __init__(self, traced: Traced, reads: Reads, position: Position, site: Site):
         self._traced, self._reads, self._position, self._site = traced, reads, position, site
-        self._steps: list[Step] = []
+        self._steps: list[ChainStep] = []
         self._kernel, self._outputs = Known(), ()
         self._unread = not reads.entered(position[:-1])
         if not self._unread:
@@ -164,7 +164,7 @@ class _Follower:
         if name in MOVES:
             return self._move(cursor, eqn)
         if name == "neg":
-            self._steps.append(Step(here, "neg", 0, None, cursor.factors))
+            self._steps.append(ChainStep(here, "neg", 0, None, cursor.factors))
             return cursor._replace(var=eqn.outvars[0])
         if name not in _AFFINE or (name == "div" and operands[0] == 1):
             raise _StopError(f"{_called(eqn)} is not affine in its result")
@@ -224,7 +224,7 @@ class _Follower:
             even = shape[axis] == 1 or axis in side.constant
             if not even and not self._kind(factors):
                 raise _StopError(f"the other operand of {name} differs between positions")
-        self._steps.append(Step(here, name, operand, side, cursor.factors))
+        self._steps.append(ChainStep(here, name, operand, side, cursor.factors))
 
     def _several(self, program: Any, var: Any, readers: Sequence[int], returned: bool) -> str:
         """Say what a result with several readers is read by: statistics of its own, maybe."""

@@ -19,7 +19,7 @@ from jaxcompress.graph.sites._sites import Site
 from jaxcompress.graph.sites._views import AxisFactors
 
 
-class Step(NamedTuple):
+class ChainStep(NamedTuple):
     """One equation of a chain.
 
     Attributes:
@@ -80,7 +80,7 @@ class Chain:
     """
 
     site: Site
-    steps: tuple[Step, ...] = field(repr=False, compare=False)
+    steps: tuple[ChainStep, ...] = field(repr=False, compare=False)
     leaves: tuple[str, ...]
     shared: tuple[str, ...]
     stopped: str
@@ -239,7 +239,7 @@ class Chain:
                 return {**zeros, sized[0]: self._reciprocal(leaves, sized[0])}
         return {}
 
-    def _own(self, step: Step) -> list[str]:
+    def _own(self, step: ChainStep) -> list[str]:
         """List the leaves that a step is a multiple of, and that nothing else reads."""
         linear = step.side.linear if step.side is not None else ()
         return [path for path in sorted(linear) if self._reads.contacts[path] == {step.slot}]
@@ -290,7 +290,7 @@ class Chain:
         return self.site.output_rows(x)[..., 0, :]  # the one token
 
     def _coefficients(
-        self, leaves: Mapping[str, Any], steps: Sequence[Step]
+        self, leaves: Mapping[str, Any], steps: Sequence[ChainStep]
     ) -> tuple[Array, Array]:
         values = self._reads.evaluate(leaves, [s.slot for s in steps if s.side is not None])
         dtype = _wide(*(x.dtype for x in values.values()))
@@ -313,7 +313,7 @@ class Chain:
                 A, B = -A, s - B
         return A, B
 
-    def _channels_of(self, step: Step, x: Array) -> Array:
+    def _channels_of(self, step: ChainStep, x: Array) -> Array:
         """Bring the other operand of a step, in one iteration, to the axes of the output."""
         if x.ndim == 0:
             return jnp.broadcast_to(x, self._shape)

@@ -88,12 +88,12 @@ def _load_tpu(topology: str, options: Mapping[str, Any], name: str) -> list[Any]
 
 
 def _tpu_attached() -> bool:
-    vendors = (_read(path) for path in glob.glob("/sys/bus/pci/devices/*/vendor"))
+    vendors = (_read_text(path) for path in glob.glob("/sys/bus/pci/devices/*/vendor"))
     google = any(vendor.strip() == "0x1ae0" for vendor in vendors)
     return google and bool(glob.glob("/dev/accel*") or glob.glob("/dev/vfio/[0-9]*"))
 
 
-def _read(path: str) -> str:
+def _read_text(path: str) -> str:
     try:
         with open(path) as file:
             return file.read()

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any
 
-from jaxcompress.graph._text import grid, plain, scaled
+from jaxcompress.graph._text import grid, render_plain, scaled
 from jaxcompress.graph.cost._aot import Outcome
 from jaxcompress.graph.cost._targets import Target
 
@@ -180,9 +180,9 @@ class Compiled:
             "target": self.target.name,
             "devices": self.devices,
             "memory": self.memory.as_dict(),
-            "flops": _plain(self.flops),
-            "bytes": _plain(self.bytes),
-            "seconds": _plain(self.seconds),
+            "flops": _figure_to_dict(self.flops),
+            "bytes": _figure_to_dict(self.bytes),
+            "seconds": _figure_to_dict(self.seconds),
             "fits": self.fits,
             "refusal": self.refusal,
             "expanded": {path: figure.as_dict() for path, figure in self.expanded.items()},
@@ -195,7 +195,7 @@ class Compiled:
         }
 
 
-def _plain(figure: Figure | None) -> dict[str, Any] | None:
+def _figure_to_dict(figure: Figure | None) -> dict[str, Any] | None:
     return None if figure is None else figure.as_dict()
 
 
@@ -256,10 +256,10 @@ class Cost:
         }
 
     def __rich__(self) -> "rich.console.Group":
-        return _draw(self)
+        return _draw_cost(self)
 
     def __str__(self) -> str:
-        return plain(self)
+        return render_plain(self)
 
 
 # --- tables ---------------------------------------------------------------------------------------
@@ -268,7 +268,7 @@ SHOWN = 16
 """The table lists so many sites, the costliest; the others are summed in one row."""
 
 
-def _draw(cost: Cost) -> "rich.console.Group":
+def _draw_cost(cost: Cost) -> "rich.console.Group":
     """Draw a cost: its sites, its totals, and what the compiler says."""
     import rich.console
     import rich.text

@@ -63,7 +63,7 @@ class Kept:
 
     def shape(self, number: int = 0) -> tuple[Any, ...]:
         """Give the new shape of a result; symbolic dimensions stay symbolic."""
-        return resized(self.eqn.outvars[number].aval.shape, self._results[number], self.count)
+        return resize_shape(self.eqn.outvars[number].aval.shape, self._results[number], self.count)
 
     def take(self, x: Any, number: int = 0) -> Any:
         """Take the kept indices of a result that was made at full size."""
@@ -82,7 +82,7 @@ class Kept:
         return (np.cumsum(mask) - 1)[positions[mask[positions]]]
 
 
-def resized(shape: Sequence[Any], masks: Sequence[Mask], count: Any) -> tuple[Any, ...]:
+def resize_shape(shape: Sequence[Any], masks: Sequence[Mask], count: Any) -> tuple[Any, ...]:
     """Give a shape with masked axes shrunk; a symbolic one by the fraction that is kept."""
     new = []
     for n, mask in zip(shape, masks, strict=True):

@@ -162,7 +162,7 @@ class Labels:
         for ka, kb in {(int(x), int(y)) for x, y in zip(arity_a, arity_b, strict=True)}:
             mine = (arity_a == ka) & (arity_b == kb)
             one, other = rows_a[mine, :ka], rows_b[mine, :kb]
-            segments = _aligned(one, other)
+            segments = _align_columns(one, other)
             if segments is None:
                 self._conflict(a[mine])
                 self._conflict(b[mine])
@@ -266,7 +266,9 @@ def _partition(rows: np.ndarray) -> np.ndarray:
     return order[inverse.reshape(-1)]
 
 
-def _aligned(a: np.ndarray, b: np.ndarray) -> list[tuple[tuple[int, int], tuple[int, int]]] | None:
+def _align_columns(
+    a: np.ndarray, b: np.ndarray
+) -> list[tuple[tuple[int, int], tuple[int, int]]] | None:
     """Find which columns of two descriptions of the same indices are the same.
 
     Returns:

@@ -18,7 +18,7 @@ from jaxcompress.graph.program import _compat
 from jaxcompress.graph.program._constructs import Cells
 from jaxcompress.graph.program._interpret import Position
 from jaxcompress.graph.program._run import Equation
-from jaxcompress.graph.sites._replay import execute
+from jaxcompress.graph.sites._replay import execute_plan
 from jaxcompress.graph.sites._trace import Traced, call_of
 
 
@@ -107,7 +107,7 @@ def leaks(
     removed = removed_by(dims(traced), removed_from)
     args = (_zeroed(params, removed), inputs, kwargs)
     recorder = _Opened(removed)
-    record = jax.jit(lambda: execute(traced, recorder.plan, args, recorder.cells)[1])()
+    record = jax.jit(lambda: execute_plan(traced, recorder.plan, args, recorder.cells)[1])()
     places: dict[str, tuple[float, dict[str, None]]] = {}
     for here, (place, name) in recorder.places.items():
         seen = float(np.max(record.get(seen_at(here), 0.0)))
@@ -121,7 +121,7 @@ def leaks(
     def outputs(flags: Any) -> list[Any]:
         opened = lambda place: flags[chosen.index(place)] if place in chosen else None
         masker = _Opened(removed, opened)
-        results, _ = execute(traced, masker.plan, args, masker.cells)
+        results, _ = execute_plan(traced, masker.plan, args, masker.cells)
         return [x for x in jax.tree.leaves(results) if tree.is_floating(x)]
 
     flags = np.concatenate([np.zeros((1, len(chosen)), bool), np.eye(len(chosen), dtype=bool)])

@@ -19,8 +19,8 @@ from jaxcompress.graph.dims._walk import dims
 from jaxcompress.graph.program import _compat
 from jaxcompress.graph.program._constructs import Cells, construct
 from jaxcompress.graph.program._interpret import Position
-from jaxcompress.graph.program._run import Equation, Plan, Visit, never, run
-from jaxcompress.graph.sites._replay import execute
+from jaxcompress.graph.program._run import Equation, Plan, Visit, never, run_program
+from jaxcompress.graph.sites._replay import execute_plan
 from jaxcompress.graph.sites._trace import Traced, call_of, wraps
 
 
@@ -95,7 +95,7 @@ class Masker:
     ) -> tuple[list, Cells]:
         rule: Any = construct(equation.primitive.name)
         (body,) = rule.bodies(equation.eqn)
-        return run(body.program, operands, self.plan, cells, (*here, 0))
+        return run_program(body.program, operands, self.plan, cells, (*here, 0))
 
     def _visit(
         self, here: Position, kept: Kept, equation: Equation, operands: Sequence[Any], cells: Cells
@@ -157,7 +157,7 @@ def remask(fn: Callable[..., Any] | Traced, removed_from: KeepIndices) -> Callab
     def remasked(params: tree.Params, *inputs: Any, **kwargs: Any) -> Any:
         traced = call_of(fn, params, inputs, kwargs)
         masker = Masker(removed_by(dims(traced), removed_from))
-        return execute(traced, masker.plan, (params, inputs, kwargs), masker.cells)[0]
+        return execute_plan(traced, masker.plan, (params, inputs, kwargs), masker.cells)[0]
 
     return remasked
 

@@ -83,7 +83,7 @@ def removed_by(dims: Dims, keep: KeepIndices) -> Removed:
                 else:
                     _add_layer(dims, by_layer, gone, layer, len(indices), path)
     removed = Removed(dims=dims, everywhere=everywhere, by_layer=by_layer)
-    _check(dims, removed, keep)
+    _check_frozen(dims, removed, keep)
     return removed
 
 
@@ -108,7 +108,7 @@ def _add_layer(
         flags[layer, gone[dims.layers[gone] == level]] = True
 
 
-def _check(dims: Dims, removed: Removed, keep: KeepIndices) -> None:
+def _check_frozen(dims: Dims, removed: Removed, keep: KeepIndices) -> None:
     gone = removed.everywhere.copy()
     for flags in removed.by_layer.values():
         gone |= flags.any(axis=0)
@@ -124,7 +124,7 @@ def _check(dims: Dims, removed: Removed, keep: KeepIndices) -> None:
                     fix="Keep the whole of a frozen axis; `structured.groups` says which are.",
                 )
             have, want = removed.mask(axis), keep.get(path, {}).get(k)
-            _check_tied(path, k, _mask(have, len(axis)), _mask_of(want, len(axis)))
+            _check_tied(path, k, _fill_mask(have, len(axis)), _mask_of(want, len(axis)))
 
 
 def _check_tied(path: str, axis: int, have: np.ndarray, want: np.ndarray) -> None:
@@ -140,7 +140,7 @@ def _check_tied(path: str, axis: int, have: np.ndarray, want: np.ndarray) -> Non
         )
 
 
-def _mask(mask: Mask, size: int) -> np.ndarray:
+def _fill_mask(mask: Mask, size: int) -> np.ndarray:
     return np.ones(size, bool) if mask is None else mask
 
 

@@ -22,14 +22,14 @@ from jaxcompress.graph.dims._known import fact_of_literal
 from jaxcompress.graph.dims._labels import Labels
 from jaxcompress.graph.dims._removed import KeepIndices, Removed, removed_by
 from jaxcompress.graph.dims._rule import Axes, dims_rule
-from jaxcompress.graph.dims._walk import Known, Labelling, dims
+from jaxcompress.graph.dims._walk import Labelled, Labelling, dims
 from jaxcompress.graph.program import _compat
 from jaxcompress.graph.program._calls import Calls
 from jaxcompress.graph.program._compat import Program
 from jaxcompress.graph.program._constructs import Cells, construct
 from jaxcompress.graph.program._interpret import Position
 from jaxcompress.graph.program._run import Equation, Plan, Visit, leave_out
-from jaxcompress.graph.sites._replay import execute
+from jaxcompress.graph.sites._replay import execute_plan
 from jaxcompress.graph.sites._trace import Traced, call_of, describe_array, wraps
 
 
@@ -156,10 +156,10 @@ class _Resizer:
         return self._later((position, None), program, lambda operands: operands[-count:])
 
     def _derivative(self, position: Position, program: Program, zeros: Sequence[bool]) -> Plan:
-        def given(operands: list[Known]) -> list[Known]:
+        def given(operands: list[Labelled]) -> list[Labelled]:
             primals = operands[len(operands) - len(zeros) :]
             pairs = zip(primals, zeros, strict=True)
-            return [*primals, *(Known(x.axes) for x, zero in pairs if not zero)]
+            return [*primals, *(Labelled(x.axes) for x, zero in pairs if not zero)]
 
         return self._later((position, tuple(zeros)), program, given)
 
@@ -167,7 +167,7 @@ class _Resizer:
         self,
         at: tuple[Position, Hashable],
         program: Program,
-        given: Callable[[list[Known]], list[Known]],
+        given: Callable[[list[Labelled]], list[Labelled]],
     ) -> Plan:
         """Label a program that comes to light under differentiation, and plan it likewise."""
         known = self._laters.get(at)
@@ -181,14 +181,14 @@ class _Resizer:
         return plan
 
 
-def _operands(dims: Dims, position: Position, labels: Labels) -> list[Known]:
+def _operands(dims: Dims, position: Position, labels: Labels) -> list[Labelled]:
     """Give the labels of an equation's operands, and what is known of them."""
     program, env = dims.programs[position[:-1]]
     facts = dims.facts[position[:-1]]
     return [
-        Known(tuple(labels.fresh(n) for n in np.shape(atom.val)), fact_of_literal(atom))
+        Labelled(tuple(labels.fresh(n) for n in np.shape(atom.val)), fact_of_literal(atom))
         if isinstance(atom, _compat.Literal)
-        else Known(env[atom], facts[atom])
+        else Labelled(env[atom], facts[atom])
         for atom in program.eqns[position[-1]].invars
     ]
 
@@ -208,7 +208,9 @@ def _is_same(known: Program, other: Program) -> bool:
     return all(a is b for a, b in zip(known.consts, other.consts, strict=True))
 
 
-def _extend(removed: Removed, labels: Labels, program: Program, args: Sequence[Known]) -> Removed:
+def _extend(
+    removed: Removed, labels: Labels, program: Program, args: Sequence[Labelled]
+) -> Removed:
     """Say which labels are gone in another program; `labels` is a copy that grows."""
     roots = np.flatnonzero(removed.everywhere)
     walked = Labelling(removed.dims.traced, labels, closed=True).walk(program, args)
@@ -278,7 +280,7 @@ def resize(
 
     def planned(params: tree.Params, inputs: Any, kwargs: Any) -> _Planned:
         dense = dense_like(params, shapes)
-        _check_shapes(params, keep, shapes)
+        _check_shrunk_shapes(params, keep, shapes)
         traced = call_of(fn, dense, inputs, kwargs)
         resizer = _Resizer(removed_by(dims(traced), keep))
         return _Planned(traced, resizer.plan(), resizer.cells)
@@ -287,7 +289,7 @@ def resize(
     def resized(params: tree.Params, *inputs: Any, **kwargs: Any) -> Any:
         args = params, inputs, kwargs
         call = calls.get(args, lambda: planned(*args), lambda call: call.plan.made is not None)
-        return execute(call.traced, call.plan, args, call.cells)[0]
+        return execute_plan(call.traced, call.plan, args, call.cells)[0]
 
     return resized
 
@@ -306,7 +308,7 @@ class _Planned(NamedTuple):
     cells: dict[str, Any]
 
 
-def _check_shapes(
+def _check_shrunk_shapes(
     params: tree.Params, keep: KeepIndices, shapes: Mapping[str, tuple[int, ...]]
 ) -> None:
     found = {path: tuple(leaf.shape) for path, leaf in tree.items(params)}

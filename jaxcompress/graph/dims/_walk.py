@@ -35,7 +35,7 @@ _OPEN = frozenset({"cond", "jit", "remat2", "scan", "while"})
 """Constructs that take cells in whole, whatever is differentiated."""
 
 
-class Known(NamedTuple):
+class Labelled(NamedTuple):
     """What the walk knows of a variable: the labels of its axes, and what it is before fn runs."""
 
     axes: Axes
@@ -103,7 +103,7 @@ def _labelled(traced: Traced) -> Dims:
     return result
 
 
-class Labelling(Domain[Known]):
+class Labelling(Domain[Labelled]):
     """One pass over a program that gives labels.
 
     Args:
@@ -142,7 +142,7 @@ class Labelling(Domain[Known]):
             for k, axis in enumerate(axes):
                 labels.freeze(axis, f"it is tied to axis {k} of input {path}")
             args.append(axes)
-        walked = self.walk(program, [Known(axes) for axes in args])
+        walked = self.walk(program, [Labelled(axes) for axes in args])
         outs = walked.pop("results")
         # New state is made from the old: its indices are the leaf's by fn itself.
         alike = lambda axes, path: all(
@@ -157,7 +157,7 @@ class Labelling(Domain[Known]):
                 labels.freeze(axis, f"it is axis {k} of output {name}")
         return self._result(walked, leaves, state)
 
-    def walk(self, program: Program, args: Sequence[Known]) -> dict[str, Any]:
+    def walk(self, program: Program, args: Sequence[Labelled]) -> dict[str, Any]:
         """Label a program; gives what `Dims` says of its bodies, and the results."""
         walk = interpret(program, args, self)
         bodies = walk.bodies.items()
@@ -252,28 +252,28 @@ class Labelling(Domain[Known]):
         numbers = range(len(program.eqns))
         self._dead |= {(*place.position, k) for k in numbers if k not in alive}
 
-    def constant(self, var: Any, value: Any, place: Place) -> Known:
+    def constant(self, var: Any, value: Any, place: Place) -> Labelled:
         axes = self._outer(np.shape(value), None)
         self._uniform += axes
-        return Known(axes, fact_of_constant(value, axes))
+        return Labelled(axes, fact_of_constant(value, axes))
 
-    def literal(self, atom: Any) -> Known:
-        return Known(self._outer(np.shape(atom.val), None), fact_of_literal(atom))
+    def literal(self, atom: Any) -> Labelled:
+        return Labelled(self._outer(np.shape(atom.val), None), fact_of_literal(atom))
 
-    def enters(self, eqn: Any, operands: Sequence[Known], here: Position) -> bool:
+    def enters(self, eqn: Any, operands: Sequence[Labelled], here: Position) -> bool:
         return here not in self._dead
 
     def equation(
-        self, eqn: Any, operands: Sequence[Known], here: Position, place: Place
-    ) -> Sequence[Known]:
+        self, eqn: Any, operands: Sequence[Labelled], here: Position, place: Place
+    ) -> Sequence[Labelled]:
         if here in self._dead:  # only shapes of it were used
-            return [Known(self._outer(var.aval.shape, None)) for var in eqn.outvars]
+            return [Labelled(self._outer(var.aval.shape, None)) for var in eqn.outvars]
         if eqn.primitive.name == "broadcast_in_dim":
             self._spread.add(id(eqn.outvars[0]))
         facts = [x.fact for x in operands]
         results = self._follow(eqn, here, tuple(x.axes for x in operands), facts, place)
         after = fact_after(eqn, facts, results)
-        return [Known(axes, after) for axes in results]
+        return [Labelled(axes, after) for axes in results]
 
     def _follow(
         self,
@@ -337,7 +337,7 @@ class Labelling(Domain[Known]):
 
     # --- constructs -----------------------------------------------------------------------------
 
-    def enter(self, frame: Frame[Known]) -> None:
+    def enter(self, frame: Frame[Labelled]) -> None:
         name, at, outside = frame.eqn.primitive.name, frame.place.position, frame.here[:-1]
         self._closed[at] = self._closed[outside] or name not in _OPEN or _is_condition(frame)
         self._scans[at] = self._scans[outside]
@@ -348,7 +348,7 @@ class Labelling(Domain[Known]):
             for axis in frame.operands[0].axes:
                 self._labels.freeze(axis, "it chooses a branch")
 
-    def _level(self, frame: Frame[Known]) -> Level:
+    def _level(self, frame: Frame[Labelled]) -> Level:
         length = int(frame.eqn.params["length"])
         operands = [frame.operands[k].axes for k, role in frame.body.inputs if role == "slice"]
         sliced = [axes[0] for axes in operands if axes]
@@ -358,21 +358,21 @@ class Labelling(Domain[Known]):
         self._labels.freeze(axis, "a scan runs over it: drop_layers removes layers")
         return Level(axis=axis, length=length)
 
-    def feed(self, value: Known, k: int, role: Role, frame: Frame[Known]) -> Known:
+    def feed(self, value: Labelled, k: int, role: Role, frame: Frame[Labelled]) -> Labelled:
         axes = value.axes[1:] if role == "slice" else value.axes
         if role == "carry":
             self._carried += axes
         if _is_condition(frame):  # it sees no layers
             self._uniform += axes
         shape = frame.body.program.invars[k].aval.shape
-        return Known(self._fit(axes, shape, frame), value.fact.through(role))
+        return Labelled(self._fit(axes, shape, frame), value.fact.through(role))
 
-    def carry(self, before: Known, after: Known, frame: Frame[Known]) -> Known:
+    def carry(self, before: Labelled, after: Labelled, frame: Frame[Labelled]) -> Labelled:
         for a, b in zip(before.axes, after.axes, strict=True):
             self._labels.unify(a, b)
         return before
 
-    def give(self, value: Known, k: int, role: Role, frame: Frame[Known]) -> Known:
+    def give(self, value: Labelled, k: int, role: Role, frame: Frame[Labelled]) -> Labelled:
         fact = value.fact.through(role)._replace(value=None)
         if frame.body.branch:  # which of them it is depends on operand 0
             fact = fact.or_else(frame.operands[0].fact._replace(counts=()))
@@ -380,14 +380,14 @@ class Labelling(Domain[Known]):
         assert target is not None
         if role == "slice":
             axes = (self._levels[self._scans[frame.place.position][-1]].axis, *axes)
-        return Known(self._fit(axes, frame.eqn.outvars[target].aval.shape, frame), fact)
+        return Labelled(self._fit(axes, frame.eqn.outvars[target].aval.shape, frame), fact)
 
-    def join(self, earlier: Known, later: Known, frame: Frame[Known]) -> Known:
+    def join(self, earlier: Labelled, later: Labelled, frame: Frame[Labelled]) -> Labelled:
         for a, b in zip(earlier.axes, later.axes, strict=True):
             self._labels.unify(a, b)
-        return Known(later.axes, earlier.fact.or_else(later.fact))
+        return Labelled(later.axes, earlier.fact.or_else(later.fact))
 
-    def _fit(self, axes: Axes, shape: Sequence[Any], frame: Frame[Known]) -> Axes:
+    def _fit(self, axes: Axes, shape: Sequence[Any], frame: Frame[Labelled]) -> Axes:
         """Cut an axis off where a border changes its size: inside a `shard_map` it is a shard."""
         fitted = []
         for axis, n in zip(axes, concrete(shape), strict=True):
@@ -401,7 +401,7 @@ class Labelling(Domain[Known]):
         return tuple(fitted)
 
 
-def _is_condition(frame: Frame[Known]) -> bool:
+def _is_condition(frame: Frame[Labelled]) -> bool:
     return all(target is None for target, _ in frame.body.results)
 
 

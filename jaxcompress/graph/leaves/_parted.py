@@ -56,7 +56,7 @@ class Parted(LeafNode):
 
     def placement(self) -> NamedSharding | None:
         """Say where the array at hand would live; `None` where there are no Explicit axes."""
-        found = [_placement(part, self.stored_axes) for part in jax.tree.leaves(self)]
+        found = [_find_placement(part, self.stored_axes) for part in jax.tree.leaves(self)]
         places = [place for place in found if place is not None]
         if not places:
             return None
@@ -319,7 +319,7 @@ def _count_ways(mesh: Any, names: Any) -> int:
 # axes that the equation has in one piece, so it could not say; the equation can.
 
 
-def _placement(part: Any, axes: Sequence[Sequence[int]]) -> NamedSharding | None:
+def _find_placement(part: Any, axes: Sequence[Sequence[int]]) -> NamedSharding | None:
     """Say where an array lives that is stored in pieces.
 
     Args:
@@ -362,5 +362,5 @@ def _describe_operand(x: Any) -> jax.ShapeDtypeStruct:
     if isinstance(x, Parted):
         where = x.placement()
     else:
-        where = _placement(x, [(k,) for k in range(jax.typeof(x).ndim)])
+        where = _find_placement(x, [(k,) for k in range(jax.typeof(x).ndim)])
     return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where)

@@ -26,7 +26,7 @@ from jaxcompress.graph.program._interpret import Walk as Walk
 from jaxcompress.graph.program._interpret import equations as equations
 from jaxcompress.graph.program._interpret import interpret as interpret
 from jaxcompress.graph.program._live import Live as Live
-from jaxcompress.graph.program._live import Step as Step
+from jaxcompress.graph.program._live import LiveStep as LiveStep
 from jaxcompress.graph.program._live import equation_steps as equation_steps
 from jaxcompress.graph.program._live import live as live
 from jaxcompress.graph.program._live import variables as variables
@@ -47,6 +47,6 @@ from jaxcompress.graph.program._run import Visit as Visit
 from jaxcompress.graph.program._run import leave_out as leave_out
 from jaxcompress.graph.program._run import never as never
 from jaxcompress.graph.program._run import pass_on as pass_on
-from jaxcompress.graph.program._run import rebuild as rebuild
+from jaxcompress.graph.program._run import rebuild_construct as rebuild_construct
 from jaxcompress.graph.program._run import reenter as reenter
-from jaxcompress.graph.program._run import run as run
+from jaxcompress.graph.program._run import run_program as run_program

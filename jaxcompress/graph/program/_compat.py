@@ -297,11 +297,11 @@ def jit_like(eqn: Any, body: Callable[..., Any]) -> Callable[..., Any]:
     unset = [UNSPECIFIED] * len(params["in_shardings"])
     if list(params["in_shardings"]) != unset or any(params["in_layouts"]):
         placed = zip(params["in_shardings"], params["in_layouts"], strict=True)
-        options["in_shardings"] = (UNSPECIFIED, *(_placement(*p) for p in placed))
+        options["in_shardings"] = (UNSPECIFIED, *(_add_layout(*p) for p in placed))
     unset = [UNSPECIFIED] * len(params["out_shardings"])
     if list(params["out_shardings"]) != unset or any(params["out_layouts"]):
         placed = zip(params["out_shardings"], params["out_layouts"], strict=True)
-        options["out_shardings"] = ([_placement(*p) for p in placed], UNSPECIFIED)
+        options["out_shardings"] = ([_add_layout(*p) for p in placed], UNSPECIFIED)
     return jax.jit(body, **options)
 
 
@@ -313,5 +313,5 @@ def is_placed(eqn: Any) -> bool:
     return bool(placed) or any(any(each) for each in layouts)
 
 
-def _placement(sharding: Any, layout: Any) -> Any:
+def _add_layout(sharding: Any, layout: Any) -> Any:
     return sharding if layout is None else Format(layout, sharding)

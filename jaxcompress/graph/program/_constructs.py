@@ -222,8 +222,8 @@ class _Scan:
     def bodies(self, eqn: Any) -> list[Body]:
         consts, carry = _compat.scan_counts(eqn)
         length, program = eqn.params["length"], _compat.normalize(eqn.params["jaxpr"])
-        roles = _roles(consts, carry, len(program.invars))
-        results = _roles(0, carry, len(program.outvars))
+        roles = _list_roles(consts, carry, len(program.invars))
+        results = _list_roles(0, carry, len(program.outvars))
         return [
             Body(
                 label="scan",
@@ -254,7 +254,7 @@ class _Scan:
         return [*carry, *stacked], filled
 
 
-def _roles(same: int, carry: int, total: int) -> list[Role]:
+def _list_roles(same: int, carry: int, total: int) -> list[Role]:
     first: list[Role] = ["same" for _ in range(same)]
     second: list[Role] = ["carry" for _ in range(carry)]
     third: list[Role] = ["slice" for _ in range(total - same - carry)]

@@ -200,11 +200,13 @@ def interpret(
         The values of all variables.
     """
     walk = Walk(domain)
-    walk.results = _walk(program, args, place or Place(), walk)
+    walk.results = _walk_body(program, args, place or Place(), walk)
     return walk
 
 
-def _walk(program: Program, args: Sequence[Value], place: Place, walk: Walk[Value]) -> list[Value]:
+def _walk_body(
+    program: Program, args: Sequence[Value], place: Place, walk: Walk[Value]
+) -> list[Value]:
     domain, values = walk.domain, dict[Any, Value](zip(program.invars, args, strict=True))
     walk.bodies[place.position] = Walked(program, values)
     domain.begin(program, place)
@@ -257,7 +259,7 @@ def _settle(frame: Frame[Value], walk: Walk[Value]) -> list[Value]:
     """Walk a body until what it carries round is what it was given; returns its results."""
     domain = walk.domain
     while True:
-        outs = _walk(frame.body.program, frame.args, frame.place, walk)
+        outs = _walk_body(frame.body.program, frame.args, frame.place, walk)
         settled = True
         for i, j in frame.carries:
             before = frame.args[i]

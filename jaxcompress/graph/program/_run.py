@@ -139,7 +139,7 @@ class Entry:
     def __call__(self, body: int, operands: Sequence[Any], cells: Cells) -> tuple[list, Cells]:
         position = (*self._position, body)
         program, plan, keep = self._programs[body], self._plan, self._returns_nodes
-        return run(program, operands, plan, cells, position, keep_nodes=keep)
+        return run_program(program, operands, plan, cells, position, keep_nodes=keep)
 
     def once(self, make: Callable[[], Any]) -> Any:
         """Make something for the construct, or give what an earlier run of the plan made."""
@@ -160,7 +160,7 @@ class Entry:
                 expected="equations that run with and without differentiation",
                 fix="Leave it out of the handlers, or handle the primitive that the rule uses.",
             )
-        return run(program, operands, plan, {})[0]
+        return run_program(program, operands, plan, {})[0]
 
     def derivative(self) -> Callable[..., list] | None:
         """Give what runs the program of a `custom_jvp` rule under the same plan."""
@@ -169,12 +169,12 @@ class Entry:
             return None
 
         def derived(program: Program, zeros: Sequence[bool], *operands: Any) -> list:
-            return run(program, operands, make(self._position, program, zeros), {})[0]
+            return run_program(program, operands, make(self._position, program, zeros), {})[0]
 
         return derived
 
 
-def run(
+def run_program(
     program: Program,
     args: Sequence[Any],
     plan: Plan,
@@ -207,7 +207,7 @@ def run(
         ):
             operands = _entering(eqn, rule, operands, plan.carrier) if nodes else operands
             passes = _passes(eqn, rule)
-            results, new = rebuild(plan, here, eqn, operands, cells, returns_nodes=passes)
+            results, new = rebuild_construct(plan, here, eqn, operands, cells, returns_nodes=passes)
             filled |= new
         else:
             results = None
@@ -252,10 +252,10 @@ def reenter(
     plan: Plan, position: Position, equation: Equation, operands: Sequence[Any], cells: Cells
 ) -> tuple[list, Cells]:
     """Visit a construct by entering it, though nothing in it may be visited."""
-    return rebuild(plan, position, equation.eqn, operands, cells)
+    return rebuild_construct(plan, position, equation.eqn, operands, cells)
 
 
-def rebuild(
+def rebuild_construct(
     plan: Plan,
     position: Position,
     eqn: Any,

@@ -4,7 +4,7 @@ from jaxcompress.graph.sites._forms import Form as Form
 from jaxcompress.graph.sites._forms import form_at as form_at
 from jaxcompress.graph.sites._forms import form_of as form_of
 from jaxcompress.graph.sites._forms import replicated as replicated
-from jaxcompress.graph.sites._intercept import Layer as Layer
+from jaxcompress.graph.sites._intercept import SiteLayer as SiteLayer
 from jaxcompress.graph.sites._intercept import run_layers as run_layers
 from jaxcompress.graph.sites._observe import Observer as Observer
 from jaxcompress.graph.sites._observe import check_observers as check_observers
@@ -12,7 +12,7 @@ from jaxcompress.graph.sites._observe import observing as observing
 from jaxcompress.graph.sites._perturb import perturbing as perturbing
 from jaxcompress.graph.sites._replay import SitesAt as SitesAt
 from jaxcompress.graph.sites._replay import call as call
-from jaxcompress.graph.sites._replay import execute as execute
+from jaxcompress.graph.sites._replay import execute_plan as execute_plan
 from jaxcompress.graph.sites._replay import make_plan as make_plan
 from jaxcompress.graph.sites._select import CONDITION as CONDITION
 from jaxcompress.graph.sites._select import Side as Side

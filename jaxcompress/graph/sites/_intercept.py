@@ -12,7 +12,7 @@ from jaxcompress import tree
 from jaxcompress.graph.program._constructs import Cells
 from jaxcompress.graph.program._interpret import Position
 from jaxcompress.graph.program._run import Equation, Visit
-from jaxcompress.graph.sites._replay import SitesAt, execute, make_plan
+from jaxcompress.graph.sites._replay import SitesAt, execute_plan, make_plan
 from jaxcompress.graph.sites._select import check_states, named_sites, refuse_inside
 from jaxcompress.graph.sites._sites import Site
 from jaxcompress.graph.sites._trace import Traced, call_of, wraps
@@ -23,7 +23,7 @@ Around: TypeAlias = Callable[[Equation, Site, Go, list[Any], Cells], tuple[list[
 """`(equation, site, go, operands, cells) -> (results, filled cells)`."""
 
 
-class Layer(NamedTuple):
+class SiteLayer(NamedTuple):
     """What is done around the equation of a site.
 
     Attributes:
@@ -42,7 +42,7 @@ UNREACHABLE = ("while condition", "custom_jvp", "custom_vjp")
 def run_layers(
     traced: Traced,
     args: Any,
-    layers: Mapping[str, Sequence[Layer]],
+    layers: Mapping[str, Sequence[SiteLayer]],
     cells: Cells,
     *,
     fills: bool,
@@ -66,11 +66,11 @@ def run_layers(
 
     reads = {name: [cell for one in mine for cell in one.reads] for name, mine in layers.items()}
     plan = make_plan(traced, match, fills=fills, reads=reads)
-    return execute(traced, plan, args, cells)
+    return execute_plan(traced, plan, args, cells)
 
 
 def _visit(
-    layers: Mapping[str, Sequence[Layer]],
+    layers: Mapping[str, Sequence[SiteLayer]],
     equation: Equation,
     operands: Sequence[Any],
     cells: Cells,
@@ -161,7 +161,7 @@ def intercept(
     return intercepted
 
 
-def _handling(handler: Callable[..., tuple[Any, Any]]) -> Layer:
+def _handling(handler: Callable[..., tuple[Any, Any]]) -> SiteLayer:
     """Make a layer that a handler takes the place of the equation in."""
 
     def around(
@@ -170,4 +170,4 @@ def _handling(handler: Callable[..., tuple[Any, Any]]) -> Layer:
         result, state = handler(equation, cells[site.name], *operands)
         return list(result) if equation.primitive.multiple_results else [result], {site.name: state}
 
-    return Layer(around)
+    return SiteLayer(around)

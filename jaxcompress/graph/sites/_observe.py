@@ -6,7 +6,7 @@ from typing import Any, TypeAlias
 from jaxcompress import tree
 from jaxcompress.graph.program._constructs import Cells
 from jaxcompress.graph.program._run import Equation
-from jaxcompress.graph.sites._intercept import Go, Layer, run_layers
+from jaxcompress.graph.sites._intercept import Go, SiteLayer, run_layers
 from jaxcompress.graph.sites._select import CONDITION, check_states, named_sites, refuse_inside
 from jaxcompress.graph.sites._sites import Site
 from jaxcompress.graph.sites._trace import Traced, call_of
@@ -69,7 +69,7 @@ def check_observers(
     return names
 
 
-def observing(observer: Observer) -> Layer:
+def observing(observer: Observer) -> SiteLayer:
     """Make a layer that updates the cell of its site."""
 
     def around(
@@ -80,7 +80,7 @@ def observing(observer: Observer) -> Layer:
         state = observer(site, cells[site.name], activation, output)
         return results, {**filled, site.name: state}
 
-    return Layer(around)
+    return SiteLayer(around)
 
 
 def observed_arrays(site: Site, operands: Sequence[Any], result: Any) -> tuple[Any, Any]:

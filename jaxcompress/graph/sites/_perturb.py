@@ -9,7 +9,7 @@ from jaxcompress import tree
 from jaxcompress.errors import StructureError
 from jaxcompress.graph.program._constructs import Cells
 from jaxcompress.graph.program._run import Equation
-from jaxcompress.graph.sites._intercept import UNREACHABLE, Go, Layer, run_layers
+from jaxcompress.graph.sites._intercept import UNREACHABLE, Go, SiteLayer, run_layers
 from jaxcompress.graph.sites._select import Side, check_side, chosen_sites, refuse_inside
 from jaxcompress.graph.sites._sites import Site
 from jaxcompress.graph.sites._trace import Traced, call_of
@@ -69,7 +69,7 @@ def perturb(
     return perturbed
 
 
-def perturbing(at: Side, cell: str) -> Layer:
+def perturbing(at: Side, cell: str) -> SiteLayer:
     """Make a layer that adds a cell to one of a site's arrays."""
 
     def around(
@@ -82,7 +82,7 @@ def perturbing(at: Side, cell: str) -> Layer:
         results, filled = go(operands, cells)
         return [results[0] + cells[cell]], filled
 
-    return Layer(around, (cell,))
+    return SiteLayer(around, (cell,))
 
 
 def _check_offsets(traced: Traced, offsets: Mapping[str, Any], at: Side) -> None:

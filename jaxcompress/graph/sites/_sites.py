@@ -294,7 +294,7 @@ def _leaf_key(view: View, axis: int) -> tuple[int, ...]:
 
 
 @register_site("conv_general_dilated")
-def _conv(eqn: Any, operand: int, view: View, varies: Sequence[bool]) -> Layout | None:
+def _lay_out_conv(eqn: Any, operand: int, view: View, varies: Sequence[bool]) -> Layout | None:
     if operand != 1 or eqn.params["batch_group_count"] != 1:
         return None
     numbers, groups = eqn.params["dimension_numbers"], eqn.params["feature_group_count"]
@@ -350,7 +350,7 @@ def _conv(eqn: Any, operand: int, view: View, varies: Sequence[bool]) -> Layout 
 
 
 @register_site("gather")
-def _gather(eqn: Any, operand: int, view: View, varies: Sequence[bool]) -> Layout | None:
+def _lay_out_gather(eqn: Any, operand: int, view: View, varies: Sequence[bool]) -> Layout | None:
     if operand != 0 or not varies[1]:
         return None  # constant indices only rearrange the leaf
     numbers = eqn.params["dimension_numbers"]

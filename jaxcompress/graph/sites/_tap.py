@@ -8,7 +8,7 @@ from jaxtyping import Array
 from jaxcompress import tree
 from jaxcompress.graph.program._constructs import Cells
 from jaxcompress.graph.program._run import Equation
-from jaxcompress.graph.sites._intercept import Go, Layer, run_layers
+from jaxcompress.graph.sites._intercept import Go, SiteLayer, run_layers
 from jaxcompress.graph.sites._select import CONDITION, Side, check_side, chosen_sites, refuse_inside
 from jaxcompress.graph.sites._sites import Site
 from jaxcompress.graph.sites._trace import Traced, call_of, wraps
@@ -56,7 +56,7 @@ def tap(
     return tapped
 
 
-def tapping(at: Side, cell: str) -> Layer:
+def tapping(at: Side, cell: str) -> SiteLayer:
     """Make a layer that fills a cell with one of a site's arrays."""
 
     def around(
@@ -66,4 +66,4 @@ def tapping(at: Side, cell: str) -> Layer:
         tapped = results[0] if at == "output" else operands[site.layout.activation]
         return results, {**filled, cell: tapped}
 
-    return Layer(around)
+    return SiteLayer(around)

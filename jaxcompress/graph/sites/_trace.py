@@ -18,7 +18,7 @@ from jaxcompress.graph.program._interpret import Walk
 from jaxcompress.graph.sites._graph import Graph, Use
 from jaxcompress.graph.sites._sites import Site
 from jaxcompress.graph.sites._views import parts_of
-from jaxcompress.graph.sites._walk import Found, Record, Sites, Value, costliest
+from jaxcompress.graph.sites._walk import FoundSite, Record, Sites, Value, costliest
 
 T = TypeVar("T")
 
@@ -181,7 +181,7 @@ def capture_call(
     ]
     args += [Value((), True, domain.fresh()) for _ in program.invars[len(args) :]]
     record, walk = domain.walk(program, args)
-    record.sites = _named(record, domain)
+    record.sites = _name_sites(record, domain)
     named = jax.tree_util.tree_flatten_with_path((inputs, kwargs))[0]
     return Traced(
         fn=fn,
@@ -269,7 +269,7 @@ def _checked_leaves(params: Any) -> dict[str, Any]:
     return leaves
 
 
-def _named(record: Record, domain: Sites) -> list[Found]:
+def _name_sites(record: Record, domain: Sites) -> list[FoundSite]:
     """Give sites unique names: the leaf's path, then `path#1`, `path#2`, ..."""
     count: dict[str, int] = {}
     names: dict[int, str] = {}

@@ -147,23 +147,23 @@ def view_rule(primitive: str) -> ViewRule | None:
     return _RULES.get(primitive)
 
 
-def _shape(atom: Any) -> tuple[int, ...]:
+def _shape_of(atom: Any) -> tuple[int, ...]:
     return tuple(atom.aval.shape)
 
 
 @register_view(*ELEMENTWISE, "bitcast_convert_type")
 def _elementwise(eqn: Any, views: Sequence[View | None], k: int) -> list[View | None]:
     """Follow operands of full shape; what only scales or shifts them is used here, and ends."""
-    shape = _shape(eqn.outvars[k])
+    shape = _shape_of(eqn.outvars[k])
     full = [
         view is not None
-        and _shape(atom) == shape
+        and _shape_of(atom) == shape
         and all(f.axes for axis in view.axes for f in axis)
         for atom, view in zip(eqn.invars, views, strict=True)
     ]
     if not any(full):  # nothing outranks a broadcast operand
         full = [
-            view is not None and _shape(atom) == shape
+            view is not None and _shape_of(atom) == shape
             for atom, view in zip(eqn.invars, views, strict=True)
         ]
     return [
@@ -173,7 +173,7 @@ def _elementwise(eqn: Any, views: Sequence[View | None], k: int) -> list[View | 
 
 
 @register_view("select_n")
-def _select(eqn: Any, views: Sequence[View | None], k: int) -> list[View | None]:
+def _follow_select(eqn: Any, views: Sequence[View | None], k: int) -> list[View | None]:
     """Follow the cases; what chooses among them is used here, and ends."""
     return list(_elementwise(eqn, [None, *views[1:]], k))
 
@@ -192,7 +192,7 @@ def _single(
     return apply
 
 
-def resized(axis: AxisFactors, size: int) -> AxisFactors:
+def resize_axis(axis: AxisFactors, size: int) -> AxisFactors:
     """Describe part of an axis, or a longer axis of which it is part."""
     if size == math.prod(f.size for f in axis):
         return axis
@@ -200,7 +200,7 @@ def resized(axis: AxisFactors, size: int) -> AxisFactors:
     return (Factor(held, size, exact=False),)
 
 
-def fitted(view: View, shape: Sequence[int]) -> View:
+def fit_view(view: View, shape: Sequence[int]) -> View:
     """View a part, or a whole, of what a view shows: a shard, from inside a `shard_map`.
 
     Args:
@@ -210,17 +210,17 @@ def fitted(view: View, shape: Sequence[int]) -> View:
     Returns:
         The view with axes of these sizes.
     """
-    axes = tuple(resized(axis, n) for axis, n in zip(view.axes, shape, strict=True))
+    axes = tuple(resize_axis(axis, n) for axis, n in zip(view.axes, shape, strict=True))
     return view if axes == view.axes else replace(view, axes=axes)
 
 
-def _arrange(eqn: Any, view: View) -> Sequence[AxisFactors] | None:
+def _arrange_axes(eqn: Any, view: View) -> Sequence[AxisFactors] | None:
     return arrange(eqn, view.axes, lambda n: () if n == 1 else (Factor((), n),))
 
 
 def _reshape(eqn: Any, view: View) -> list[AxisFactors] | None:
     order = eqn.params.get("dimensions") or range(len(view.axes))
-    return split_factors([f for k in order for f in view.axes[k]], _shape(eqn.outvars[0]))
+    return split_factors([f for k in order for f in view.axes[k]], _shape_of(eqn.outvars[0]))
 
 
 def split_factors(factors: Sequence[Factor], shape: Sequence[int]) -> list[AxisFactors] | None:
@@ -252,15 +252,15 @@ def split_factors(factors: Sequence[Factor], shape: Sequence[int]) -> list[AxisF
 
 
 def _same_rank(eqn: Any, view: View) -> list[AxisFactors]:
-    shape = _shape(eqn.outvars[0])
-    return [resized(axis, n) for axis, n in zip(view.axes, shape, strict=True)]
+    shape = _shape_of(eqn.outvars[0])
+    return [resize_axis(axis, n) for axis, n in zip(view.axes, shape, strict=True)]
 
 
 def _inexact(axis: AxisFactors) -> AxisFactors:
     return tuple(factor._replace(exact=False) for factor in axis)
 
 
-def _reversed(eqn: Any, view: View) -> list[AxisFactors]:
+def _flip_axes(eqn: Any, view: View) -> list[AxisFactors]:
     flipped = eqn.params["dimensions"]
     return [_inexact(axis) if k in flipped else axis for k, axis in enumerate(view.axes)]
 
@@ -273,28 +273,28 @@ def _all_gather(eqn: Any, view: View) -> list[AxisFactors]:
     return axes
 
 
-def _reduce(eqn: Any, view: View) -> list[AxisFactors]:
+def _drop_axes(eqn: Any, view: View) -> list[AxisFactors]:
     return [axis for k, axis in enumerate(view.axes) if k not in eqn.params["axes"]]
 
 
-register_view("broadcast_in_dim", "squeeze", "transpose")(_single(_arrange))
+register_view("broadcast_in_dim", "squeeze", "transpose")(_single(_arrange_axes))
 register_view("reshape")(_single(_reshape))
 register_view("slice", "dynamic_slice", "pad")(_single(_same_rank))
-register_view("rev")(_single(_reversed))
+register_view("rev")(_single(_flip_axes))
 register_view("all_gather")(_single(_all_gather))
 register_view("reduce_sum", "reduce_max", "reduce_min", "reduce_prod", "reduce_and", "reduce_or")(
-    _single(_reduce)
+    _single(_drop_axes)
 )
 
 
 @register_view("concatenate", "dynamic_update_slice")
 def _joined(eqn: Any, views: Sequence[View | None], k: int) -> list[View | None]:
     """Follow every part of what is put together; indices end."""
-    shape = _shape(eqn.outvars[k])
+    shape = _shape_of(eqn.outvars[k])
     return [
         view.passed(
             eqn.primitive.name,
-            [resized(axis, n) for axis, n in zip(view.axes, shape, strict=True)],
+            [resize_axis(axis, n) for axis, n in zip(view.axes, shape, strict=True)],
         )
         if view is not None and len(view.axes) == len(shape)
         else None
@@ -303,7 +303,7 @@ def _joined(eqn: Any, views: Sequence[View | None], k: int) -> list[View | None]
 
 
 @register_view("stack")
-def _stack(eqn: Any, views: Sequence[View | None], k: int) -> list[View | None]:
+def _follow_stack(eqn: Any, views: Sequence[View | None], k: int) -> list[View | None]:
     """Follow every part of a stack: the new axis shows one index of each."""
     axis = eqn.params["axis"]
 
@@ -338,9 +338,9 @@ def _tile(eqn: Any, views: Sequence[View | None], k: int) -> list[View | None]:
 
 
 @register_view("gather")
-def _gather(eqn: Any, views: Sequence[View | None], k: int) -> list[View | None]:
+def _follow_gather(eqn: Any, views: Sequence[View | None], k: int) -> list[View | None]:
     """Follow a leaf picked from by constant indices; picked axes merge into the index axes."""
-    view, shape = views[0], _shape(eqn.outvars[k])
+    view, shape = views[0], _shape_of(eqn.outvars[k])
     if view is None:
         return [None, None]
     numbers = eqn.params["dimension_numbers"]
@@ -348,7 +348,7 @@ def _gather(eqn: Any, views: Sequence[View | None], k: int) -> list[View | None]
     kept = [i for i in range(len(view.axes)) if i not in gone]
     axes: list[AxisFactors] = [()] * len(shape)
     for target, i in zip(numbers.offset_dims, kept, strict=True):
-        axes[target] = resized(view.axes[i], shape[target])
+        axes[target] = resize_axis(view.axes[i], shape[target])
     picked = view.leaf_axes(sorted(gone))
     for target in sorted(set(range(len(shape))) - set(numbers.offset_dims)):
         axes[target] = (Factor(picked, shape[target], exact=False),)
@@ -356,13 +356,13 @@ def _gather(eqn: Any, views: Sequence[View | None], k: int) -> list[View | None]
 
 
 @register_view("split")
-def _split(eqn: Any, views: Sequence[View | None], k: int) -> list[View | None]:
+def _follow_split(eqn: Any, views: Sequence[View | None], k: int) -> list[View | None]:
     """Follow a leaf into its parts."""
     (view,) = views
     if view is None:
         return [None]
-    sizes = zip(view.axes, _shape(eqn.outvars[k]), strict=True)
-    return [view.passed("split", [resized(axis, n) for axis, n in sizes])]
+    sizes = zip(view.axes, _shape_of(eqn.outvars[k]), strict=True)
+    return [view.passed("split", [resize_axis(axis, n) for axis, n in sizes])]
 
 
 def elements(shape: Sequence[Any]) -> int:

@@ -22,7 +22,7 @@ from jaxcompress.graph.program import (
     normalize,
     variables,
 )
-from jaxcompress.graph.program import run as run_program
+from jaxcompress.graph.program import run_program as run_program
 
 _CUSTOM = ("custom_jvp_call", "custom_vjp_call")
 
@@ -131,7 +131,7 @@ class Op(NamedTuple):
     outputs: tuple[int, ...]
 
 
-class Compiled(NamedTuple):
+class CompiledSteps(NamedTuple):
     """A function that runs steps, and the variables it takes, in order."""
 
     function: Callable[..., list[Any]]
@@ -153,7 +153,7 @@ class Shared:
         *,
         donated: frozenset[int] = frozenset(),
         sharding: jax.sharding.Sharding | None = None,
-    ) -> Compiled:
+    ) -> CompiledSteps:
         """Make a jitted function of the variables that `ops` read and do not compute.
 
         Args:
@@ -191,9 +191,9 @@ class Shared:
             sharding,
         )
         if key not in self.functions:
-            stage = functools.partial(_run, rows, taken, results)
+            stage = functools.partial(_run_rows, rows, taken, results)
             self.functions[key] = jax.jit(stage, donate_argnums=donate, out_shardings=sharding)
-        return Compiled(self.functions[key], tuple(inputs))
+        return CompiledSteps(self.functions[key], tuple(inputs))
 
     def _ref(self, atom: Any) -> Hashable:
         return self.keys.literal(atom) if isinstance(atom, Literal) else atom
@@ -210,7 +210,7 @@ class Shared:
         return jax.tree.unflatten(jax.tree.structure(shapes), results)
 
 
-def _run(
+def _run_rows(
     rows: Sequence[tuple[Op, tuple, tuple]],
     taken: Sequence[int],
     results: Sequence[int],

@@ -74,7 +74,9 @@ def choose_layers(
 
     def cost(count: int) -> float:
         if count not in costs:
-            costs[count] = _cost(fn, shapes, analysis, order[:count], inputs, kwargs, budget)
+            costs[count] = _measure_cost(
+                fn, shapes, analysis, order[:count], inputs, kwargs, budget
+            )
         return costs[count]
 
     limit = budget.limit(cost(0)) if budget.is_fraction else budget.amount
@@ -99,7 +101,7 @@ def _order(analysis: Analysis, scores: Mapping[str, float]) -> list[str]:
     return order
 
 
-def _cost(
+def _measure_cost(
     fn: Callable[..., Any],
     params: tree.Params,
     analysis: Analysis,

@@ -20,11 +20,11 @@ from jaxcompress.graph.program import (
     Domain,
     Frame,
     Live,
+    LiveStep,
     Place,
     Position,
     Program,
     Role,
-    Step,
     construct,
     interpret,
     live,
@@ -156,10 +156,10 @@ def _flow_of(traced: Traced) -> Flow:
         frozenset({path}) for path, leaf in traced.leaves.items() for _ in jax.tree.leaves(leaf)
     ]
     inputs = len(traced.program.invars) - len(paths)
-    return _read(traced.program, (), [*paths, *[None] * inputs], sites)
+    return _read_flow(traced.program, (), [*paths, *[None] * inputs], sites)
 
 
-def _read(
+def _read_flow(
     program: Program,
     position: Position,
     args: Sequence[frozenset[str] | None],
@@ -239,7 +239,7 @@ class _Flowing(Domain[int]):
             value = operands[k]
             known = frozenset[str]() if value == NO_VALUE else self._flow.paths[value]
             args.append(None if role == "carry" or self._flow.varies(value) else known)
-        return _read(body.program, (*here, 0), args, self._sites)
+        return _read_flow(body.program, (*here, 0), args, self._sites)
 
 
 def _shape(var: Any) -> tuple[int, ...]:
@@ -317,7 +317,7 @@ def _find_needed(
             if value in inside or consts <= k < consts + carry
         ]
 
-    steps = [Step(node.operands, node.results, bool(node.eqn.effects)) for node in flow.nodes]
+    steps = [LiveStep(node.operands, node.results, bool(node.eqn.effects)) for node in flow.nodes]
     needed = frozenset(live(steps, set(roots) - {NO_VALUE}, reads).last)
     values[flow.position] = needed
     return needed

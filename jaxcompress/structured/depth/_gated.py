@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 from jaxcompress.graph import Equation
 from jaxcompress.graph.program import Cells
-from jaxcompress.graph.sites import execute
+from jaxcompress.graph.sites import execute_plan
 from jaxcompress.structured.depth._blocks import Analysis
 from jaxcompress.structured.depth._surgery import add_step, new_plan
 
@@ -45,8 +45,8 @@ def run_gated(
         visits[one.node.position] = functools.partial(_gate, f"block {name}", one.skip)
     for name in layers:
         position = analysis.stacks[name].node.position
-        visits[position] = add_step(plan, position, f"layer {name}", _select)
-    return execute(analysis.traced, plan, args, cells)[0]
+        visits[position] = add_step(plan, position, f"layer {name}", _choose_result)
+    return execute_plan(analysis.traced, plan, args, cells)[0]
 
 
 def _gate(
@@ -62,5 +62,7 @@ def _gate(
     return [equation.bind(*both)], {}
 
 
-def _select(before: Sequence[Any], after: Sequence[Any], keep: Any) -> tuple[list[Any], Cells]:
+def _choose_result(
+    before: Sequence[Any], after: Sequence[Any], keep: Any
+) -> tuple[list[Any], Cells]:
     return jax.tree.map(lambda x, y: jnp.where(keep, y, x), list(before), list(after)), {}

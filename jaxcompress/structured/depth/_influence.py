@@ -17,13 +17,13 @@ from jaxcompress import tree
 from jaxcompress.batches import open_stream
 from jaxcompress.errors import ArgumentError, NonFiniteError
 from jaxcompress.graph import Equation
-from jaxcompress.graph.program import Cells, Position, run
+from jaxcompress.graph.program import Cells, Position, run_program
 from jaxcompress.structured.depth._blocks import Analysis, Layer, analyse
 from jaxcompress.structured.depth._gated import run_gated
 from jaxcompress.structured.depth._surgery import add_step, new_plan
 from jaxcompress.structured.depth._units import (
+    DepthUnit,
     Level,
-    Unit,
     block_gates,
     by_unit,
     gate_shapes,
@@ -114,7 +114,7 @@ def block_influence(
         Men et al., ShortGPT: Layers in large language models are more redundant than you expect,
         arXiv:2403.03853, equation 1.
     """
-    units: list[Unit] = []
+    units: list[DepthUnit] = []
 
     def see(params: tree.Params, batch: tuple[Any, ...]) -> dict[str, Seen]:
         analysis = analyse(fn, params, batch, {})
@@ -174,7 +174,7 @@ def _watch(analysis: Analysis, args: Any, level: Level, axis: int) -> dict[str, 
         stack = analysis.stacks[name]
         step = functools.partial(_see_layer, f"layer {name}", stack.carry, axis)
         visits[stack.node.position] = add_step(plan, stack.node.position, f"layer {name}", step)
-    found = run(analysis.traced.program, jax.tree.leaves(args), plan, {})[1]
+    found = run_program(analysis.traced.program, jax.tree.leaves(args), plan, {})[1]
     result: dict[str, Seen] = {name: found[f"layer {name}"] for name in stacks}
     for base, labels in filled.items():
         if len(labels) == 2:
@@ -185,11 +185,11 @@ def _watch(analysis: Analysis, args: Any, level: Level, axis: int) -> dict[str, 
         alone = base in analysis.blocks and (
             analysis.layers[analysis.layer_of(base)].length is not None
         )
-        result[base] = jax.tree.map(functools.partial(_total, leading=int(alone)), seen)
+        result[base] = jax.tree.map(functools.partial(_sum_scans, leading=int(alone)), seen)
     return result
 
 
-def _total(x: Array, leading: int) -> Array:
+def _sum_scans(x: Array, leading: int) -> Array:
     """Sum over the scans around a block but for that of its stack."""
     return jnp.sum(x, axis=tuple(range(leading, x.ndim)))
 
@@ -257,7 +257,7 @@ def loss_change(
     Reference:
         Men et al., ShortGPT, arXiv:2403.03853, section 3.1 (perplexity without a layer).
     """
-    units: list[Unit] = []
+    units: list[DepthUnit] = []
 
     def value(params: tree.Params, off: Array, batch: tuple[Any, ...]) -> Array:
         analysis = analyse(fn, params, batch[:inputs], {})
@@ -287,7 +287,9 @@ def loss_change(
     )
 
 
-def _run_without(analysis: Analysis, args: Any, units: list[Unit], off: Array, level: Level) -> Any:
+def _run_without(
+    analysis: Analysis, args: Any, units: list[DepthUnit], off: Array, level: Level
+) -> Any:
     """Run fn without unit number `off`; -1 for none."""
     shapes = gate_shapes(analysis, level)
     on = jnp.arange(len(units)) != off

@@ -23,7 +23,7 @@ from jaxcompress.graph.program import (
     Visit,
     leave_out,
     pass_on,
-    rebuild,
+    rebuild_construct,
     reenter,
     scan_counts,
 )
@@ -325,12 +325,13 @@ def _run_shorter(
     if kept is not None:
         eqn = eqn.replace(params={**eqn.params, "length": len(kept)})
         operands = [
-            take(x, 0, kept) if k in whole and x is not None else x for k, x in enumerate(operands)
+            take_rows(x, 0, kept) if k in whole and x is not None else x
+            for k, x in enumerate(operands)
         ]
-    return rebuild(plan, position, eqn, operands, {})
+    return rebuild_construct(plan, position, eqn, operands, {})
 
 
-def take(x: Any, axis: int, kept: Sequence[int]) -> Any:
+def take_rows(x: Any, axis: int, kept: Sequence[int]) -> Any:
     """Take rows of an array, of a shape only, or of a NumPy array, which stays one."""
     if isinstance(x, jax.ShapeDtypeStruct):
         shape = (*x.shape[:axis], len(kept), *x.shape[axis + 1 :])
@@ -375,6 +376,6 @@ def add_step(plan: Plan, position: Position, label: str, step: Step) -> Visit:
         consts, carry = scan_counts(equation.eqn)
         carried = slice(consts, consts + carry)
         around = lambda enter: _Stepped(enter, carried, label, step)
-        return rebuild(plan, position, equation.eqn, operands, cells, around)
+        return rebuild_construct(plan, position, equation.eqn, operands, cells, around)
 
     return visit

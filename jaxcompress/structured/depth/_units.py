@@ -13,7 +13,7 @@ Level: TypeAlias = Literal["layer", "block"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Unit:
+class DepthUnit:
     """What is scored as one.
 
     Attributes:
@@ -29,7 +29,7 @@ class Unit:
     blocks: tuple[str, ...]
 
 
-def units_of(analysis: Analysis, level: Level) -> list[Unit]:
+def units_of(analysis: Analysis, level: Level) -> list[DepthUnit]:
     """List the units of a function, in the order in which they run.
 
     Raises:
@@ -50,9 +50,9 @@ def units_of(analysis: Analysis, level: Level) -> list[Unit]:
             bases = [(block, (block,)) for block in layer.blocks]
         for base, blocks in bases:
             if layer.length is None:
-                found.append(Unit(name=base, base=base, index=None, blocks=blocks))
+                found.append(DepthUnit(name=base, base=base, index=None, blocks=blocks))
             for i in range(layer.length or 0):
-                found.append(Unit(name=f"{base}[{i}]", base=base, index=i, blocks=blocks))
+                found.append(DepthUnit(name=f"{base}[{i}]", base=base, index=i, blocks=blocks))
     return found
 
 
@@ -66,7 +66,7 @@ def check_level(level: str) -> None:
         )
 
 
-def by_unit(units: list[Unit], values: Mapping[str, Any]) -> dict[str, float]:
+def by_unit(units: list[DepthUnit], values: Mapping[str, Any]) -> dict[str, float]:
     """Read a number per unit from arrays by base name, `(length,)` for a stack."""
     found = {}
     for unit in units:
@@ -75,7 +75,7 @@ def by_unit(units: list[Unit], values: Mapping[str, Any]) -> dict[str, float]:
     return found
 
 
-def spread(gate: Any, stack: tuple[int, ...]) -> Any:
+def spread_gate(gate: Any, stack: tuple[int, ...]) -> Any:
     """Repeat a gate, `()` or `(length,)`, over the scans around a block."""
     gate = jnp.reshape(gate, gate.shape + (1,) * (len(stack) - gate.ndim))
     return jnp.broadcast_to(gate, stack)
@@ -87,7 +87,7 @@ def block_gates(analysis: Analysis, gates: Mapping[str, Any], level: Level) -> d
     for layer in analysis.layers.values():
         for block in layer.blocks:
             gate = gates[layer.name if level == "layer" else block]
-            found[block] = spread(gate, analysis.blocks[block].stack)
+            found[block] = spread_gate(gate, analysis.blocks[block].stack)
     return found
 
 

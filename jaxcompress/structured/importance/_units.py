@@ -59,7 +59,9 @@ def unit_size(shape: Sequence[int], member: Member) -> int:
     return int(np.prod(rest)) * member.indices.shape[1]
 
 
-def spread(values: jax.Array, member: Member, shape: Sequence[int], *, fill: float) -> jax.Array:
+def spread_units(
+    values: jax.Array, member: Member, shape: Sequence[int], *, fill: float
+) -> jax.Array:
     """Write a value per unit, `(*layers, size)`, beside the leaf's entries.
 
     Returns:
@@ -127,12 +129,12 @@ def check_members(
             if member.path not in leaves:
                 if partial:
                     continue
-                raise _misfit(name, f"no leaf {member.path!r}")
+                raise _explain_mismatch(name, f"no leaf {member.path!r}")
             leaf = leaves[member.path]
             shape = tuple(np.shape(leaf)) if not hasattr(leaf, "shape") else tuple(leaf.shape)
             problem = _problem(group, member, shape)
             if problem:
-                raise _misfit(name, f"{member.path!r} of shape {shape}, {problem}")
+                raise _explain_mismatch(name, f"{member.path!r} of shape {shape}, {problem}")
             if isinstance(leaf, tree.LeafNode):
                 raise ArgumentTypeError(
                     "params",
@@ -156,7 +158,7 @@ def _problem(group: Group, member: Member, shape: tuple[int, ...]) -> str:
     return ""
 
 
-def _misfit(name: str, got: str) -> StructureError:
+def _explain_mismatch(name: str, got: str) -> StructureError:
     return StructureError(
         "params",
         got=f"{got} (group {name!r})",

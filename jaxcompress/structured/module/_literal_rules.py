@@ -138,7 +138,7 @@ def _multiply(eqn: Any, x: Tag | None, y: Tag | None) -> Tag | None:
 
 
 @_rule("add")
-def _add(eqn: Any, x: Tag | None, y: Tag | None) -> Tag | None:
+def _follow_sum(eqn: Any, x: Tag | None, y: Tag | None) -> Tag | None:
     kinds = {tag.kind: tag for tag in (x, y) if tag}
     number = kinds.get("number")
     for kind in ("mean", "leaf"):
@@ -157,7 +157,7 @@ def _subtract(eqn: Any, x: Tag | None, y: Tag | None) -> Tag | None:
 
 
 @_rule("select_n")
-def _select(eqn: Any, which: Any, *cases: Tag | None) -> Tag | None:
+def _follow_cases(eqn: Any, which: Any, *cases: Tag | None) -> Tag | None:
     """Follow a mean that NaN stands in for where nothing was counted."""
     means = [tag for tag in cases if tag and tag.kind in ("mean", "sum")]
     others = [tag for tag in cases if tag not in means]

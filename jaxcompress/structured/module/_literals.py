@@ -29,7 +29,7 @@ from jaxcompress.graph.program import (
     interpret,
     never,
 )
-from jaxcompress.graph.sites import capture_call, execute
+from jaxcompress.graph.sites import capture_call, execute_plan
 from jaxcompress.structured.module._literal_rules import (
     ARITHMETIC,
     RULES,
@@ -118,7 +118,7 @@ def set_epsilons(fn: Callable[..., Any], literals: Sequence[WidthLiteral]) -> Ca
     def run(params: Any, *inputs: Any) -> Any:
         traced = capture_call(fn, params, inputs, {})
         plan = Plan({at: functools.partial(visit, at) for at in wanted}, {}, never)
-        return execute(traced, plan, (params, inputs, {}), {})[0]
+        return execute_plan(traced, plan, (params, inputs, {}), {})[0]
 
     return run
 

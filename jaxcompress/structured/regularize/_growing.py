@@ -12,7 +12,7 @@ from jaxtyping import ArrayLike, Int
 from jaxcompress import tree
 from jaxcompress.errors import ArgumentError, NonFiniteError, StructureError
 from jaxcompress.structured._groups import Group
-from jaxcompress.structured.importance._units import learned_members, spread
+from jaxcompress.structured.importance._units import learned_members, spread_units
 from jaxcompress.structured.regularize._penalties import add_penalty, check_figure, require_params
 
 
@@ -111,7 +111,7 @@ def growing_regularization(
         total: dict[str, jax.Array] = {}
         for name, members in learned_members(groups, params).items():
             for m in members:
-                beside = spread(grown[name], m, leaves[m.path].shape, fill=0)
+                beside = spread_units(grown[name], m, leaves[m.path].shape, fill=0)
                 total[m.path] = total[m.path] + beside if m.path in total else beside
         step = jnp.asarray(optax.safe_increment(state.step))
         penalised = add_penalty(updates, params, total, lambda p: p)

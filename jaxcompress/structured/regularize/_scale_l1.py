@@ -10,7 +10,7 @@ from jaxtyping import Int
 
 from jaxcompress import tree
 from jaxcompress.structured._groups import Group
-from jaxcompress.structured.importance._units import learned_members, spread
+from jaxcompress.structured.importance._units import learned_members, spread_units
 from jaxcompress.structured.regularize._penalties import (
     Figure,
     add_penalty,
@@ -87,7 +87,7 @@ def scale_l1(
         for name, members in scale_members(learned_members(groups, params), where, leaves).items():
             units = jnp.full((*groups[name].layers, groups[name].size), weight)
             for m in members:
-                more = spread(units, m, leaves[m.path].shape, fill=0)
+                more = spread_units(units, m, leaves[m.path].shape, fill=0)
                 # A scale that belongs to two groups is still penalised once.
                 penalties[m.path] = jnp.maximum(penalties.get(m.path, more), more)
         penalised = add_penalty(updates, params, penalties, jnp.sign)
