@@ -142,7 +142,7 @@ def collect(
     while pending:
         flags.read(pending.popleft())
     results = jax.jit(lambda states: finalize(plan, states))(states)
-    return _sort_by_site(plan, results, flags, single=isinstance(statistics, Statistic))
+    return _make_collected(plan, results, flags, single=isinstance(statistics, Statistic))
 
 
 def check_statistics(statistics: Any) -> dict[str, Statistic]:
@@ -211,18 +211,14 @@ def _where(entries: np.ndarray) -> str:
     return f", iterations {', '.join(str(i[0] if len(i) == 1 else i) for i in indices)}"
 
 
-def _sort_by_site(plan: StatisticPlan, results: Any, flags: _Flags, *, single: bool) -> Collected:
-    by_site = {
-        name: {key: results[owner][key] for key, owner in keys.items()}
-        for name, keys in plan.owners.items()
-    }
+def _make_collected(plan: StatisticPlan, results: Any, flags: _Flags, *, single: bool) -> Collected:
     skipped = plan.skipped
     non_finite = {
         name: max(flags.totals[owner] for owner in {*keys.values()})
         for name, keys in plan.owners.items()
     }
     return Collected(
-        results={name: keys[""] for name, keys in by_site.items()} if single else by_site,
+        results=plan.sort_by_site(results, single=single),
         skipped={name: keys[""] for name, keys in skipped.items()} if single else skipped,
         non_finite={name: entries for name, entries in non_finite.items() if entries},
         batches=flags.batches,

@@ -113,16 +113,7 @@ class Histogram(NamedTuple):
         Raises:
             ArgumentError: If the bins are too few for `bits`, or `points` is below 1.
         """
-        return _calibration.mse_range(
-            self.counts,
-            self.width,
-            self.zeros,
-            self.low,
-            self.high,
-            bits=bits,
-            symmetric=symmetric,
-            points=points,
-        )
+        return _calibration.mse_range(*self, bits=bits, symmetric=symmetric, points=points)
 
     def entropy_range(self, bits: int = 8, *, symmetric: bool = True) -> tuple[Array, Array]:
         """Choose the range that loses least information: TensorRT's calibration.
@@ -147,15 +138,7 @@ class Histogram(NamedTuple):
             Migacz, 8-bit Inference with TensorRT, GTC 2017. A Q that is empty where P is not
             counts as infinitely far.
         """
-        return _calibration.entropy_range(
-            self.counts,
-            self.width,
-            self.zeros,
-            self.low,
-            self.high,
-            bits=bits,
-            symmetric=symmetric,
-        )
+        return _calibration.entropy_range(*self, bits=bits, symmetric=symmetric)
 
 
 class _Bins(NamedTuple):

@@ -21,6 +21,7 @@ from jaxcompress.stats._statistic import (
     counter,
     products,
     read_count,
+    sum_rows,
 )
 
 
@@ -71,12 +72,6 @@ class MeanCovariance(NamedTuple):
     tokens: Array
 
 
-class _Norms(NamedTuple):
-    l1: Array
-    squares: Array
-    tokens: Counter
-
-
 def channel_norm(*, reads: str = "input") -> Statistic:
     """Accumulate the L1 and L2 norm of each feature over all tokens.
 
@@ -98,27 +93,12 @@ def channel_norm(*, reads: str = "input") -> Statistic:
         Sun et al., A Simple and Effective Pruning Approach for LLMs, arXiv:2306.11695, eq. 1.
     """
 
-    def init(features: int) -> _Norms:
-        zeros = jnp.zeros(features, jnp.float32)
-        return _Norms(zeros, zeros, counter())
-
-    def update(state: _Norms, x: Array) -> _Norms:
+    def terms(x: Array) -> tuple[Array, Array]:
         x = as_float32(x)
-        return _Norms(
-            state.l1 + jnp.abs(x).sum(0),
-            state.squares + jnp.square(x).sum(0),
-            add_count(state.tokens, len(x)),
-        )
+        return jnp.abs(x).sum(0), jnp.square(x).sum(0)
 
-    def finalize(state: _Norms) -> ChannelNorm:
-        return ChannelNorm(state.l1, jnp.sqrt(state.squares), read_count(state.tokens))
-
-    return Statistic(init=init, update=update, finalize=finalize, reads=(reads,))
-
-
-class _Gram(NamedTuple):
-    total: Array
-    tokens: Counter
+    result = lambda l1, squares, tokens: ChannelNorm(l1, jnp.sqrt(squares), tokens)
+    return sum_rows(lambda features: [(features,)] * 2, terms, result, (reads,))
 
 
 def second_moment(*, block: int | None = None, reads: str = "input") -> Statistic:
@@ -150,9 +130,9 @@ def second_moment(*, block: int | None = None, reads: str = "input") -> Statisti
     if block is not None and block < 1:
         raise ArgumentError("block", got=block, expected="1 or more, or None", fix="Try 128.")
 
-    def init(features: int) -> _Gram:
+    def shapes(features: int) -> list[tuple[int, ...]]:
         if block is None:
-            return _Gram(jnp.zeros((features, features), jnp.float32), counter())
+            return [(features, features)]
         if features % block:
             raise ArgumentError(
                 "block",
@@ -160,20 +140,15 @@ def second_moment(*, block: int | None = None, reads: str = "input") -> Statisti
                 expected="a divisor of the number of features",
                 fix="Choose another block, or select sites that it divides by `where`.",
             )
-        return _Gram(jnp.zeros((features // block, block, block), jnp.float32), counter())
+        return [(features // block, block, block)]
 
-    def update(state: _Gram, x: Array) -> _Gram:
+    def terms(x: Array) -> list[Array]:
         if block is None:
-            gram = products(x, x)
-        else:
-            blocks = x.reshape(len(x), -1, block)  # (tokens, blocks, block)
-            gram = jax.vmap(products, in_axes=1)(blocks, blocks)
-        return _Gram(state.total + gram, add_count(state.tokens, len(x)))
+            return [products(x, x)]
+        blocks = x.reshape(len(x), -1, block)  # (tokens, blocks, block)
+        return [jax.vmap(products, in_axes=1)(blocks, blocks)]
 
-    def finalize(state: _Gram) -> SecondMoment:
-        return SecondMoment(state.total, read_count(state.tokens))
-
-    return Statistic(init=init, update=update, finalize=finalize, reads=(reads,))
+    return sum_rows(shapes, terms, SecondMoment, (reads,))
 
 
 class _Spread(NamedTuple):

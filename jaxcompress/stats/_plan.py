@@ -26,6 +26,12 @@ class SiteShapes:
     activation: jax.ShapeDtypeStruct
     output: jax.ShapeDtypeStruct
 
+    @property
+    def arrays(self) -> dict[str, jax.ShapeDtypeStruct]:
+        """What `read_rows` reads."""
+        x, y = self.activation, self.output
+        return {"activation": x, "input_grad": x, "output": y, "output_grad": y}
+
 
 @dataclass(frozen=True, kw_only=True)
 class StatisticPlan:
@@ -55,6 +61,14 @@ class StatisticPlan:
                     found.setdefault(name, {})[key] = statistic
         return found
 
+    def sort_by_site(self, results: Keyed, *, single: bool) -> dict[str, Any]:
+        """Give each site its results, by key unless a `single` statistic was asked for."""
+        by_site = {
+            name: {key: results[owner][key] for key, owner in keys.items()}
+            for name, keys in self.owners.items()
+        }
+        return {name: keys[""] for name, keys in by_site.items()} if single else by_site
+
 
 def read_rows(site: Site, kind: str, arrays: Mapping[str, Any]) -> jax.Array:
     """Bring an array of one run of a site into rows, `(*batch, tokens, features)`.
@@ -75,14 +89,8 @@ def read_rows(site: Site, kind: str, arrays: Mapping[str, Any]) -> jax.Array:
 
 def row_shapes(seen: SiteShapes, statistic: Statistic) -> list[tuple[int, ...]]:
     """Give the shape of each array that a statistic reads at a site."""
-    arrays = {
-        "activation": seen.activation,
-        "input_grad": seen.activation,
-        "output": seen.output,
-        "output_grad": seen.output,
-    }
     return [
-        jax.eval_shape(lambda a, kind=kind: read_rows(seen.site, kind, a), arrays).shape
+        jax.eval_shape(lambda a, kind=kind: read_rows(seen.site, kind, a), seen.arrays).shape
         for kind in statistic.reads
     ]
 
@@ -149,8 +157,6 @@ def _explain_misfit(site: Site, statistic: Statistic) -> str:
 def _check_update(plan: StatisticPlan, name: str, key: str, statistic: Statistic) -> None:
     """Refuse a statistic whose states change their form, of which a later batch would lose some."""
     seen = plan.seen[name]
-    arrays = {"activation": seen.activation, "input_grad": seen.activation}
-    arrays |= {"output": seen.output, "output_grad": seen.output}
     if not all(shape[-2] for shape in row_shapes(seen, statistic)):
         return  # an empty batch, which is refused as such
 
@@ -159,7 +165,7 @@ def _check_update(plan: StatisticPlan, name: str, key: str, statistic: Statistic
         return [x[(0,) * (x.ndim - 2)] for x in several]
 
     before = jax.eval_shape(lambda: statistic.init(*sizes(plan, name, statistic)))
-    after = jax.eval_shape(lambda s, a: statistic.update(s, *rows(a)), before, arrays)
+    after = jax.eval_shape(lambda s, a: statistic.update(s, *rows(a)), before, seen.arrays)
     form = lambda state: jax.tree.map(lambda x: f"{x.dtype}{list(x.shape)}", state)
     if form(before) != form(after):
         raise ArgumentError(
@@ -253,16 +259,9 @@ def _explain_nothing_selected(
     )
     # A `where` that selects no leaf at all: this raises, and names the nearest paths.
     path = next(iter(tree.select(params, where)))
-    if path in traced.unreached:
-        why = "which fn does not read"
-    elif path in traced.returned:
-        why = "which fn returns as it came"
-    else:
-        uses = sorted({use.primitive for use in traced.uses.get(path, ())})
-        why = f"which fn uses outside any contraction ({', '.join(uses)})"
     return SelectionError(
         "where",
-        got=f"{where!r}, which selects no site, but {path!r}, {why}",
+        got=f"{where!r}, which selects no site, but {path!r}, which {traced.why_no_site(path)}",
         expected="a `where` that selects leaves that fn contracts or looks up",
         fix=fix,
     )

@@ -202,7 +202,9 @@ class _SequentialRun:
     def collect(self, stop: Boundary, *, allow_non_finite: bool) -> dict[str, Any]:
         """Take all batches to a stop; returns the results there by site."""
         plan, observers = self._plan_at(stop)
-        cells = self._stages.call(lambda: _make_cells(plan, observers))
+        cells = self._stages.call(
+            lambda: _step.make_cells(plan, observers, _step.init_states(plan))
+        )
         leaves = [part for leaf in self.current.values() for part in jax.tree.leaves(leaf)]
         for batch_run in self._batch_runs:
             cells = batch_run.advance(leaves, observers, cells)
@@ -210,11 +212,7 @@ class _SequentialRun:
             _check_activations({name: cell[0] for name, cell in cells.items()}, stop)
         states = {"forward": {name: cell[2] for name, cell in cells.items()}}
         results = self._stages.call(lambda states: _step.finalize(plan, states), states)
-        by_site = {
-            name: {key: results[owner][key] for key, owner in keys.items()}
-            for name, keys in plan.owners.items()
-        }
-        return {name: keys[""] for name, keys in by_site.items()} if self._single else by_site
+        return plan.sort_by_site(results, single=self._single)
 
     def _plan_at(self, stop: Boundary) -> tuple[StatisticPlan, dict[str, Any]]:
         """Narrow the plan to a stop; all iterations of a scan share it."""
@@ -259,15 +257,6 @@ class _SequentialRun:
             new = _place_as_before(new, before[path])
             self.current[path] = put(leaf, new, [picks[a] for a in axes], axes=axes)
             self._ours.add(path)
-
-
-def _make_cells(plan: StatisticPlan, observers: Mapping[str, Any]) -> dict[str, Any]:
-    """Make the cells of observers; see `_step`."""
-    states, cells = _step.init_states(plan)["forward"], {}
-    for name in observers:
-        stack = plan.seen[name].site.stack
-        cells[name] = (jnp.zeros(stack, jnp.uint32), jnp.zeros(stack, jnp.uint32), states[name])
-    return cells
 
 
 def _check_activations(bad: Mapping[str, Array], stop: Boundary) -> None:

@@ -1,6 +1,6 @@
 """What a statistic is, and the arithmetic that all of them share."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -81,6 +81,43 @@ class Counter(NamedTuple):
 
     low: Array
     high: Array
+
+
+class _Sums(NamedTuple):
+    totals: tuple[Array, ...]
+    tokens: Counter
+
+
+def sum_rows(
+    shapes: Callable[..., Sequence[tuple[int, ...]]],
+    terms: Callable[..., Sequence[Array]],
+    result: Callable[..., Any],
+    reads: tuple[str, ...],
+) -> Statistic:
+    """Make a statistic of sums over all rows.
+
+    Args:
+        shapes: `(*sizes) -> the shapes of the sums`, given what `Statistic.init` is.
+        terms: `(*rows) -> what a batch adds to each sum`.
+        result: `(*sums, tokens) -> result`.
+        reads: See `Statistic.reads`.
+
+    Returns:
+        The statistic; its sums are float32, and it counts the rows of the first array.
+    """
+
+    def init(*sizes: int) -> _Sums:
+        return _Sums(tuple(jnp.zeros(s, jnp.float32) for s in shapes(*sizes)), counter())
+
+    def update(state: _Sums, *rows: Array) -> _Sums:
+        totals = zip(state.totals, terms(*rows), strict=True)
+        tokens = add_count(state.tokens, len(rows[0]))
+        return _Sums(tuple(total + more for total, more in totals), tokens)
+
+    def finalize(state: _Sums) -> Any:
+        return result(*state.totals, read_count(state.tokens))
+
+    return Statistic(init=init, update=update, finalize=finalize, reads=reads)
 
 
 def counter(shape: tuple[int, ...] = ()) -> Counter:

@@ -1,6 +1,6 @@
 """One batch through fn, with the states of all statistics on the way."""
 
-from collections.abc import Callable, Mapping, Sequence, Set
+from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from typing import Any
 
 import jax
@@ -64,16 +64,9 @@ def make_collect_step(plan: StatisticPlan) -> Step:
         name: make_observer(plan, forward.get(name, {})) for name in {**forward, **backward}
     }
 
-    def make_cells(states: dict[str, Keyed]) -> dict[str, Any]:
-        cells = {}
-        for name in observers:
-            zeros = jnp.zeros(plan.seen[name].site.stack, jnp.uint32)
-            cells[name] = (zeros, zeros, states["forward"].get(name, {}))
-        return cells
-
     def step(states: Any, params: tree.Params, batch: Sequence[Any]) -> tuple[Any, dict]:
         traced = call_of(plan.traced, params, tuple(batch), {})
-        check_observers(traced, observers, cells := make_cells(states))
+        check_observers(traced, observers, cells := make_cells(plan, observers, states))
         layers = {name: [observing(observers[name])] for name in observers}
         args = params, batch, {}
         if not backward:
@@ -90,6 +83,17 @@ def make_collect_step(plan: StatisticPlan) -> Step:
         return {"forward": kept, "gradient": gradient}, bad
 
     return step
+
+
+def make_cells(
+    plan: StatisticPlan, names: Iterable[str], states: dict[str, Keyed]
+) -> dict[str, Any]:
+    """Make the cells of observers: `(non-finite entries, runs, states)`."""
+    cells = {}
+    for name in names:
+        zeros = jnp.zeros(plan.seen[name].site.stack, jnp.uint32)
+        cells[name] = (zeros, zeros, states["forward"].get(name, {}))
+    return cells
 
 
 def make_observer(plan: StatisticPlan, statistics: Mapping[str, Statistic]) -> Callable[..., Any]:

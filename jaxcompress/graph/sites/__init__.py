@@ -16,6 +16,7 @@ from jaxcompress.graph.sites._replay import execute_plan as execute_plan
 from jaxcompress.graph.sites._replay import make_plan as make_plan
 from jaxcompress.graph.sites._select import CONDITION as CONDITION
 from jaxcompress.graph.sites._select import Side as Side
+from jaxcompress.graph.sites._select import check_side as check_side
 from jaxcompress.graph.sites._select import chosen_sites as chosen_sites
 from jaxcompress.graph.sites._select import refuse_inside as refuse_inside
 from jaxcompress.graph.sites._tap import tapping as tapping
