@@ -5,7 +5,9 @@ from jaxcompress.graph.sites._forms import form_at as form_at
 from jaxcompress.graph.sites._forms import form_of as form_of
 from jaxcompress.graph.sites._forms import replicated as replicated
 from jaxcompress.graph.sites._intercept import SiteLayer as SiteLayer
+from jaxcompress.graph.sites._intercept import plan_layers as plan_layers
 from jaxcompress.graph.sites._intercept import run_layers as run_layers
+from jaxcompress.graph.sites._intercept import visit_layers as visit_layers
 from jaxcompress.graph.sites._observe import Observer as Observer
 from jaxcompress.graph.sites._observe import check_observers as check_observers
 from jaxcompress.graph.sites._observe import observing as observing

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple, TypeAlias
 from jaxcompress import tree
 from jaxcompress.graph.program._constructs import Cells
 from jaxcompress.graph.program._interpret import Position
-from jaxcompress.graph.program._run import Equation, Visit
+from jaxcompress.graph.program._run import Equation, Plan, Visit
 from jaxcompress.graph.sites._replay import SitesAt, execute_plan, make_plan
 from jaxcompress.graph.sites._select import check_states, named_sites, refuse_inside
 from jaxcompress.graph.sites._sites import Site
@@ -59,22 +59,28 @@ def run_layers(
     Returns:
         fn's outputs and the cells that were filled.
     """
+    return execute_plan(traced, plan_layers(traced, layers, fills=fills), args, cells)
+
+
+def plan_layers(traced: Traced, layers: Mapping[str, Sequence[SiteLayer]], *, fills: bool) -> Plan:
+    """Plan a run of a captured call with layers around its sites; see `run_layers`."""
 
     def match(program: Any, sites: SitesAt) -> dict[Position, Visit]:
-        visit = functools.partial(_visit, layers)
+        visit = functools.partial(visit_layers, layers)
         return {p: visit for p, found in sites.items() if any(s.name in layers for s in found)}
 
     reads = {name: [cell for one in mine for cell in one.reads] for name, mine in layers.items()}
-    plan = make_plan(traced, match, fills=fills, reads=reads)
-    return execute_plan(traced, plan, args, cells)
+    return make_plan(traced, match, fills=fills, reads=reads)
 
 
-def _visit(
+def visit_layers(
     layers: Mapping[str, Sequence[SiteLayer]],
     equation: Equation,
     operands: Sequence[Any],
     cells: Cells,
 ) -> tuple[list[Any], Cells]:
+    """Run an equation with the layers around its sites; gives results and filled cells."""
+
     def bind(operands: list[Any], cells: Cells) -> tuple[list[Any], Cells]:
         result = equation.bind(*operands)
         return (list(result) if equation.primitive.multiple_results else [result]), {}

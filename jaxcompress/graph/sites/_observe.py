@@ -1,6 +1,6 @@
 """`observe`: a state for each of chosen sites, updated as the function runs."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any, TypeAlias
 
 from jaxcompress import tree
@@ -76,15 +76,10 @@ def observing(observer: Observer) -> SiteLayer:
         equation: Equation, site: Site, go: Go, operands: list[Any], cells: Cells
     ) -> tuple[list[Any], Cells]:
         results, filled = go(operands, cells)
-        activation, output = observed_arrays(site, operands, results[0])
-        state = observer(site, cells[site.name], activation, output)
+        layout, output = site.layout, results[0]
+        if layout.observed_output is not None:
+            output = layout.observed_output(operands, output)
+        state = observer(site, cells[site.name], layout.observed(operands), output)
         return results, {**filled, site.name: state}
 
     return SiteLayer(around)
-
-
-def observed_arrays(site: Site, operands: Sequence[Any], result: Any) -> tuple[Any, Any]:
-    """Give the activation and the output that observers get."""
-    layout = site.layout
-    output = layout.observed_output
-    return layout.observed(operands), result if output is None else output(operands, result)

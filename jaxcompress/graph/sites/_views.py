@@ -179,13 +179,16 @@ def _follow_select(eqn: Any, views: Sequence[View | None], k: int) -> list[View 
 
 
 def _single(
-    rule: Callable[[Any, View], Sequence[AxisFactors] | None],
+    rule: Callable[[Any, View, tuple[int, ...]], Sequence[AxisFactors] | None],
 ) -> ViewRule:
-    """Make a rule from one for the first operand; a leaf among the others (an index) ends."""
+    """Make a rule from one for the first operand; a leaf among the others (an index) ends.
+
+    The latter gets the equation, the view and the shape of a result, and gives its axes.
+    """
 
     def apply(eqn: Any, views: Sequence[View | None], k: int) -> list[View | None]:
         first, *rest = views
-        axes = None if first is None else rule(eqn, first)
+        axes = None if first is None else rule(eqn, first, _shape_of(eqn.outvars[k]))
         shown = None if first is None or axes is None else first.passed(eqn.primitive.name, axes)
         return [shown, *([None] * len(rest))]
 
@@ -214,13 +217,13 @@ def fit_view(view: View, shape: Sequence[int]) -> View:
     return view if axes == view.axes else replace(view, axes=axes)
 
 
-def _arrange_axes(eqn: Any, view: View) -> Sequence[AxisFactors] | None:
+def _arrange_axes(eqn: Any, view: View, shape: tuple[int, ...]) -> Sequence[AxisFactors] | None:
     return arrange(eqn, view.axes, lambda n: () if n == 1 else (Factor((), n),))
 
 
-def _reshape(eqn: Any, view: View) -> list[AxisFactors] | None:
+def _reshape(eqn: Any, view: View, shape: tuple[int, ...]) -> list[AxisFactors] | None:
     order = eqn.params.get("dimensions") or range(len(view.axes))
-    return split_factors([f for k in order for f in view.axes[k]], _shape_of(eqn.outvars[0]))
+    return split_factors([f for k in order for f in view.axes[k]], shape)
 
 
 def split_factors(factors: Sequence[Factor], shape: Sequence[int]) -> list[AxisFactors] | None:
@@ -251,8 +254,7 @@ def split_factors(factors: Sequence[Factor], shape: Sequence[int]) -> list[AxisF
     return axes
 
 
-def _same_rank(eqn: Any, view: View) -> list[AxisFactors]:
-    shape = _shape_of(eqn.outvars[0])
+def _resize_axes(eqn: Any, view: View, shape: tuple[int, ...]) -> list[AxisFactors]:
     return [resize_axis(axis, n) for axis, n in zip(view.axes, shape, strict=True)]
 
 
@@ -260,42 +262,61 @@ def _inexact(axis: AxisFactors) -> AxisFactors:
     return tuple(factor._replace(exact=False) for factor in axis)
 
 
-def _flip_axes(eqn: Any, view: View) -> list[AxisFactors]:
+def _flip_axes(eqn: Any, view: View, shape: tuple[int, ...]) -> list[AxisFactors]:
     flipped = eqn.params["dimensions"]
     return [_inexact(axis) if k in flipped else axis for k, axis in enumerate(view.axes)]
 
 
-def _all_gather(eqn: Any, view: View) -> list[AxisFactors]:
+def _all_gather(eqn: Any, view: View, shape: tuple[int, ...]) -> list[AxisFactors]:
     if eqn.params["tiled"]:
-        return _same_rank(eqn, view)
+        return _resize_axes(eqn, view, shape)
     axes, shards = list(view.axes), Factor((), eqn.params["axis_size"])
     axes.insert(eqn.params["all_gather_dimension"], (shards,))
     return axes
 
 
-def _drop_axes(eqn: Any, view: View) -> list[AxisFactors]:
-    return [axis for k, axis in enumerate(view.axes) if k not in eqn.params["axes"]]
+def _drop_axes(eqn: Any, view: View, shape: tuple[int, ...]) -> list[AxisFactors]:
+    gone = eqn.params["axes"] if "axes" in eqn.params else (eqn.params["axis"],)
+    return [axis for k, axis in enumerate(view.axes) if k not in gone]
+
+
+def _repeat_axes(eqn: Any, view: View, shape: tuple[int, ...]) -> list[AxisFactors]:
+    """Follow the copies of a leaf: a copied axis has a factor that enumerates them."""
+    pairs = zip(eqn.params["reps"], view.axes, strict=True)
+    return [(Factor((), n), *axis) if n > 1 else axis for n, axis in pairs]
+
+
+def _pick(eqn: Any, view: View, shape: tuple[int, ...]) -> list[AxisFactors]:
+    """Follow a leaf picked from by constant indices; picked axes merge into the index axes."""
+    numbers = eqn.params["dimension_numbers"]
+    gone = {*numbers.collapsed_slice_dims, *numbers.operand_batching_dims}
+    kept = [axis for k, axis in enumerate(view.axes) if k not in gone]
+    picked = view.leaf_axes(sorted(gone))
+    axes: list[AxisFactors] = [(Factor(picked, n, exact=False),) for n in shape]
+    for target, axis in zip(numbers.offset_dims, kept, strict=True):
+        axes[target] = resize_axis(axis, shape[target])
+    return axes
 
 
 register_view("broadcast_in_dim", "squeeze", "transpose")(_single(_arrange_axes))
 register_view("reshape")(_single(_reshape))
-register_view("slice", "dynamic_slice", "pad")(_single(_same_rank))
+register_view("slice", "dynamic_slice", "pad", "split")(_single(_resize_axes))
 register_view("rev")(_single(_flip_axes))
 register_view("all_gather")(_single(_all_gather))
 register_view("reduce_sum", "reduce_max", "reduce_min", "reduce_prod", "reduce_and", "reduce_or")(
     _single(_drop_axes)
 )
+register_view("unstack")(_single(_drop_axes))
+register_view("tile")(_single(_repeat_axes))
+register_view("gather")(_single(_pick))
 
 
 @register_view("concatenate", "dynamic_update_slice")
-def _joined(eqn: Any, views: Sequence[View | None], k: int) -> list[View | None]:
+def _follow_join(eqn: Any, views: Sequence[View | None], k: int) -> list[View | None]:
     """Follow every part of what is put together; indices end."""
-    shape = _shape_of(eqn.outvars[k])
+    name, shape = eqn.primitive.name, _shape_of(eqn.outvars[k])
     return [
-        view.passed(
-            eqn.primitive.name,
-            [resize_axis(axis, n) for axis, n in zip(view.axes, shape, strict=True)],
-        )
+        view.passed(name, _resize_axes(eqn, view, shape))
         if view is not None and len(view.axes) == len(shape)
         else None
         for view in views
@@ -313,56 +334,6 @@ def _follow_stack(eqn: Any, views: Sequence[View | None], k: int) -> list[View |
         return view.passed("stack", axes)
 
     return [None if view is None else stacked(view) for view in views]
-
-
-@register_view("unstack")
-def _unstack(eqn: Any, views: Sequence[View | None], k: int) -> list[View | None]:
-    (view,) = views
-    if view is None:
-        return [None]
-    axes = [axis for i, axis in enumerate(view.axes) if i != eqn.params["axis"]]
-    return [view.passed("unstack", axes)]
-
-
-@register_view("tile")
-def _tile(eqn: Any, views: Sequence[View | None], k: int) -> list[View | None]:
-    """Follow the copies of a leaf: a copied axis has a factor that enumerates them."""
-    (view,) = views
-    if view is None:
-        return [None]
-    axes = [
-        (Factor((), n), *axis) if n > 1 else axis
-        for n, axis in zip(eqn.params["reps"], view.axes, strict=True)
-    ]
-    return [view.passed("tile", axes)]
-
-
-@register_view("gather")
-def _follow_gather(eqn: Any, views: Sequence[View | None], k: int) -> list[View | None]:
-    """Follow a leaf picked from by constant indices; picked axes merge into the index axes."""
-    view, shape = views[0], _shape_of(eqn.outvars[k])
-    if view is None:
-        return [None, None]
-    numbers = eqn.params["dimension_numbers"]
-    gone = {*numbers.collapsed_slice_dims, *numbers.operand_batching_dims}
-    kept = [i for i in range(len(view.axes)) if i not in gone]
-    axes: list[AxisFactors] = [()] * len(shape)
-    for target, i in zip(numbers.offset_dims, kept, strict=True):
-        axes[target] = resize_axis(view.axes[i], shape[target])
-    picked = view.leaf_axes(sorted(gone))
-    for target in sorted(set(range(len(shape))) - set(numbers.offset_dims)):
-        axes[target] = (Factor(picked, shape[target], exact=False),)
-    return [view.passed("gather", axes), None]
-
-
-@register_view("split")
-def _follow_split(eqn: Any, views: Sequence[View | None], k: int) -> list[View | None]:
-    """Follow a leaf into its parts."""
-    (view,) = views
-    if view is None:
-        return [None]
-    sizes = zip(view.axes, _shape_of(eqn.outvars[k]), strict=True)
-    return [view.passed("split", [resize_axis(axis, n) for axis, n in sizes])]
 
 
 def elements(shape: Sequence[Any]) -> int:

@@ -31,8 +31,10 @@ from jaxcompress.graph.sites import (
     Observer,
     call_of,
     chosen_sites,
-    make_plan,
+    observing,
+    plan_layers,
     refuse_inside,
+    visit_layers,
 )
 from jaxcompress.stats.stages._canonical import CompiledSteps, Keys, Op, Shared, program_op
 from jaxcompress.stats.stages._flat import Constant, Flat, FlatStop, LeafPart, Visit, flatten
@@ -244,23 +246,12 @@ def _observe_visit(
     given = iter(variables)
     operands = [a.val if isinstance(a, Literal) else next(given) for a in visit.operands]
 
-    def run(equation: Equation, operands: Sequence[Any], cells: Cells) -> tuple[list, Cells]:
-        results, filled = equation.bind(*operands), {}
-        results = list(results) if equation.primitive.multiple_results else [results]
-        for site in equation.sites:
-            if site.name in cells:
-                seen = site.layout.observed(operands)
-                filled[site.name] = observers[site.name](site, cells[site.name], seen, results[0])
-        return results, filled
-
+    layers = {name: [observing(observers[name])] for name in cells}
     eqn = visit.eqn
-    rule = construct(eqn.primitive.name)
-    if rule is None:
-        return run(Equation(eqn.primitive, eqn.params, visit.sites, eqn), operands, cells)[1]
-    match = lambda program, sites: {
-        p: run for p, found in sites.items() if any(s.name in cells for s in found)
-    }
-    plan = make_plan(traced, match, fills=True)
+    if construct(eqn.primitive.name) is None:
+        equation = Equation(eqn.primitive, eqn.params, visit.sites, eqn)
+        return visit_layers(layers, equation, operands, cells)[1]
+    plan = plan_layers(traced, layers, fills=True)
     return rebuild_construct(plan, visit.position, eqn, operands, cells)[1]
 
 
