@@ -6,14 +6,14 @@ from typing import Literal, NamedTuple, TypeAlias
 import numpy as np
 from jax.typing import ArrayLike
 
-from jaxcompress import graph, tree
-from jaxcompress.budget import Budget, Bytes, Flops, Params, Seconds, fewest_steps
+from jaxcompress import tree
+from jaxcompress.budget import Budget, Bytes, Flops, Params, fewest_steps
 from jaxcompress.errors import ArgumentError, NonFiniteError, SelectionError, StructureError
 from jaxcompress.structured._groups import Group, Groups
 from jaxcompress.structured._keep import Keep
 from jaxcompress.structured._keep import keep as make_keep
 from jaxcompress.structured._shrink import rebuild, slice_params
-from jaxcompress.structured._sizes import Sizes
+from jaxcompress.structured._sizes import Sizes, measure
 
 Scope: TypeAlias = Literal["global", "isomorphic", "local"]
 Bounds: TypeAlias = Mapping[str, tuple[float, float]]
@@ -75,8 +75,8 @@ def choose(
             fix=f"These can shrink: {tree.shorten(sorted(groups))}.",
         )
     steps = _list_steps(groups, ranked, scope, bounds or {})
-    measure = _measure(groups, budget)
-    dense = measure(_keep_after(groups, ranked, steps, 0), {})
+    measure_kept = _make_measure(groups, budget)
+    dense = measure_kept(_keep_after(groups, ranked, steps, 0), {})
     limit = budget.limit(dense)
     counted = _choose_counter(groups, budget)
 
@@ -84,13 +84,13 @@ def choose(
         counts = _counts(groups, ranked, steps, taken)
         if counted is not None:
             return counted(counts)
-        return measure(_keep_after(groups, ranked, steps, taken), counts)
+        return measure_kept(_keep_after(groups, ranked, steps, taken), counts)
 
     taken = fewest_steps(cost, len(steps), limit)
     taken = len(steps) if taken is None else taken
     while True:  # the count by labels is exact for all but odd structures: what is shrunk decides
         chosen = _keep_after(groups, ranked, steps, taken)
-        have = measure(chosen, _counts(groups, ranked, steps, taken))
+        have = measure_kept(chosen, _counts(groups, ranked, steps, taken))
         if have <= limit:
             return chosen
         if taken == len(steps):
@@ -243,36 +243,17 @@ def _choose_counter(groups: Groups, budget: Budget) -> Callable[[Mapping[str, in
     return None
 
 
-def _measure(groups: Groups, budget: Budget) -> Callable[[Keep, Mapping[str, int]], float]:
+def _make_measure(groups: Groups, budget: Budget) -> Callable[[Keep, Mapping[str, int]], float]:
     """Make what measures a shrunk function, on shapes."""
-    seconds: dict[tuple, float] = {}
+    known: dict[tuple, float] = {}
+    assert groups.fn is not None, "groups come from `structured.groups`"
+    fn = groups.fn
 
-    def measure(keep: Keep, counts: Mapping[str, int]) -> float:
-        params = slice_params(groups.like, keep)
-        if isinstance(budget, Params):
-            return tree.count(params)
-        if isinstance(budget, Bytes):
-            return tree.nbytes(params)
-        assert groups.fn is not None, "groups come from `structured.groups`"
-        fn = rebuild(groups.fn, keep) if keep else groups.fn
-        if isinstance(budget, Flops):
-            return graph.trace(fn, params, *groups.inputs, **groups.kwargs).flops
+    def measure_kept(keep: Keep, counts: Mapping[str, int]) -> float:
         key = tuple(sorted(counts.items()))
-        if key not in seconds:
-            seconds[key] = _seconds(fn, params, groups, budget)
-        return seconds[key]
+        if key not in known:
+            smaller, params = rebuild(fn, keep) if keep else fn, slice_params(groups.like, keep)
+            known[key] = measure(smaller, params, groups.inputs, groups.kwargs, budget)
+        return known[key]
 
-    return measure
-
-
-def _seconds(fn: Callable, params: tree.Params, groups: Groups, budget: Seconds) -> float:
-    call = lambda params, *inputs: fn(params, *inputs, **groups.kwargs)
-    found = graph.cost(call, params, *groups.inputs, target=budget.target).seconds
-    if found is None:
-        raise ArgumentError(
-            "budget",
-            got=f"Seconds on {budget.target!r}, whose time cannot be estimated",
-            expected="a target with published figures, such as 'tpu-v5e' or 'h200'",
-            fix="Use Flops or Bytes, or describe the machine by a `graph.Target`.",
-        )
-    return found
+    return measure_kept
