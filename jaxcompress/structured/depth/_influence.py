@@ -27,6 +27,7 @@ from jaxcompress.structured.depth._units import (
     block_gates,
     by_unit,
     gate_shapes,
+    split_layer,
     units_of,
 )
 
@@ -155,10 +156,7 @@ def _watch(analysis: Analysis, args: Any, level: Level, axis: int) -> dict[str, 
         if level == "layer" and layer.length is not None:
             stacks[layer.name] = layer
             continue
-        spans = [(layer.name, layer.blocks)]
-        if level == "block":
-            spans = [(block, (block,)) for block in layer.blocks]
-        for base, blocks in spans:
+        for base, blocks in split_layer(layer, level):
             first, last = blocks[0], blocks[-1]
             labels = (f"turn {base}",) if first == last else (f"in {base}", f"out {base}")
             filled[base] = labels
