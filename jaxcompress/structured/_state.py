@@ -10,7 +10,7 @@ import optax
 from jaxcompress import tree
 from jaxcompress.errors import ArgumentError, StructureError
 from jaxcompress.structured._keep import Keep
-from jaxcompress.structured._shrink import slice_params
+from jaxcompress.structured._shrink import slice_leaf
 
 _KeyPath: TypeAlias = tuple[Any, ...]
 
@@ -80,7 +80,7 @@ def shrink_state(
         ((3, 3), ('0/count',))
     """
     smaller = tree.map_with_path(
-        lambda path, x: _slice_leaf(_join_paths(under, path), x, keep), params
+        lambda path, x: slice_leaf(_join_paths(under, path), x, keep), params
     )
     before, after = (jax.eval_shape(tx.init, p) for p in (params, smaller))
     _check_optimizer_state(state, before)
@@ -96,7 +96,7 @@ def shrink_state(
         if old is not None and getattr(old, "shape", ()) == shape:
             continue
         if owner is not None and _can_slice(old, shape, owner, keep):
-            results[where] = _slice_leaf(owner, old, keep)
+            results[where] = slice_leaf(owner, old, keep)
             sliced.append(tree.path_str(where))
         else:
             lost[where] = _explain_reset(old, shape, owner, keep)
@@ -118,10 +118,6 @@ def shrink_state(
 
 def _join_paths(under: str, path: str) -> str:
     return "/".join(part for part in (under.strip("/"), path) if part)
-
-
-def _slice_leaf(path: str, leaf: Any, keep: Keep) -> Any:
-    return slice_params({path: leaf}, keep)[path]
 
 
 def _is_node(x: Any) -> bool:

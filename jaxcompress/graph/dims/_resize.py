@@ -38,7 +38,7 @@ class _Resizer:
 
     def __init__(self, removed: Removed):
         self._removed, self._dims = removed, removed.dims
-        self.cells: dict[str, Any] = {}
+        self.cells: Cells = {}
         """What is kept in each layer of what is made there, by equation."""
         self._laters: dict[Hashable, tuple[Program, Plan]] = {}
 
@@ -62,7 +62,7 @@ class _Resizer:
             entered=frozenset(around),
             consts=consts,
             derivative=self._derivative,
-            keyed={here: (str(here),) for here in visits if str(here) in self.cells},
+            keyed={here: (here,) for here in visits if here in self.cells},
             made=None if ends else {},
         )
 
@@ -83,8 +83,8 @@ class _Resizer:
         for number, eqn in enumerate(program.eqns):
             kept = Kept(
                 eqn,
-                [self._of(atom, env) for atom in eqn.invars],
-                [self._of(atom, env) for atom in eqn.outvars],
+                [self._removed.masks_of(env, atom) for atom in eqn.invars],
+                [self._removed.masks_of(env, atom) for atom in eqn.outvars],
             )
             here = (*prefix, number)
             if here in self._dims.dead:
@@ -99,12 +99,9 @@ class _Resizer:
             resize = getattr(rule, "resize", None)
             by_layer = getattr(rule, "by_layer", False)
             rows = self._rows(kept, env, self._dims.scans[prefix]) if by_layer else {}
-            if cell := {str(key): x for key, (x, layer) in rows.items() if layer is None}:
-                self.cells[str(here)] = cell
+            if cell := {key: x for key, (x, layer) in rows.items() if layer is None}:
+                self.cells[here] = cell
             visits[here] = functools.partial(self._visit, resize, kept, rows, here)
-
-    def _of(self, atom: Any, env: Mapping[Any, Axes]) -> tuple[Mask, ...]:
-        return () if isinstance(atom, _compat.Literal) else self._removed.masks(env[atom])
 
     def _rows(
         self, kept: Kept, env: Mapping[Any, Axes], scans: Sequence[int]
@@ -118,14 +115,8 @@ class _Resizer:
             for k, mask in enumerate(kept.result(number)):
                 if mask is None or mask.ndim == 1:
                     continue
-                level = self._removed.level_of(env[var][k])
                 indices = np.nonzero(mask)[1].reshape(len(mask), kept.count(mask))
-                if level in scans:
-                    rows[number, k] = self._removed.spread(indices, scans, level), None
-                else:
-                    layer = self._dims.layer_axis(env[var], level)
-                    assert layer is not None, "masks that differ stand beside their layers"
-                    rows[number, k] = indices, layer
+                rows[number, k] = self._removed.place_layers(indices, env[var], k, scans)
         return rows
 
     def _visit(
@@ -139,9 +130,8 @@ class _Resizer:
         cells: Cells,
     ) -> tuple[list, Cells]:
         if rows:
-            of_layer = lambda key: cells[str(here)][str(key)]
             kept = kept.within({
-                key: (of_layer(key) if layer is None else x, layer)
+                key: (cells[here][key] if layer is None else x, layer)
                 for key, (x, layer) in rows.items()
             })  # fmt: skip
         if resize is None:
@@ -305,7 +295,7 @@ class _Planned(NamedTuple):
 
     traced: Traced
     plan: Plan
-    cells: dict[str, Any]
+    cells: Cells
 
 
 def _check_shrunk_shapes(

@@ -21,7 +21,8 @@ from jaxcompress.graph.program import _compat
 from jaxcompress.graph.program._compat import Program
 from jaxcompress.graph.program._rules import Rules
 
-Cells: TypeAlias = dict[str, Any]
+Cells: TypeAlias = dict[Any, Any]
+"""Values by the name of a site, or whatever else the visits of one plan call them by."""
 Role: TypeAlias = Literal["same", "carry", "slice"]
 """How a body's variable relates to the construct's: the same, carried, or cut along axis 0."""
 CLOSED = frozenset({"custom_jvp", "custom_vjp", "shard_map"})

@@ -1,7 +1,7 @@
 """Running a program with chosen equations visited, and everything else bound as it is."""
 
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol, TypeAlias
 
@@ -11,7 +11,7 @@ from jaxcompress import tree
 from jaxcompress.errors import ArgumentError
 from jaxcompress.graph.program import _compat
 from jaxcompress.graph.program._compat import Primitive, Program
-from jaxcompress.graph.program._constructs import Cells, Construct, Enter, construct
+from jaxcompress.graph.program._constructs import Cells, Construct, construct
 from jaxcompress.graph.program._interpret import Position
 from jaxcompress.graph.program._live import equation_steps, live, variables
 
@@ -106,13 +106,13 @@ class Plan:
     entered: frozenset[Position] = frozenset()
     consts: Mapping[Position, Sequence[Any]] = field(default_factory=dict)
     derivative: Callable[[Position, Program, Sequence[bool]], "Plan"] | None = None
-    keyed: Mapping[Position, tuple[str, ...]] = field(default_factory=dict)
+    keyed: Mapping[Position, tuple[Hashable, ...]] = field(default_factory=dict)
     made: dict[Position, Any] | None = None
 
     @functools.cached_property
-    def cells(self) -> Mapping[Position, frozenset[str]]:
+    def cells(self) -> Mapping[Position, frozenset[Any]]:
         """The names of the cells of what is visited below each prefix of a visited position."""
-        below: dict[Position, set[str]] = {}
+        below: dict[Position, set[Any]] = {}
         for position in self.visits:
             names = {site.name for site in self.sites.get(position, ())}
             names.update(self.keyed.get(position, ()))
@@ -261,7 +261,7 @@ def rebuild_construct(
     eqn: Any,
     operands: Sequence[Any],
     cells: Cells,
-    around: Callable[[Entry], Enter] = lambda enter: enter,
+    entry: Callable[..., Entry] = Entry,
     *,
     returns_nodes: bool = False,
 ) -> tuple[list, Cells]:
@@ -273,7 +273,7 @@ def rebuild_construct(
         eqn: The construct, its parameters perhaps changed.
         operands: Its operands.
         cells: The cells that are there.
-        around: Wraps what runs the bodies.
+        entry: Makes what runs the bodies: `Entry`, or a subclass.
         returns_nodes: Whether results may be nodes.
 
     Returns:
@@ -284,8 +284,8 @@ def rebuild_construct(
     names = sorted(plan.cells.get(position, ()))
     inside = {name: cells[name] for name in names if name in cells}
     bodies = functools.partial(rule.bodies, eqn)
-    enter = Entry(bodies, plan, position, returns_nodes=returns_nodes)
-    return rule.rebuild(eqn, operands, inside, around(enter))
+    enter = entry(bodies, plan, position, returns_nodes=returns_nodes)
+    return rule.rebuild(eqn, operands, inside, enter)
 
 
 def _dense(x: Any, carrier: Carrier | None, why: str) -> Any:

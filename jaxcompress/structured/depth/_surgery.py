@@ -346,27 +346,18 @@ Step = Callable[[Sequence[Any], Sequence[Any], Any], tuple[Sequence[Any], Cells]
 """`(carry before, carry after, cell) -> (carry, filled cells)` of one iteration of a scan."""
 
 
-class _Stepped:
+class _SteppedEntry(Entry):
     """Runs the body of a scan, then a step on what it carries."""
 
-    def __init__(self, enter: Entry, carried: slice, label: str, step: Step):
-        self._enter, self._carried, self._label, self._step = enter, carried, label, step
-        self.fills = enter.fills
+    def __init__(self, carried: slice, label: str, step: Step, *given: Any, **options: Any):
+        super().__init__(*given, **options)
+        self._carried, self._label, self._step = carried, label, step
 
     def __call__(self, body: int, operands: Sequence[Any], cells: Cells) -> tuple[list, Cells]:
-        results, filled = self._enter(body, operands, cells)
+        results, filled = super().__call__(body, operands, cells)
         before = operands[self._carried]
         carry, more = self._step(before, results[: len(before)], cells.get(self._label))
         return [*carry, *results[len(before) :]], {**filled, **more}
-
-    def forward(self, program: Program, operands: Sequence[Any]) -> list:
-        return self._enter.forward(program, operands)
-
-    def once(self, make: Callable[[], Any]) -> Any:
-        return self._enter.once(make)
-
-    def derivative(self) -> Callable[..., list] | None:
-        return self._enter.derivative()
 
 
 def add_step(plan: Plan, position: Position, label: str, step: Step) -> Visit:
@@ -375,7 +366,7 @@ def add_step(plan: Plan, position: Position, label: str, step: Step) -> Visit:
     def visit(equation: Equation, operands: Sequence[Any], cells: Cells) -> tuple[list, Cells]:
         consts, carry = scan_counts(equation.eqn)
         carried = slice(consts, consts + carry)
-        around = lambda enter: _Stepped(enter, carried, label, step)
-        return rebuild_construct(plan, position, equation.eqn, operands, cells, around)
+        entry = functools.partial(_SteppedEntry, carried, label, step)
+        return rebuild_construct(plan, position, equation.eqn, operands, cells, entry)
 
     return visit
