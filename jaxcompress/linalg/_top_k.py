@@ -21,6 +21,7 @@ from jax.core import Tracer
 from jaxtyping import ArrayLike, Bool, Float, Int
 
 from jaxcompress.errors import ArgumentError, ArgumentTypeError, NonFiniteError
+from jaxcompress.meshes import call_with_auto_axes
 
 _WAYS = 8
 """Each pass splits the bracket so many ways. More ways: fewer passes, larger programs."""
@@ -462,8 +463,6 @@ def without_explicit_axes(
         (2, 2)
     """
     sharding = jax.typeof(x).sharding
-    if jax.sharding.AxisType.Explicit not in sharding.mesh.axis_types:
-        return f(x, *rest)
 
     def ways(names: str | tuple[str, ...] | None) -> int:
         names = (names,) if isinstance(names, str) else names or ()
@@ -471,6 +470,4 @@ def without_explicit_axes(
 
     names = (*sharding.spec, *(None,) * len(shape))  # a spec may be shorter than the shape
     spec = [a if n % ways(a) == 0 else None for a, n in zip(names, shape, strict=False)]
-    out = jax.sharding.NamedSharding(sharding.mesh, jax.sharding.PartitionSpec(*spec))
-    automatic: Callable[..., Any] = jax.sharding.auto_axes(f, out_sharding=out)
-    return automatic(x, *rest)
+    return call_with_auto_axes(f, x, *rest, spec=jax.sharding.PartitionSpec(*spec))

@@ -1,12 +1,12 @@
 """One batch through fn, with the states of all statistics on the way."""
 
+import functools
 from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
-from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from jaxcompress import tree
 from jaxcompress.errors import ArgumentError
@@ -21,6 +21,7 @@ from jaxcompress.graph.sites import (
     run_layers,
     tapping,
 )
+from jaxcompress.meshes import call_with_auto_axes
 from jaxcompress.stats._plan import Keyed, StatisticPlan, batch_shape, lead, read_rows, sizes
 from jaxcompress.stats._statistic import Statistic
 
@@ -108,7 +109,7 @@ def make_observer(plan: StatisticPlan, statistics: Mapping[str, Statistic]) -> C
 
         # Statistics are not differentiated, whatever is done with the outputs.
         activation, output = lax.stop_gradient((activation, output))
-        return _use_auto_axes(update)(cell, activation, output)
+        return call_with_auto_axes(update, cell, activation, output)
 
     return observe
 
@@ -239,7 +240,7 @@ def _update_from_gradients(
             # A branch that was not taken has zeros for activations, not rows of zeros.
             return jax.tree.map(lambda old, new: jnp.where(runs > 0, new, old), states, new), bad
 
-        run = _use_auto_axes(_vmap(update, len(site.stack)))
+        run = functools.partial(call_with_auto_axes, _vmap(update, len(site.stack)))
         updated[name], bad[name] = run(states[name], dict(arrays[name]), runs[name])
     return updated, bad
 
@@ -248,18 +249,3 @@ def _vmap(f: Callable[..., Any], axes: int) -> Callable[..., Any]:
     for _ in range(axes):
         f = jax.vmap(f)
     return f
-
-
-def _use_auto_axes(f: Callable[..., Any]) -> Callable[..., Any]:
-    """Let the compiler shard inside f, whose results are replicated, on Explicit mesh axes."""
-
-    def call(*args: Any) -> Any:
-        shardings = [jax.typeof(x).sharding for x in jax.tree.leaves(args)]
-        meshes = [s.mesh for s in shardings if AxisType.Explicit in s.mesh.axis_types]
-        if not meshes:
-            return f(*args)
-        out = NamedSharding(meshes[0], PartitionSpec())
-        automatic: Callable[..., Any] = jax.sharding.auto_axes(f, out_sharding=out)
-        return automatic(*args)
-
-    return call

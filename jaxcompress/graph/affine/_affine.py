@@ -13,8 +13,8 @@ from jaxcompress import tree
 from jaxcompress.graph.affine._chain import Chain, ChainStep, Holder, preferred
 from jaxcompress.graph.affine._reads import Known, Reads, read_all
 from jaxcompress.graph.program import _compat
-from jaxcompress.graph.program._constructs import CLOSED, construct
-from jaxcompress.graph.program._interpret import INLINE, Position
+from jaxcompress.graph.program._constructs import CLOSED, construct, is_call
+from jaxcompress.graph.program._interpret import Position
 from jaxcompress.graph.program._live import variables
 from jaxcompress.graph.program._primitives import ARRANGES, MOVES, arrange
 from jaxcompress.graph.sites._sites import Site
@@ -158,7 +158,7 @@ class _Follower:
         name = eqn.primitive.name
         if len(operands) > 1:
             raise _StopError(f"{_called(eqn)} is not affine in its result")
-        if name in INLINE:
+        if is_call(name):
             inner = self._reads.program((*here, 0))
             return cursor._replace(prefix=(*here, 0), var=inner.invars[operands[0]])
         if name in MOVES:
@@ -177,7 +177,7 @@ class _Follower:
             raise _StopError("its result is what fn returns")
         outer = cursor.prefix[:-1]
         eqn = self._reads.walk.equation(outer)
-        if eqn.primitive.name not in INLINE:
+        if not is_call(eqn.primitive.name):
             rule = construct(eqn.primitive.name)
             label = rule.bodies(eqn)[cursor.prefix[-1]].label if rule else eqn.primitive.name
             raise _StopError(f"its result is what {label} gives out")

@@ -7,7 +7,9 @@ from typing import Any, TypeAlias
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import AxisType, PartitionSpec
+from jax.sharding import PartitionSpec
+
+from jaxcompress.meshes import find_explicit_mesh
 
 Mask: TypeAlias = np.ndarray | None
 """Which indices of an axis are kept: (size,) bool, (layers, size) where layers differ, or `None`
@@ -119,12 +121,11 @@ def take(x: Any, indices: np.ndarray, axis: int) -> Any:
         >>> take(jnp.arange(6).reshape(2, 3), np.array([0, 2]), 1).tolist()
         [[0, 2], [3, 5]]
     """
-    place = jax.typeof(x).sharding
-    spec = list(place.spec)
-    if AxisType.Explicit not in place.mesh.axis_types or all(name is None for name in spec):
+    mesh, spec = find_explicit_mesh(x), list(jax.typeof(x).sharding.spec)
+    if mesh is None or all(name is None for name in spec):
         return jnp.take(x, indices, axis=axis)
     names = spec[axis] if isinstance(spec[axis], tuple) else (spec[axis],)
-    parts = math.prod(place.mesh.shape[name] for name in names if name is not None)
+    parts = math.prod(mesh.shape[name] for name in names if name is not None)
     if len(indices) % parts:
         spec[axis] = None
     where = (*(slice(None) for _ in range(axis)), indices)

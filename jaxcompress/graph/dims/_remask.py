@@ -17,7 +17,7 @@ from jaxcompress.graph.dims._removed import KeepIndices, Removed, removed_by
 from jaxcompress.graph.dims._rule import Axes, dims_rule
 from jaxcompress.graph.dims._walk import dims
 from jaxcompress.graph.program import _compat
-from jaxcompress.graph.program._constructs import Cells, construct
+from jaxcompress.graph.program._constructs import Cells, construct, has_own_rule
 from jaxcompress.graph.program._interpret import Position
 from jaxcompress.graph.program._run import Equation, Plan, Visit, never, run_program
 from jaxcompress.graph.sites._replay import execute_plan
@@ -42,7 +42,7 @@ class Masker:
                     continue
                 names = (around.get(prefix[:-1], ""), str(eqn.source_info.name_stack))
                 around[here] = "/".join(name for name in names if name)
-                if eqn.primitive.name in ("custom_jvp_call", "custom_vjp_call"):
+                if has_own_rule(eqn.primitive.name):
                     # Nothing here is differentiated, so that the body can stand in the open.
                     visits[here] = functools.partial(self._inline, here)
                     continue

@@ -5,6 +5,7 @@ rule per primitive says how those of its results follow from those of its operan
 not know is frozen, with a reason.
 """
 
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -23,7 +24,7 @@ from jaxcompress.graph.dims._known import (
 from jaxcompress.graph.dims._labels import Axis, Labels
 from jaxcompress.graph.dims._rule import Axes, Step, concrete, dims_rule
 from jaxcompress.graph.program._compat import Program
-from jaxcompress.graph.program._constructs import Role
+from jaxcompress.graph.program._constructs import Role, construct
 from jaxcompress.graph.program._interpret import Domain, Frame, Place, Position, interpret
 from jaxcompress.graph.program._live import equation_steps, live, variables
 from jaxcompress.graph.sites._sites import contraction_flops
@@ -31,8 +32,6 @@ from jaxcompress.graph.sites._trace import Traced, capture
 
 _PASSES = 3
 """How often a program is walked at most."""
-_OPEN = frozenset({"cond", "jit", "remat2", "scan", "while"})
-"""Constructs that take cells in whole, whatever is differentiated."""
 
 
 class Labelled(NamedTuple):
@@ -133,8 +132,7 @@ class Labelling(Domain[Labelled]):
             if not isinstance(leaf, tree.LeafNode):
                 args.append(leaves[path])
                 continue
-            for axis in leaves[path]:
-                labels.freeze(axis, "it is quantized: shrink before that")
+            labels.freeze_all(leaves[path], "it is quantized: shrink before that")
             for part in jax.tree.leaves(leaf):
                 args.append(self._outer(part.shape, f"{path} is quantized"))
         for path, var in zip(traced.inputs, program.invars[len(args) :], strict=True):
@@ -173,10 +171,7 @@ class Labelling(Domain[Labelled]):
         }
 
     def _outer(self, shape: Sequence[Any], reason: str | None) -> Axes:
-        axes = tuple(self._labels.fresh(n) for n in concrete(shape))
-        for axis in axes if reason else ():
-            self._labels.freeze(axis, str(reason))
-        return axes
+        return tuple(self._labels.fresh(n, frozen=reason) for n in concrete(shape))
 
     def _result(
         self, walked: dict[str, Any], leaves: Mapping[str, Axes], state: Mapping[int, str]
@@ -289,13 +284,10 @@ class Labelling(Domain[Labelled]):
         rule = dims_rule(eqn.primitive.name)
         if rule is None:
             reason = f"{eqn.primitive.name} has no rule"
-            for axes in operands:
-                for axis in axes:
-                    self._labels.freeze(axis, reason)
+            self._labels.freeze_all(itertools.chain(*operands), reason)
             return step.fresh(frozen=reason)
         results = rule.follow(step)
-        for axis in compared(eqn, known):
-            self._labels.freeze(axis, "its positions are compared with values")
+        self._labels.freeze_all(compared(eqn, known), "its positions are compared with values")
         if flops := contraction_flops(eqn):
             self._contracts(eqn, here, operands, results[0], place, flops)
         elif eqn.primitive.name in ("add", "sub") and all(len(axes) for axes in operands):
@@ -339,14 +331,14 @@ class Labelling(Domain[Labelled]):
 
     def enter(self, frame: Frame[Labelled]) -> None:
         name, at, outside = frame.eqn.primitive.name, frame.place.position, frame.here[:-1]
-        self._closed[at] = self._closed[outside] or name not in _OPEN or _is_condition(frame)
+        opens = getattr(construct(name), "takes_cells", False) and not _is_condition(frame)
+        self._closed[at] = self._closed[outside] or not opens
         self._scans[at] = self._scans[outside]
         if name == "scan":
             self._levels.append(self._level(frame))
             self._scans[at] = (*self._scans[outside], len(self._levels) - 1)
         if frame.body.branch:
-            for axis in frame.operands[0].axes:
-                self._labels.freeze(axis, "it chooses a branch")
+            self._labels.freeze_all(frame.operands[0].axes, "it chooses a branch")
 
     def _level(self, frame: Frame[Labelled]) -> Level:
         length = int(frame.eqn.params["length"])
@@ -396,8 +388,7 @@ class Labelling(Domain[Labelled]):
                 continue
             reason = f"{frame.eqn.primitive.name} divides it among devices"
             self._labels.freeze(axis, reason)
-            fitted.append(self._labels.fresh(n))
-            self._labels.freeze(fitted[-1], reason)
+            fitted.append(self._labels.fresh(n, frozen=reason))
         return tuple(fitted)
 
 

@@ -16,8 +16,9 @@ from jaxcompress.graph.program._constructs import Construct as Construct
 from jaxcompress.graph.program._constructs import Enter as Enter
 from jaxcompress.graph.program._constructs import Role as Role
 from jaxcompress.graph.program._constructs import construct as construct
+from jaxcompress.graph.program._constructs import has_own_rule as has_own_rule
+from jaxcompress.graph.program._constructs import is_call as is_call
 from jaxcompress.graph.program._constructs import register_construct as register_construct
-from jaxcompress.graph.program._interpret import INLINE as INLINE
 from jaxcompress.graph.program._interpret import Domain as Domain
 from jaxcompress.graph.program._interpret import Frame as Frame
 from jaxcompress.graph.program._interpret import Place as Place
@@ -38,6 +39,7 @@ from jaxcompress.graph.program._primitives import MOVES as MOVES
 from jaxcompress.graph.program._primitives import PASSES as PASSES
 from jaxcompress.graph.program._primitives import PLACES as PLACES
 from jaxcompress.graph.program._primitives import arrange as arrange
+from jaxcompress.graph.program._rules import Rules as Rules
 from jaxcompress.graph.program._run import NOTHING as NOTHING
 from jaxcompress.graph.program._run import Carrier as Carrier
 from jaxcompress.graph.program._run import Entry as Entry

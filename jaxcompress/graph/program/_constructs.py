@@ -106,7 +106,10 @@ class Construct(Protocol):
 
     Two optional attributes say what becomes of operands that are pytrees, such as quantized
     leaves: `holds_nodes`, whether `rebuild` takes them (where `Body.inputs` does not carry them),
-    and `returns_nodes`, whether it can return them too. Without, they are made arrays first.
+    and `returns_nodes`, whether it can return them too. Without, they are made arrays first. Of
+    the built-in ones `is_call` says that their one body has their operands and results, and
+    `has_own_rule` that it does, but for differentiation; `takes_cells` says that cells go in
+    whatever is differentiated.
     """
 
     def bodies(self, eqn: Any) -> list[Body]:
@@ -140,10 +143,19 @@ def construct(primitive: str) -> Construct | None:
     return _CONSTRUCTS.get(primitive)
 
 
+def is_call(primitive: str) -> bool:
+    """Tell whether a primitive is a plain call of one body: `jit` and `checkpoint`."""
+    return getattr(construct(primitive), "is_call", False)
+
+
+def has_own_rule(primitive: str) -> bool:
+    """Tell whether a primitive calls one body that has its own rule of differentiation."""
+    return getattr(construct(primitive), "has_own_rule", False)
+
+
 @register_construct("jit")
 class _Jit:
-    holds_nodes = True
-    returns_nodes = True
+    is_call = takes_cells = holds_nodes = returns_nodes = True
 
     def bodies(self, eqn: Any) -> list[Body]:
         return [Body.of(f"jit({eqn.params['name']})", eqn.params["jaxpr"])]
@@ -161,8 +173,7 @@ class _Jit:
 
 @register_construct("remat2")
 class _Remat:
-    holds_nodes = True
-    returns_nodes = True
+    is_call = takes_cells = holds_nodes = returns_nodes = True
 
     def bodies(self, eqn: Any) -> list[Body]:
         return [Body.of("remat", eqn.params["jaxpr"])]
@@ -179,6 +190,8 @@ class _Remat:
 
 @register_construct("custom_jvp_call")
 class _CustomJvp:
+    has_own_rule = True
+
     def bodies(self, eqn: Any) -> list[Body]:
         return [Body.of("custom_jvp", eqn.params["call_jaxpr"])]
 
@@ -193,6 +206,8 @@ class _CustomJvp:
 
 @register_construct("custom_vjp_call")
 class _CustomVjp:
+    has_own_rule = True
+
     def bodies(self, eqn: Any) -> list[Body]:
         return [Body.of("custom_vjp", eqn.params["call_jaxpr"])]
 
@@ -218,7 +233,7 @@ def _beside(eqn: Any, operands: Sequence[Any], cells: Cells, enter: Enter) -> tu
 
 @register_construct("scan")
 class _Scan:
-    holds_nodes = True
+    takes_cells = holds_nodes = True
 
     def bodies(self, eqn: Any) -> list[Body]:
         consts, carry = _compat.scan_counts(eqn)
@@ -264,7 +279,7 @@ def _list_roles(same: int, carry: int, total: int) -> list[Role]:
 
 @register_construct("while")
 class _While:
-    holds_nodes = True
+    takes_cells = holds_nodes = True
 
     def bodies(self, eqn: Any) -> list[Body]:
         n_cond, n_body = eqn.params["cond_nconsts"], eqn.params["body_nconsts"]
@@ -308,7 +323,7 @@ class _While:
 
 @register_construct("cond")
 class _Cond:
-    holds_nodes = True
+    takes_cells = holds_nodes = True
 
     def bodies(self, eqn: Any) -> list[Body]:
         bodies = []

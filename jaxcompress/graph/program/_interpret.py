@@ -17,8 +17,6 @@ from jaxcompress.graph.program._constructs import Body, Role, construct
 Value = TypeVar("Value")
 Position: TypeAlias = tuple[int, ...]
 """An equation's address: equation and body numbers in turn, from the outermost program in."""
-INLINE = frozenset({"jit", "remat2"})
-"""Constructs whose operands and results are those of their one body."""
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,6 @@
 from jaxcompress.graph.sites._forms import Form as Form
 from jaxcompress.graph.sites._forms import form_at as form_at
 from jaxcompress.graph.sites._forms import form_of as form_of
-from jaxcompress.graph.sites._forms import replicated as replicated
 from jaxcompress.graph.sites._intercept import SiteLayer as SiteLayer
 from jaxcompress.graph.sites._intercept import plan_layers as plan_layers
 from jaxcompress.graph.sites._intercept import run_layers as run_layers

@@ -13,7 +13,7 @@ from jaxcompress.graph.program._constructs import Cells
 from jaxcompress.graph.program._interpret import Position
 from jaxcompress.graph.program._run import Equation, Plan, Visit
 from jaxcompress.graph.sites._replay import SitesAt, execute_plan, make_plan
-from jaxcompress.graph.sites._select import check_states, named_sites, refuse_inside
+from jaxcompress.graph.sites._select import CONDITION, check_states, named_sites, refuse_inside
 from jaxcompress.graph.sites._sites import Site
 from jaxcompress.graph.sites._trace import Traced, call_of, wraps
 
@@ -35,7 +35,7 @@ class SiteLayer(NamedTuple):
     reads: tuple[str, ...] = ()
 
 
-UNREACHABLE = ("while condition", "custom_jvp", "custom_vjp")
+UNREACHABLE = (*CONDITION, "custom_jvp", "custom_vjp")
 """Constructs (as `Site.scope` names them) at whose sites nothing can be intercepted."""
 
 

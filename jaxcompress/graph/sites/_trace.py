@@ -58,6 +58,11 @@ class Traced:
         return tuple(found.site for found in self.record.sites)
 
     @property
+    def part_paths(self) -> list[str]:
+        """The path of the leaf of each of the first arguments: a `LeafNode` has several parts."""
+        return [path for path, leaf in self.leaves.items() for _ in jax.tree.leaves(leaf)]
+
+    @property
     def domain(self) -> Sites:
         """What walks on through programs that are only known under differentiation."""
         assert isinstance(self.walk.domain, Sites)

@@ -17,14 +17,13 @@ from jaxcompress.graph.program import (
     Program,
     capture_program,
     equation_steps,
+    has_own_rule,
     is_jaxpr,
     live,
     normalize,
     variables,
 )
 from jaxcompress.graph.program import run_program as run_program
-
-_CUSTOM = ("custom_jvp_call", "custom_vjp_call")
 
 
 class Same:
@@ -59,7 +58,7 @@ class Keys:
         known = self._seen.get(id(eqn))
         if known is None:
             params = eqn.params
-            if eqn.primitive.name in _CUSTOM:  # the rules matter under differentiation only
+            if has_own_rule(eqn.primitive.name):  # the rules matter under differentiation only
                 params = {"call_jaxpr": params["call_jaxpr"]}
             key = (
                 eqn.primitive,

@@ -22,13 +22,12 @@ from jaxcompress.graph.program import (
     Program,
     bind,
     construct,
+    has_own_rule,
+    is_call,
     normalize,
     scan_counts,
 )
 from jaxcompress.stats.stages._canonical import Keys, Op
-
-_INLINED = frozenset({"custom_jvp_call", "custom_vjp_call", "jit", "remat2"})
-
 
 Pick: TypeAlias = tuple[str, int, int]
 """A leaf's path, one of its axes, and the index that is used of it."""
@@ -130,7 +129,7 @@ def flatten(traced: Traced, names: Sequence[str], keys: Keys) -> Flat:
     """Flatten a captured call, with stops at the sites of the given names."""
     flattener = _Flattener(traced, frozenset(names), keys)
     flat, program = flattener.flat, traced.program
-    parts = sum(len(jax.tree.leaves(leaf)) for leaf in traced.leaves.values())
+    parts = len(traced.part_paths)
     args = [
         flattener.add_base(LeafPart(k), var.aval) for k, var in enumerate(program.invars[:parts])
     ]
@@ -156,9 +155,7 @@ class _Flattener:
         for position, sites in self._sites.items():
             for k in range(len(position)):
                 self._below.setdefault(position[:k], []).extend(sites)
-        self._parts = [
-            (path, leaf) for path, leaf in traced.leaves.items() for _ in jax.tree.leaves(leaf)
-        ]
+        self._paths = traced.part_paths
         self._groups: dict[Any, FlatStop] = {}
         self._slices: dict[int, frozenset[Pick]] = {}
         self._constants: dict[int, int] = {}
@@ -245,9 +242,8 @@ class _Flattener:
         self, eqn: Any, here: Position, operands: list[Any], frame: _UnrolledScans
     ) -> Sequence[Any]:
         name = eqn.primitive.name
-        if name in _INLINED:
-            rule = construct(name)
-            assert rule is not None
+        rule = construct(name)
+        if rule is not None and (is_call(name) or has_own_rule(name)):
             (body,) = rule.bodies(eqn)
             return self.flatten(body.program, operands, (*here, 0), frame)
         if name == "scan" and here in self._below:
@@ -322,7 +318,8 @@ class _Flattener:
         base = None if isinstance(operands[0], Literal) else self.flat.base.get(operands[0])
         if eqn.primitive.name == "slice" and isinstance(base, LeafPart):
             start, limit = eqn.params["start_indices"], eqn.params["limit_indices"]
-            path, leaf = self._parts[base.number]
+            path = self._paths[base.number]
+            leaf = self._traced.leaves[path]
             for axis, n in enumerate(eqn.invars[0].aval.shape):
                 if limit[axis] - start[axis] == 1 < n and not isinstance(leaf, tree.LeafNode):
                     found.add((path, axis, start[axis]))

@@ -236,7 +236,7 @@ def _decide_again(analysis: Analysis, dropped: Dropped) -> Surgery:
     kept = _list_kept(analysis, dropped.iterations)
     flow = analysis.residuals.flow
     surgery = operate(analysis.traced, flow, chosen, kept, shorter=dropped.rows)
-    paths = [path for path, leaf in analysis.traced.leaves.items() for _ in jax.tree.leaves(leaf)]
+    paths = analysis.traced.part_paths
     read = {p for v, p in zip(flow.inputs, paths, strict=False) if v in surgery.live.values[()]}
     missing = [p for p in dropped.removed if p in read]
     missing += [p for p in dropped.rows if p in read and p not in surgery.rows]

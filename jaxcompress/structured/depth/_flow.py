@@ -10,13 +10,11 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
 
 from jaxcompress.graph import Traced
 from jaxcompress.graph.program import (
     IDENTITIES,
-    INLINE,
     Domain,
     Frame,
     Live,
@@ -27,6 +25,7 @@ from jaxcompress.graph.program import (
     Role,
     construct,
     interpret,
+    is_call,
     live,
     scan_counts,
 )
@@ -152,9 +151,7 @@ def _flow_of(traced: Traced) -> Flow:
     for number, found in enumerate(traced.record.sites):
         for k in range(1, len(found.position) + 1, 2):
             sites.setdefault(found.position[:k], []).append(number)
-    paths = [
-        frozenset({path}) for path, leaf in traced.leaves.items() for _ in jax.tree.leaves(leaf)
-    ]
+    paths = [frozenset({path}) for path in traced.part_paths]
     inputs = len(traced.program.invars) - len(paths)
     return _read_flow(traced.program, (), [*paths, *[None] * inputs], sites)
 
@@ -194,7 +191,7 @@ class _Flowing(Domain[int]):
         return NO_VALUE
 
     def enters(self, eqn: Any, operands: Sequence[int], here: Position) -> bool:
-        return eqn.primitive.name in INLINE
+        return is_call(eqn.primitive.name)
 
     def feed(self, value: int, k: int, role: Role, frame: Frame[int]) -> int:
         return self._flow._add(0, ()) if value == NO_VALUE else value

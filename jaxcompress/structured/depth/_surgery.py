@@ -94,7 +94,7 @@ def operate(
         ArgumentError: If a result stacked over the iterations of a scan is needed.
     """
     passes = {one.node.position: one.skip for one in dropped}
-    parts = _parts(traced)
+    parts = traced.part_paths
     state = state_outputs(traced)
     leaves = set(flow.inputs[: len(parts)])
     through = {k for k in state if flow.outputs[k] in leaves}
@@ -121,11 +121,6 @@ def operate(
         short_outputs=rows.outputs,
         row_of=rows.scans,
     )
-
-
-def _parts(traced: Traced) -> list[str]:
-    """List the path of the leaf of each of the first arguments."""
-    return [path for path, leaf in traced.leaves.items() for _ in jax.tree.leaves(leaf)]
 
 
 def _list_removed(paths: Sequence[str], before: set[str], after: set[str]) -> tuple[str, ...]:
@@ -165,7 +160,7 @@ class _Rows:
         self.scans: dict[str, Position] = {}
         self.small: set[int] = set()
         self.outputs: dict[int, tuple[int, Position]] = {}
-        parts, scans = _parts(traced), [n for n in flow.nodes if n.position in kept]
+        parts, scans = traced.part_paths, [n for n in flow.nodes if n.position in kept]
         values = {path: v for v, path in zip(flow.inputs, parts, strict=False)}
         for scan in scans:
             for path, axis in self._leaves(scan, parts, traced).items():

@@ -11,7 +11,7 @@ from jax.core import Tracer
 
 from jaxcompress import adapters, tree
 from jaxcompress.errors import ArgumentError, ArgumentTypeError, StructureError
-from jaxcompress.graph.sites import replicated
+from jaxcompress.meshes import call_with_auto_axes
 from jaxcompress.structured._groups import Group, Member
 
 # --- One member -------------------------------------------------------------------------------
@@ -26,7 +26,7 @@ def unit_sums(member: Member, *arrays: Any, of: Callable[..., jax.Array] | None 
     sums = _axis_sums(arrays, kept=(*member.layers, member.axis), of=of)
     if not isinstance(sums, Tracer):
         return np.take(np.asarray(sums), member.indices, axis=-1).sum(-1)  # of (*layers, size, m)
-    return replicated(lambda x: jnp.take(x, member.indices, axis=-1).sum(-1), sums)
+    return call_with_auto_axes(lambda x: jnp.take(x, member.indices, axis=-1).sum(-1), sums)
 
 
 @functools.partial(jax.jit, static_argnames=("kept", "of"))

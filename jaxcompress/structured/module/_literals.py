@@ -201,7 +201,8 @@ class _Reader(Domain[Tag | None]):
             return Tag(kind="number", value=ARITHMETIC[name](a, b)) if known else None
         if name in ("mul", "div"):
             self._record_scores(name, operands, widths)
-        tag = RULES[name](eqn, *operands) if name in RULES else None
+        rule = RULES.get(name)
+        tag = rule(eqn, *operands) if rule is not None else None
         if name == "add" and tag is not None and tag.kind == "mean":
             side = next(k for k, x in enumerate(operands) if x and x.kind == "number")
             tag = replace(tag, added=(here, side))
