@@ -8,7 +8,7 @@ if TYPE_CHECKING:
     import rich.table
 
 
-def scaled(value: float, unit: str) -> str:
+def write_scaled(value: float, unit: str) -> str:
     """Write a number with a prefix (powers of 1000) and three significant digits.
 
     Args:

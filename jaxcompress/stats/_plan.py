@@ -10,8 +10,8 @@ from jax import Array
 
 from jaxcompress import graph, tree
 from jaxcompress.errors import ArgumentError, SelectionError
-from jaxcompress.graph import Graph, Site, Traced
-from jaxcompress.graph.sites import check_observers, observing, run_layers
+from jaxcompress.graph import Site, Traced
+from jaxcompress.graph.sites import check_observers, make_observe_layer, run_layers, suggest_sites
 from jaxcompress.stats._statistic import Statistic
 
 Keyed = dict[str, dict[str, Any]]
@@ -112,7 +112,7 @@ def plan_statistics(
     """Select the sites of a captured call, and settle what is computed at each."""
     sites = [s for s in traced.sites if tree.matches(where, s.path, traced.leaves[s.path])]
     if not sites:
-        raise _explain_nothing_selected(graph.trace(traced), params, where)
+        raise _explain_nothing_selected(traced, params, where)
     skipped = {s.name: {k: _explain_misfit(s, one) for k, one in statistics.items()} for s in sites}
     skipped = {n: {k: why for k, why in keys.items() if why} for n, keys in skipped.items()}
     wanted = {
@@ -209,7 +209,7 @@ def _observe_shapes(traced: Traced, names: Sequence[str]) -> dict[str, SiteShape
         seen[site.name] = SiteShapes(site=site, activation=activation, output=output)
         return state
 
-    layers = {name: [observing(look)] for name in names}
+    layers = {name: [make_observe_layer(look)] for name in names}
     cells = dict.fromkeys(names, ())
     check_observers(traced, dict.fromkeys(names, look), cells)
     args = [var.aval for var in traced.program.invars]
@@ -249,21 +249,16 @@ def _identify_rows(seen: SiteShapes) -> Any:
 
 
 def _explain_nothing_selected(
-    traced: Graph, params: tree.Params, where: tree.Where
+    traced: Traced, params: tree.Params, where: tree.Where
 ) -> SelectionError:
-    known = list(dict.fromkeys(site.path for site in traced.sites))
-    fix = (
-        f"The leaves with sites are: {tree.shorten(known)}."
-        if known
-        else "fn has no sites: it contracts none of its params."
-    )
     # A `where` that selects no leaf at all: this raises, and names the nearest paths.
     path = next(iter(tree.select(params, where)))
+    why = graph.trace(traced).why_no_site(path)
     return SelectionError(
         "where",
-        got=f"{where!r}, which selects no site, but {path!r}, which {traced.why_no_site(path)}",
+        got=f"{where!r}, which selects no site, but {path!r}, which {why}",
         expected="a `where` that selects leaves that fn contracts or looks up",
-        fix=fix,
+        fix=suggest_sites(traced),
     )
 
 

@@ -83,7 +83,7 @@ class Counter(NamedTuple):
     high: Array
 
 
-class _Sums(NamedTuple):
+class _RowSums(NamedTuple):
     totals: tuple[Array, ...]
     tokens: Counter
 
@@ -106,15 +106,15 @@ def sum_rows(
         The statistic; its sums are float32, and it counts the rows of the first array.
     """
 
-    def init(*sizes: int) -> _Sums:
-        return _Sums(tuple(jnp.zeros(s, jnp.float32) for s in shapes(*sizes)), counter())
+    def init(*sizes: int) -> _RowSums:
+        return _RowSums(tuple(jnp.zeros(s, jnp.float32) for s in shapes(*sizes)), counter())
 
-    def update(state: _Sums, *rows: Array) -> _Sums:
+    def update(state: _RowSums, *rows: Array) -> _RowSums:
         totals = zip(state.totals, terms(*rows), strict=True)
         tokens = add_count(state.tokens, len(rows[0]))
-        return _Sums(tuple(total + more for total, more in totals), tokens)
+        return _RowSums(tuple(total + more for total, more in totals), tokens)
 
-    def finalize(state: _Sums) -> Any:
+    def finalize(state: _RowSums) -> Any:
         return result(*state.totals, read_count(state.tokens))
 
     return Statistic(init=init, update=update, finalize=finalize, reads=reads)

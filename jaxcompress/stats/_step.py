@@ -16,10 +16,10 @@ from jaxcompress.graph.sites import (
     SiteLayer,
     call_of,
     check_observers,
-    observing,
-    perturbing,
+    make_observe_layer,
+    make_perturb_layer,
+    make_tap_layer,
     run_layers,
-    tapping,
 )
 from jaxcompress.meshes import call_with_auto_axes
 from jaxcompress.stats._plan import Keyed, StatisticPlan, batch_shape, lead, read_rows, sizes
@@ -68,7 +68,7 @@ def make_collect_step(plan: StatisticPlan) -> Step:
     def step(states: Any, params: tree.Params, batch: Sequence[Any]) -> tuple[Any, dict]:
         traced = call_of(plan.traced, params, tuple(batch), {})
         check_observers(traced, observers, cells := make_cells(plan, observers, states))
-        layers = {name: [observing(observers[name])] for name in observers}
+        layers = {name: [make_observe_layer(observers[name])] for name in observers}
         args = params, batch, {}
         if not backward:
             cells = run_layers(traced, args, layers, cells, fills=True)[1]
@@ -177,13 +177,13 @@ def _differentiate(
     around = {name: list(mine) for name, mine in layers.items()}
     for name in backward:
         for at, kind in kinds.items():
-            around[name].append(tapping(kind, f"{at} of {name}"))
+            around[name].append(make_tap_layer(kind, f"{at} of {name}"))
         for at, kind in kinds.items():
             if f"{at}_grad" in reads[name]:
                 like = sites[name].activation if at == "input" else sites[name].output
                 shape = (*sites[name].stack, *like.shape)
                 offsets[f"{at}_grad of {name}"] = jnp.zeros(shape, like.dtype)
-                around[name].append(perturbing(kind, f"{at}_grad of {name}"))
+                around[name].append(make_perturb_layer(kind, f"{at}_grad of {name}"))
 
     def total(offsets: Any, args: Any, cells: dict[str, Any]) -> Any:
         given = {**cells, **offsets}

@@ -9,11 +9,11 @@ from jax.typing import ArrayLike
 from jaxcompress import tree
 from jaxcompress.budget import Budget, Bytes, Flops, Params, fewest_steps
 from jaxcompress.errors import ArgumentError, NonFiniteError, SelectionError, StructureError
-from jaxcompress.structured._groups import Group, Groups
+from jaxcompress.structured._groups import Group, Groups, find_group
 from jaxcompress.structured._keep import Keep
 from jaxcompress.structured._keep import keep as make_keep
 from jaxcompress.structured._shrink import rebuild, slice_params
-from jaxcompress.structured._sizes import Sizes, measure
+from jaxcompress.structured._sizes import Sizes, measure_call
 
 Scope: TypeAlias = Literal["global", "isomorphic", "local"]
 Bounds: TypeAlias = Mapping[str, tuple[float, float]]
@@ -112,15 +112,7 @@ class _Step(NamedTuple):
 
 
 def _order_units(groups: Groups, name: str, scores: np.ndarray) -> np.ndarray:
-    if name not in groups:
-        frozen = groups.frozen.get(name)
-        raise SelectionError(
-            "scores",
-            got=f"the frozen group {name!r}: {frozen.frozen}" if frozen else f"no group {name!r}",
-            expected="groups that can shrink",
-            fix=f"These can: {tree.shorten(sorted(groups))}.",
-        )
-    group = groups[name]
+    group = find_group(groups, name, "scores")
     want = (*group.layers, group.size)
     if scores.shape != want:
         raise StructureError(
@@ -253,7 +245,7 @@ def _make_measure(groups: Groups, budget: Budget) -> Callable[[Keep, Mapping[str
         key = tuple(sorted(counts.items()))
         if key not in known:
             smaller, params = rebuild(fn, keep) if keep else fn, slice_params(groups.like, keep)
-            known[key] = measure(smaller, params, groups.inputs, groups.kwargs, budget)
+            known[key] = measure_call(smaller, params, groups.inputs, groups.kwargs, budget)
         return known[key]
 
     return measure_kept

@@ -104,7 +104,7 @@ class Sizes:
         )  # fmt: skip
 
 
-def measure(
+def measure_call(
     fn: Callable[..., Any], params: tree.Params, inputs: Any, kwargs: Any, budget: Budget
 ) -> float:
     """Measure what a call takes, in the quantity of a budget; shapes are enough."""

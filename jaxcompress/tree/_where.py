@@ -131,11 +131,11 @@ def select(params: Params, where: Where) -> dict[str, Any]:
     """
     chosen = {path: leaf for path, leaf in items(params) if matches(where, path, leaf)}
     if not chosen:
-        raise _nothing_selected(params, where)
+        raise _explain_nothing(params, where)
     return chosen
 
 
-def _nothing_selected(params: Params, where: Where) -> SelectionError:
+def _explain_nothing(params: Params, where: Where) -> SelectionError:
     known = paths(params)
     near = _list_nearest(where, known) or known
     return SelectionError(

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 
 from jaxcompress import tree
-from jaxcompress.graph.affine._chain import Chain, ChainStep, Holder, preferred
+from jaxcompress.graph.affine._chain import Chain, ChainStep, Holder, choose_preferred
 from jaxcompress.graph.affine._reads import Known, Reads, read_all
 from jaxcompress.graph.program import _compat
 from jaxcompress.graph.program._constructs import CLOSED, construct, is_call
@@ -117,7 +117,7 @@ class _Follower:
             shared=tuple(path for path in in_order if self._is_shared(path)),
             stopped=stopped,
             bias=last[0] if last else None,
-            shifts=preferred(holders).path if holders else None,
+            shifts=choose_preferred(holders).path if holders else None,
             unfoldable=self._why_no_fold(stopped, unshiftable),
             unshiftable=unshiftable,
             _holders=holders,
@@ -157,7 +157,7 @@ class _Follower:
         operands = [k for k, atom in enumerate(eqn.invars) if atom is cursor.var]
         name = eqn.primitive.name
         if len(operands) > 1:
-            raise _StopError(f"{_called(eqn)} is not affine in its result")
+            raise _StopError(f"{_name_function(eqn)} is not affine in its result")
         if is_call(name):
             inner = self._reads.program((*here, 0))
             return cursor._replace(prefix=(*here, 0), var=inner.invars[operands[0]])
@@ -167,7 +167,7 @@ class _Follower:
             self._steps.append(ChainStep(here, "neg", 0, None, cursor.factors))
             return cursor._replace(var=eqn.outvars[0])
         if name not in _AFFINE or (name == "div" and operands[0] == 1):
-            raise _StopError(f"{_called(eqn)} is not affine in its result")
+            raise _StopError(f"{_name_function(eqn)} is not affine in its result")
         self._combine(cursor, eqn, here, operands[0])
         return cursor._replace(var=eqn.outvars[0])
 
@@ -237,7 +237,7 @@ class _Follower:
                 reduced.update(eqn.outvars)
             elif reads & derived:
                 derived.update(eqn.outvars)
-        names = dict.fromkeys(_called(program.eqns[n]) for n in readers)
+        names = dict.fromkeys(_name_function(program.eqns[n]) for n in readers)
         where = [*names, "fn's results"] if returned else list(names)
         return f"its result is read at {len(readers) + returned} places: {', '.join(where)}"
 
@@ -319,7 +319,7 @@ def _output_axes(site: Site, eqn: Any) -> tuple[int | None, ...]:
     return tuple(out.get(k) for k in range(rank))
 
 
-def _called(eqn: Any) -> str:
+def _name_function(eqn: Any) -> str:
     return _compat.function_name(eqn) or eqn.primitive.name
 
 

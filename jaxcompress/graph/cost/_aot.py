@@ -135,13 +135,13 @@ def _compile(
         if not str(error).startswith("RESOURCE_EXHAUSTED"):
             raise
         words = str(error).splitlines()[0]
-        return Outcome(None, {}, devices, arguments, _required(words), words)
+        return Outcome(None, {}, devices, arguments, _read_required(words), words)
     figures = _figures(program)
     bodies = {
         loop: _body(traced.jaxpr, loop, args, donate)
         for loop in (_aot_loops.loops(traced.jaxpr) if figures else ())
     }
-    return Outcome(program, _aot_loops.multiplied(figures, bodies), devices, arguments)
+    return Outcome(program, _aot_loops.multiply_loops(figures, bodies), devices, arguments)
 
 
 def _body(
@@ -152,7 +152,7 @@ def _body(
     donated = [k for k, is_given in enumerate(given) if is_given]
 
     def lowered(steps: int) -> Any:
-        jitted = jax.jit(_aot_loops.stepped(jaxpr, loop, steps), donate_argnums=donated)
+        jitted = jax.jit(_aot_loops.run_steps(jaxpr, loop, steps), donate_argnums=donated)
         return jitted.lower(*jax.tree.leaves(args))
 
     try:
@@ -168,7 +168,7 @@ def _body(
     return {key: three[key] - two[key] for key in two.keys() & three.keys()}
 
 
-def _required(words: str) -> int | None:
+def _read_required(words: str) -> int | None:
     for pattern in _REFUSALS:
         found = pattern.search(words)
         if found is not None:

@@ -93,7 +93,7 @@ def _loop(eqn: Any, outer: int, depth: int) -> Loop:
     return Loop(length, unroll, outer, depth)
 
 
-def stepped(jaxpr: Any, loop: Loop, steps: int) -> Callable[..., Any]:
+def run_steps(jaxpr: Any, loop: Loop, steps: int) -> Callable[..., Any]:
     """Make the function of a closed jaxpr with some of its scans replaced by a few of their steps.
 
     Args:
@@ -147,7 +147,7 @@ def _unroll_steps(eqn: Any, count: int) -> Any:
     return call.replace(invars=eqn.invars, outvars=eqn.outvars, effects=eqn.effects)
 
 
-def multiplied(
+def multiply_loops(
     figures: Mapping[str, float], bodies: Mapping[Loop, Mapping[str, float]]
 ) -> dict[str, float]:
     """Count every loop body as often as it runs.

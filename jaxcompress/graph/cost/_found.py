@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any
 
-from jaxcompress.graph._text import grid, render_plain, scaled
+from jaxcompress.graph._text import grid, render_plain, write_scaled
 from jaxcompress.graph.cost._aot import Outcome
 from jaxcompress.graph.cost._targets import Target
 
@@ -296,30 +296,30 @@ def _sites(cost: Cost) -> "rich.table.Table":
                 "×".join(map(str, site.shape)),
                 site.stored,
                 str(site.repeats),
-                scaled(site.params, ""),
-                scaled(site.param_bytes, "B"),
-                scaled(site.flops, ""),
+                write_scaled(site.params, ""),
+                write_scaled(site.param_bytes, "B"),
+                write_scaled(site.flops, ""),
                 share(site.flops),
             )
     rest = [site for site in cost.sites if site not in shown]
     if rest:
         flops = sum(site.flops for site in rest)
         table.add_row(
-            f"… {len(rest)} more sites", "", "", "", "", "", scaled(flops, ""), share(flops)
+            f"… {len(rest)} more sites", "", "", "", "", "", write_scaled(flops, ""), share(flops)
         )
     if cost.elsewhere_flops:
         flops = cost.elsewhere_flops
-        table.add_row("without a leaf", "", "", "", "", "", scaled(flops, ""), share(flops))
+        table.add_row("without a leaf", "", "", "", "", "", write_scaled(flops, ""), share(flops))
     table.add_section()
-    params, size = scaled(cost.params, ""), scaled(cost.param_bytes, "B")
-    table.add_row("all leaves", "", "", "", params, size, scaled(cost.flops, ""), "")
+    params, size = write_scaled(cost.params, ""), write_scaled(cost.param_bytes, "B")
+    table.add_row("all leaves", "", "", "", params, size, write_scaled(cost.flops, ""), "")
     return table
 
 
 def _totals(cost: Cost) -> "rich.table.Table":
     table = grid(["figure"], ["value", "origin"])
-    table.add_row("FLOPs", scaled(cost.flops, "FLOP"), "jaxpr count")
-    table.add_row("bytes of all contractions", scaled(cost.bytes, "B"), "jaxpr count")
+    table.add_row("FLOPs", write_scaled(cost.flops, "FLOP"), "jaxpr count")
+    table.add_row("bytes of all contractions", write_scaled(cost.bytes, "B"), "jaxpr count")
     compiled = cost.compiled
     if compiled is None:
         return table
@@ -338,7 +338,7 @@ def _totals(cost: Cost) -> "rich.table.Table":
     ]
     for name, figure in rows:
         if figure is not None:
-            table.add_row(name, scaled(figure.value, figure.unit), figure.origin)
+            table.add_row(name, write_scaled(figure.value, figure.unit), figure.origin)
     return table
 
 
@@ -348,11 +348,11 @@ def _remarks(compiled: Compiled) -> list[str]:
     lines = [f"Target {target.name}{devices}. {target.source}".strip()]
     if compiled.fits is not None and target.memory is not None:
         verb = "fits" if compiled.fits else "DOES NOT FIT"
-        lines.append(f"It {verb} the {scaled(target.memory, 'B')} of one device.")
+        lines.append(f"It {verb} the {write_scaled(target.memory, 'B')} of one device.")
     if compiled.refusal:
         lines.append(compiled.refusal)
     for path, size in compiled.expanded.items():
         lines.append(
-            f"{path} is dequantized to a whole array in memory: {scaled(size.value, 'B')}."
+            f"{path} is dequantized to a whole array in memory: {write_scaled(size.value, 'B')}."
         )
     return lines

@@ -73,7 +73,7 @@ class Kept:
         for k, (rows, layer) in mine.items():
             x = jnp.take(x, rows, axis=k) if layer is None else take_by_layer(x, rows, k, layer)
         masks = self._results[number]
-        return taken(x, [None if k in mine else mask for k, mask in enumerate(masks)])
+        return take_kept(x, [None if k in mine else mask for k, mask in enumerate(masks)])
 
     def index(self, number: int, axis: int, positions: np.ndarray) -> np.ndarray:
         """Renumber positions along an operand's axis, leaving out those that are gone."""
@@ -97,7 +97,7 @@ def resize_shape(shape: Sequence[Any], masks: Sequence[Mask], count: Any) -> tup
     return tuple(new)
 
 
-def taken(x: Any, masks: Sequence[Mask]) -> Any:
+def take_kept(x: Any, masks: Sequence[Mask]) -> Any:
     """Take the kept indices along each axis."""
     for k, mask in enumerate(masks):
         if mask is not None:

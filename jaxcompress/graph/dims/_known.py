@@ -106,7 +106,7 @@ def _offsets(eqn: Any) -> bool:
     return integer and moves
 
 
-def compared(eqn: Any, known: Sequence[Fact]) -> tuple[Axis, ...]:
+def list_compared(eqn: Any, known: Sequence[Fact]) -> tuple[Axis, ...]:
     """List the axes whose positions an equation compares with values that fn is given."""
     if eqn.primitive.name not in _COMPARES or all(fact.made for fact in known):
         return ()

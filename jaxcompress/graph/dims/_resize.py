@@ -17,7 +17,7 @@ from jax.core import Tracer
 from jaxcompress import tree
 from jaxcompress.errors import ArgumentError, StructureError
 from jaxcompress.graph.dims._found import Dims
-from jaxcompress.graph.dims._kept import Kept, Mask, taken
+from jaxcompress.graph.dims._kept import Kept, Mask, take_kept
 from jaxcompress.graph.dims._known import fact_of_literal
 from jaxcompress.graph.dims._labels import Labels
 from jaxcompress.graph.dims._removed import KeepIndices, Removed, removed_by
@@ -78,7 +78,7 @@ class _Resizer:
         masks = [self._removed.masks(env[var]) for var in program.constvars]
         if any(mask is not None for one in masks for mask in one):
             pairs = zip(program.consts, masks, strict=True)
-            consts[prefix] = [_taken(value, one) for value, one in pairs]
+            consts[prefix] = [_take_constant(value, one) for value, one in pairs]
             entered.add(prefix)
         for number, eqn in enumerate(program.eqns):
             kept = Kept(
@@ -183,12 +183,12 @@ def _operands(dims: Dims, position: Position, labels: Labels) -> list[Labelled]:
     ]
 
 
-def _taken(constant: Any, masks: Sequence[Mask]) -> Any:
+def _take_constant(constant: Any, masks: Sequence[Mask]) -> Any:
     """Take from a constant at once, whatever is traced around, unless it belongs to that."""
     if isinstance(constant, Tracer):
-        return taken(constant, masks)
+        return take_kept(constant, masks)
     with jax.ensure_compile_time_eval():
-        return taken(constant, masks)
+        return take_kept(constant, masks)
 
 
 def _is_same(known: Program, other: Program) -> bool:

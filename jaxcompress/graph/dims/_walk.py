@@ -16,10 +16,10 @@ from jaxcompress import tree
 from jaxcompress.graph.dims._found import Dims, Level, Product
 from jaxcompress.graph.dims._known import (
     Fact,
-    compared,
     fact_after,
     fact_of_constant,
     fact_of_literal,
+    list_compared,
 )
 from jaxcompress.graph.dims._labels import Axis, Labels
 from jaxcompress.graph.dims._rule import Axes, Step, concrete, dims_rule
@@ -70,7 +70,7 @@ def dims(
         'it is tied to axis 1 of input 0'
     """
     traced = capture(fn, params, *inputs, **kwargs)
-    return traced.derive("dims", lambda: _labelled(traced))
+    return traced.derive("dims", lambda: _label_call(traced))
 
 
 def state_outputs(traced: Traced) -> Mapping[int, str]:
@@ -86,7 +86,7 @@ def state_outputs(traced: Traced) -> Mapping[int, str]:
     return dims(traced).state if _mirrors(traced) else {}
 
 
-def _labelled(traced: Traced) -> Dims:
+def _label_call(traced: Traced) -> Dims:
     labels = Labels()
     leaves = {
         path: tuple(labels.fresh(n) for n in concrete(leaf.shape))
@@ -287,7 +287,7 @@ class Labelling(Domain[Labelled]):
             self._labels.freeze_all(itertools.chain(*operands), reason)
             return step.fresh(frozen=reason)
         results = rule.follow(step)
-        self._labels.freeze_all(compared(eqn, known), "its positions are compared with values")
+        self._labels.freeze_all(list_compared(eqn, known), "its positions are compared with values")
         if flops := contraction_flops(eqn):
             self._contracts(eqn, here, operands, results[0], place, flops)
         elif eqn.primitive.name in ("add", "sub") and all(len(axes) for axes in operands):

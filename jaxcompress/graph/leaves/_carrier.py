@@ -177,7 +177,7 @@ def run_leaves(
     except JaxCompressError:
         raise
     except (TypeError, ValueError) as error:
-        raise _not_traced(error, kind, run.leaves) from error
+        raise _explain_untraced(error, kind, run.leaves) from error
     # Flat, so that other leaves of several arrays are passed as those.
     args = jax.tree.leaves((started, inputs, kwargs), is_leaf=lambda x: isinstance(x, Parted))
     plan = make_plan(traced, run.match, fills=kind.fills, carrier=run)
@@ -309,7 +309,7 @@ class _LeafCarrier:
         return node.array()
 
 
-def _not_traced(error: Exception, kind: LeafKind, leaves: dict[str, Any]) -> StructureError:
+def _explain_untraced(error: Exception, kind: LeafKind, leaves: dict[str, Any]) -> StructureError:
     """Say that fn could not be run on params: they may be another model's."""
     shapes = [f"{path!r} {tuple(leaf.shape)}" for path, leaf in leaves.items()]
     name = kind.leaf_type.__name__

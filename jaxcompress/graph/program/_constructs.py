@@ -308,7 +308,7 @@ class _While:
         n_cond, n_body = eqn.params["cond_nconsts"], eqn.params["body_nconsts"]
         cond_consts, body_consts = operands[:n_cond], operands[n_cond : n_cond + n_body]
         start = list(operands[n_cond + n_body :])
-        carried = _filled_shapes(lambda: enter(0, [*body_consts, *start], cells)[1], enter)
+        carried = _find_filled(lambda: enter(0, [*body_consts, *start], cells)[1], enter)
         carried = {name: _or_zeros(cells, name, like) for name, like in carried.items()}
 
         def body(carry: tuple[list, Cells]) -> tuple[list, Cells]:
@@ -347,7 +347,7 @@ class _Cond:
         count = len(eqn.params["branches"])
         shapes: Cells = {}
         for k in range(count):
-            shapes |= _filled_shapes(lambda k=k: enter(k, operands, cells)[1], enter)
+            shapes |= _find_filled(lambda k=k: enter(k, operands, cells)[1], enter)
         kept = {name: _or_zeros(cells, name, like) for name, like in shapes.items()}
 
         def branch(k: int) -> Callable[..., tuple[list, Cells]]:
@@ -401,7 +401,7 @@ class _ShardMap:
             )(list(operands), cells)
 
 
-def _filled_shapes(run: Callable[[], Cells], enter: Enter) -> Cells:
+def _find_filled(run: Callable[[], Cells], enter: Enter) -> Cells:
     """Find the shapes of the cells that a body fills, without running it."""
     return jax.eval_shape(run) if enter.fills else {}
 

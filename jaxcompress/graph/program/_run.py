@@ -205,7 +205,7 @@ def run_program(
         elif rule is not None and (
             here in plan.cells or here in plan.entered or (nodes and _passes(eqn, rule))
         ):
-            operands = _entering(eqn, rule, operands, plan.carrier) if nodes else operands
+            operands = _prepare_nodes(eqn, rule, operands, plan.carrier) if nodes else operands
             passes = _passes(eqn, rule)
             results, new = rebuild_construct(plan, here, eqn, operands, cells, returns_nodes=passes)
             filled |= new
@@ -300,7 +300,7 @@ def _passes(eqn: Any, rule: Construct) -> bool:
     return getattr(rule, "returns_nodes", False) and not _compat.is_placed(eqn)
 
 
-def _entering(
+def _prepare_nodes(
     eqn: Any, rule: Construct, operands: Sequence[Any], carrier: Carrier | None
 ) -> list[Any]:
     """Prepare nodes for a construct: whole, as slices, or as arrays where they cannot enter."""

@@ -9,8 +9,8 @@ from jaxcompress.graph.sites._intercept import run_layers as run_layers
 from jaxcompress.graph.sites._intercept import visit_layers as visit_layers
 from jaxcompress.graph.sites._observe import Observer as Observer
 from jaxcompress.graph.sites._observe import check_observers as check_observers
-from jaxcompress.graph.sites._observe import observing as observing
-from jaxcompress.graph.sites._perturb import perturbing as perturbing
+from jaxcompress.graph.sites._observe import make_observe_layer as make_observe_layer
+from jaxcompress.graph.sites._perturb import make_perturb_layer as make_perturb_layer
 from jaxcompress.graph.sites._replay import SitesAt as SitesAt
 from jaxcompress.graph.sites._replay import call as call
 from jaxcompress.graph.sites._replay import execute_plan as execute_plan
@@ -18,13 +18,14 @@ from jaxcompress.graph.sites._replay import make_plan as make_plan
 from jaxcompress.graph.sites._select import CONDITION as CONDITION
 from jaxcompress.graph.sites._select import Side as Side
 from jaxcompress.graph.sites._select import check_side as check_side
-from jaxcompress.graph.sites._select import chosen_sites as chosen_sites
+from jaxcompress.graph.sites._select import choose_sites as choose_sites
 from jaxcompress.graph.sites._select import refuse_inside as refuse_inside
-from jaxcompress.graph.sites._tap import tapping as tapping
+from jaxcompress.graph.sites._tap import make_tap_layer as make_tap_layer
 from jaxcompress.graph.sites._trace import Traced as Traced
 from jaxcompress.graph.sites._trace import call_of as call_of
 from jaxcompress.graph.sites._trace import capture_call as capture_call
 from jaxcompress.graph.sites._trace import describe_array as describe_array
+from jaxcompress.graph.sites._trace import suggest_sites as suggest_sites
 from jaxcompress.graph.sites._trace import wraps as wraps
 from jaxcompress.graph.sites._views import AxisFactors as AxisFactors
 from jaxcompress.graph.sites._walk import costliest as costliest

@@ -13,7 +13,7 @@ from jaxcompress.graph.program._constructs import Cells
 from jaxcompress.graph.program._interpret import Position
 from jaxcompress.graph.program._run import Equation, Plan, Visit
 from jaxcompress.graph.sites._replay import SitesAt, execute_plan, make_plan
-from jaxcompress.graph.sites._select import CONDITION, check_states, named_sites, refuse_inside
+from jaxcompress.graph.sites._select import CONDITION, check_states, find_named, refuse_inside
 from jaxcompress.graph.sites._sites import Site
 from jaxcompress.graph.sites._trace import Traced, call_of, wraps
 
@@ -152,7 +152,7 @@ def intercept(
         chosen = decide(traced.sites)
         if not chosen:
             return run_layers(traced, args, {}, {}, fills=False)
-        names = named_sites(traced, chosen, "decide")
+        names = find_named(traced, chosen, "decide")
         refuse_inside(traced, names, UNREACHABLE, "states and gradients do not reach inside")
         states = {name: chosen[name].state for name in names}
         check_states(traced, states, names)
@@ -160,14 +160,14 @@ def intercept(
         for found in traced.record.sites:
             if found.site.name in names:
                 first.setdefault(found.position, found.site.name)
-        layers = {name: [_handling(chosen[name].handler)] for name in first.values()}
+        layers = {name: [_make_handler_layer(chosen[name].handler)] for name in first.values()}
         outputs, filled = run_layers(traced, args, layers, states, fills=True)
         return outputs, {name: filled.get(name, states[name]) for name in names}
 
     return intercepted
 
 
-def _handling(handler: Callable[..., tuple[Any, Any]]) -> SiteLayer:
+def _make_handler_layer(handler: Callable[..., tuple[Any, Any]]) -> SiteLayer:
     """Make a layer that a handler takes the place of the equation in."""
 
     def around(

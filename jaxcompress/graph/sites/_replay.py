@@ -16,7 +16,7 @@ from jaxcompress.graph.program._constructs import Cells
 from jaxcompress.graph.program._interpret import Position, equations
 from jaxcompress.graph.program._run import NOTHING, Carrier, Equation, Plan, Visit, run_program
 from jaxcompress.graph.sites._sites import Site
-from jaxcompress.graph.sites._trace import Traced, call_of, no_sites, wraps
+from jaxcompress.graph.sites._trace import Traced, call_of, suggest_sites, wraps
 from jaxcompress.graph.sites._walk import FoundSite
 
 Handler: TypeAlias = Callable[..., Any]
@@ -167,15 +167,12 @@ def _call(
     return results, {}
 
 
-def _nothing_taken(key: Key, traced: Traced) -> Exception:
-    known = {site.path: traced.leaves[site.path] for site in traced.sites}
+def _explain_nothing_taken(key: Key, traced: Traced) -> Exception:
     return SelectionError(
         "handlers",
         got=f"the key {key!r}, which takes no equation of fn (or only such as an earlier key has)",
         expected="keys that each take at least one equation",
-        fix=f"The leaves with sites are: {tree.shorten(sorted(known))}."
-        if known
-        else no_sites(traced.record),
+        fix=suggest_sites(traced),
     )
 
 
@@ -227,7 +224,7 @@ def replay(
         plan = make_plan(traced, _Matcher(pairs, traced.leaves, taken))
         for k, (key, _) in enumerate(pairs):
             if k not in taken:
-                raise _nothing_taken(key, traced)
+                raise _explain_nothing_taken(key, traced)
         results, _ = execute_plan(traced, plan, (params, inputs, kwargs), {})
         return results
 

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 from jaxcompress import tree
 from jaxcompress.errors import ArgumentError
-from jaxcompress.graph._text import grid, render_plain, scaled
-from jaxcompress.graph.sites._graph import Graph, stored
+from jaxcompress.graph._text import grid, render_plain, write_scaled
+from jaxcompress.graph.sites._graph import Graph, describe_stored
 from jaxcompress.graph.sites._sites import Axes
 from jaxcompress.graph.sites._trace import Traced, trace
 
@@ -96,10 +96,10 @@ class Summary:
             cells += ["×".join(map(str, row.shape)), row.dtype, str(row.repeats)]
             for key in _SHARED:
                 value, whole = getattr(row, key), getattr(self, key)
-                cells += [scaled(value, ""), f"{100 * _find_fraction(value, whole):.1f} %"]
+                cells += [write_scaled(value, ""), f"{100 * _find_fraction(value, whole):.1f} %"]
             table.add_row(*cells)
         table.add_section()
-        totals = [cell for key in _SHARED for cell in (scaled(getattr(self, key), ""), "")]
+        totals = [cell for key in _SHARED for cell in (write_scaled(getattr(self, key), ""), "")]
         table.add_row("all", *[""] * 5, *totals)
         return table
 
@@ -176,7 +176,7 @@ def _rows(graph: Graph, path: str, leaf: Any) -> list[Row]:
         name=path,
         what=_use(graph, path),
         shape=tuple(leaf.shape),
-        dtype=stored(leaf),
+        dtype=describe_stored(leaf),
         params=math.prod(leaf.shape),
         param_bytes=tree.nbytes(leaf),
         bytes=tree.nbytes(leaf) if path not in graph.unreached else 0,

@@ -161,7 +161,7 @@ def capture_call(
     fn: Callable[..., Any], params: Any, inputs: Any, kwargs: Any, *, prune: bool = False
 ) -> Traced:
     """Trace a call of fn; `prune` leaves out what no result depends on."""
-    leaves = _checked_leaves(params)
+    leaves = _check_leaves(params)
     _check_inputs(inputs, kwargs)
     _check_call(fn, params, inputs, kwargs)
     try:
@@ -252,7 +252,7 @@ def _check_call(fn: Callable[..., Any], params: Any, inputs: Any, kwargs: Any) -
         ) from error
 
 
-def _checked_leaves(params: Any) -> dict[str, Any]:
+def _check_leaves(params: Any) -> dict[str, Any]:
     leaves: dict[str, Any] = {}
     for path, leaf in tree.items(params):
         for part in jax.tree.leaves(leaf):
@@ -298,9 +298,12 @@ def _name_sites(record: Record, domain: Sites) -> list[FoundSite]:
     ]
 
 
-def no_sites(record: Record) -> str:
-    """Say why there is nothing to select, for a message."""
-    inside = list(dict.fromkeys(scope[-1] for _, scope in record.opaque))
+def suggest_sites(traced: Traced) -> str:
+    """Say which leaves have sites, or why there are none, for a message."""
+    if traced.sites:
+        known = list(dict.fromkeys(site.path for site in traced.sites))
+        return f"The leaves with sites are: {tree.shorten(known)}."
+    inside = list(dict.fromkeys(scope[-1] for _, scope in traced.record.opaque))
     if inside:
         return f"fn has no sites; what {', '.join(inside)} contracts inside cannot be seen."
     return "fn has no sites: it contracts none of its params."

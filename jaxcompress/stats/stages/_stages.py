@@ -30,8 +30,8 @@ from jaxcompress.graph.sites import (
     CONDITION,
     Observer,
     call_of,
-    chosen_sites,
-    observing,
+    choose_sites,
+    make_observe_layer,
     plan_layers,
     refuse_inside,
     visit_layers,
@@ -109,7 +109,7 @@ class Stages:
         key = structure, tuple(jax.typeof(x) for x in leaves)
         if key not in self._pipelines:
             traced = call_of(self._fn, params, tuple(inputs), {})
-            names = chosen_sites(traced, self._where)
+            names = choose_sites(traced, self._where)
             refuse_inside(traced, names, CONDITION, "nothing can leave the condition of a loop")
             self._pipelines[key] = Pipeline(
                 traced, names, self._shared, host=self._host, sharding=self._sharding
@@ -246,7 +246,7 @@ def _observe_visit(
     given = iter(variables)
     operands = [a.val if isinstance(a, Literal) else next(given) for a in visit.operands]
 
-    layers = {name: [observing(observers[name])] for name in cells}
+    layers = {name: [make_observe_layer(observers[name])] for name in cells}
     eqn = visit.eqn
     if construct(eqn.primitive.name) is None:
         equation = Equation(eqn.primitive, eqn.params, visit.sites, eqn)

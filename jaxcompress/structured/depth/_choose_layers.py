@@ -8,7 +8,7 @@ import jax
 from jaxcompress import tree
 from jaxcompress.budget import Budget, Bytes, Flops, Params, Seconds, fewest_steps
 from jaxcompress.errors import ArgumentError, ArgumentTypeError
-from jaxcompress.structured._sizes import measure
+from jaxcompress.structured._sizes import measure_call
 from jaxcompress.structured.depth._blocks import Analysis, abstract, analyse
 from jaxcompress.structured.depth._drop import decide, rebuild_layers
 from jaxcompress.structured.depth._dropped import collect_chosen, find_emptied
@@ -119,4 +119,4 @@ def _measure_cost(
         inputs = jax.tree.map(
             lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype) if hasattr(x, "shape") else x, inputs
         )
-    return measure(fn, params, inputs, kwargs, budget)
+    return measure_call(fn, params, inputs, kwargs, budget)

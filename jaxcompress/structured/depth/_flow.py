@@ -166,7 +166,7 @@ def _read_flow(
     flow = Flow(position, program)
     values = []
     for var, paths in zip(program.invars, args, strict=True):
-        value = flow._add(0, _shape(var))
+        value = flow._add(0, _find_shape(var))
         if paths is None:
             flow.varying |= 1 << value
         else:
@@ -185,7 +185,7 @@ class _Flowing(Domain[int]):
         self._flow, self._sites = flow, sites
 
     def constant(self, var: Any, value: Any, place: Place) -> int:
-        return self._flow._add(0, _shape(var))
+        return self._flow._add(0, _find_shape(var))
 
     def literal(self, atom: Any) -> int:
         return NO_VALUE
@@ -211,7 +211,7 @@ class _Flowing(Domain[int]):
         flow, read = self._flow, [v for v in operands if v != NO_VALUE]
         above = functools.reduce(operator.or_, (flow.above[v] for v in read), 0)
         varies = any(flow.varies(v) for v in read)
-        results = tuple(flow._add(above, _shape(var)) for var in eqn.outvars)
+        results = tuple(flow._add(above, _find_shape(var)) for var in eqn.outvars)
         inside = self._scan_body(eqn, operands, here) if eqn.primitive.name == "scan" else None
         sites = tuple(self._sites.get(here, ()))
         node = Node(here, eqn, tuple(operands), results, inside, sites)
@@ -239,7 +239,7 @@ class _Flowing(Domain[int]):
         return _read_flow(body.program, (*here, 0), args, self._sites)
 
 
-def _shape(var: Any) -> tuple[int, ...]:
+def _find_shape(var: Any) -> tuple[int, ...]:
     return getattr(var.aval, "shape", ())
 
 

@@ -129,9 +129,7 @@ def block_influence(
         for base, pair in step(params, batch).items():
             # Sums of a batch are added in float64: tokens are many.
             new = [np.asarray(z, np.float64) for z in pair]
-            totals[base] = (
-                [a + b for a, b in zip(totals[base], new, strict=True)] if (base in totals) else new
-            )
+            totals[base] = [a + b for a, b in zip(totals.get(base, (0, 0)), new, strict=True)]
     return check_scores(by_unit(units, {base: s / n for base, (s, n) in totals.items()}))
 
 

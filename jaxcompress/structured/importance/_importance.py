@@ -13,7 +13,7 @@ from jaxcompress.errors import ArgumentError, ArgumentTypeError, NonFiniteError
 from jaxcompress.structured._groups import Group
 from jaxcompress.structured.importance._magnitude import Magnitude
 from jaxcompress.structured.importance._method import Given, Method
-from jaxcompress.structured.importance._units import check_members, learned_members
+from jaxcompress.structured.importance._units import check_members, list_learned
 
 Normalize: TypeAlias = Literal["mean", "max", "sum"] | None
 """What the scores of a group are divided by, so that groups compare."""
@@ -88,7 +88,7 @@ def importance(
         groups=groups,
         params=params,
         leaves=leaves,
-        learned=learned_members(groups, params),
+        learned=list_learned(groups, params),
         fn=fn,
         batches=batches,
         loss=loss,

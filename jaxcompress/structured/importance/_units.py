@@ -80,9 +80,7 @@ def spread_units(
 # --- Members of groups ------------------------------------------------------------------------
 
 
-def learned_members(
-    groups: Mapping[str, Group], params: tree.Params
-) -> dict[str, tuple[Member, ...]]:
+def list_learned(groups: Mapping[str, Group], params: tree.Params) -> dict[str, tuple[Member, ...]]:
     """List the members of each group that training moves; statistics and counters are not.
 
     Leaves that params lacks (those that an optimizer does not see) are left out.

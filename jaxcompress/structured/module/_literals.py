@@ -11,7 +11,6 @@ from dataclasses import dataclass, replace
 from typing import Any
 from typing import Literal as Choice
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -134,12 +133,13 @@ class _Reader(Domain[Tag | None]):
 
     def run(self) -> None:
         program, _ = self._dims.programs[()]
-        args: list[Tag | None] = []
-        for path, leaf in self._dims.traced.leaves.items():
-            if isinstance(leaf, tree.LeafNode):
-                args += [None] * len(jax.tree.leaves(leaf))
-            else:
-                args.append(Tag(kind="leaf", leaves=frozenset([path])))
+        traced = self._dims.traced
+        args: list[Tag | None] = [
+            None
+            if isinstance(traced.leaves[path], tree.LeafNode)
+            else Tag(kind="leaf", leaves=frozenset([path]))
+            for path in traced.part_paths
+        ]
         args += [None] * (len(program.invars) - len(args))
         interpret(program, args, self)
 

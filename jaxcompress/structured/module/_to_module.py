@@ -176,11 +176,8 @@ def _search_nearest(
         if misfits:
             _refuse_shapes(builder, settings, misfits, wanted)
         for candidate in _candidates(builder, settings, literals, smaller, reference):
-            best = (
-                candidate
-                if best is None or _judge_rebuilt(candidate) < _judge_rebuilt(best)
-                else best
-            )
+            if best is None or _judge_rebuilt(candidate) < _judge_rebuilt(best):
+                best = candidate
         # Where nothing can agree, the first is as good as any.
         if best is None or best.distance is None or best.agrees or any(map(_is_inexact, literals)):
             break
