@@ -53,7 +53,8 @@ class SecondMoment(NamedTuple):
     @property
     def mean(self) -> Array:
         """XᵀX / tokens, of the shape of `total`: GPTQ's Hessian is twice this."""
-        return self.total / jnp.maximum(self.tokens, 1)[..., *(None,) * _inner(self)]
+        inner = (None,) * (self.total.ndim - self.tokens.ndim)
+        return self.total / jnp.maximum(self.tokens, 1)[..., *inner]
 
 
 class MeanCovariance(NamedTuple):
@@ -210,7 +211,3 @@ def mean_covariance(*, diagonal: bool = False, reads: str = "input") -> Statisti
         return MeanCovariance(state.origin + state.mean, covariance, tokens)
 
     return Statistic(init=init, update=update, finalize=finalize, reads=(reads,))
-
-
-def _inner(moment: SecondMoment) -> int:
-    return moment.total.ndim - moment.tokens.ndim

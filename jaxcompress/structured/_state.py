@@ -120,10 +120,6 @@ def _join_paths(under: str, path: str) -> str:
     return "/".join(part for part in (under.strip("/"), path) if part)
 
 
-def _is_node(x: Any) -> bool:
-    return isinstance(x, tree.LeafNode)
-
-
 def _check_optimizer_state(state: Any, expected: Any) -> None:
     if jax.tree.structure(state) != jax.tree.structure(expected):
         raise StructureError(
@@ -147,7 +143,7 @@ class _Owners:
     """Finds the leaf of params that an array of a state belongs to, by its path."""
 
     def __init__(self, params: tree.Params, under: str):
-        flat = jax.tree_util.tree_flatten_with_path(params, is_leaf=_is_node)[0]
+        flat = jax.tree_util.tree_flatten_with_path(params, is_leaf=tree.is_leaf)[0]
         self._names = {keys: _join_paths(under, tree.path_str(keys)) for keys, _ in flat}
         self._lengths = sorted({len(keys) for keys in self._names}, reverse=True)
 

@@ -4,7 +4,7 @@ import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
-from jaxcompress.structured._groups import Group, Groups
+from jaxcompress.structured._groups import Groups
 from jaxcompress.structured._keep import Keep
 
 
@@ -106,9 +106,9 @@ def _describe_axes(keep: Keep, groups: Groups) -> dict[tuple[str, int], list[tup
         for member in group.members:
             key = member.path, member.axis
             axis = keep.shapes[key[0]][key[1]], keep.shape(key[0])[key[1]]
-            features = "inputs" if member.reads else _what(group)
+            made = "channels" if group.role == "channels" else "features"
+            features = "inputs" if member.reads else made
             if group.role in _ALONE:
-                features = "inputs" if member.reads else "features"
                 own = len(keep.shapes[key[0]]) - len(member.layers) > 2
                 if own or math.prod(member.indices.shape) == old:
                     found[key][group.role] = group.role, *axis
@@ -120,7 +120,3 @@ def _describe_axes(keep: Keep, groups: Groups) -> dict[tuple[str, int], list[tup
 
 _ALONE = ("heads", "head size", "experts")
 """Roles whose units have an axis of their own, in leaves of more than two."""
-
-
-def _what(group: Group) -> str:
-    return "channels" if group.role == "channels" else "features"

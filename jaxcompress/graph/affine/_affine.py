@@ -107,6 +107,7 @@ class _Follower:
         stopped = self._follow()
         holders = tuple(self._holders())
         leaves = frozenset[str]().union(*(s.side.leaves for s in self._steps if s.side))
+        slots = {step.slot for step in self._steps}
         in_order = [path for path in self._traced.leaves if path in leaves]
         last = [holder.path for holder in holders if holder.number + 1 == len(self._steps)]
         unshiftable = self._why_no_shift(stopped, holders)
@@ -114,7 +115,7 @@ class _Follower:
             site=site,
             steps=tuple(self._steps),
             leaves=tuple(in_order),
-            shared=tuple(path for path in in_order if self._is_shared(path)),
+            shared=tuple(p for p in in_order if not self._reads.contacts[p] <= slots),
             stopped=stopped,
             bias=last[0] if last else None,
             shifts=choose_preferred(holders).path if holders else None,
@@ -242,9 +243,6 @@ class _Follower:
         return f"its result is read at {len(readers) + returned} places: {', '.join(where)}"
 
     # --- what can be done with the chain --------------------------------------------------------
-
-    def _is_shared(self, path: str) -> bool:
-        return not self._reads.contacts[path] <= {step.slot for step in self._steps}
 
     def _entries(self, shape: Sequence[int]) -> int:
         """Count the entries of an array of this shape over the scans that split the kernel."""

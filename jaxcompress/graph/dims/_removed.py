@@ -144,7 +144,8 @@ def _check_frozen(dims: Dims, removed: Removed, keep: KeepIndices) -> None:
                     fix="Keep the whole of a frozen axis; `structured.groups` says which are.",
                 )
             have, want = removed.mask(axis), keep.get(path, {}).get(k)
-            _check_tied(path, k, _fill_mask(have, len(axis)), mask_of(want, len(axis)))
+            have = mask_of(None, len(axis)) if have is None else have
+            _check_tied(path, k, have, mask_of(want, len(axis)))
 
 
 def _check_tied(path: str, axis: int, have: np.ndarray, want: np.ndarray) -> None:
@@ -158,10 +159,6 @@ def _check_tied(path: str, axis: int, have: np.ndarray, want: np.ndarray) -> Non
             expected=f"{have.sum(-1)}, which go with what is kept of the other leaves",
             fix="Take `keep` from `structured.choose`, or from groups, of this function.",
         )
-
-
-def _fill_mask(mask: Mask, size: int) -> np.ndarray:
-    return np.ones(size, bool) if mask is None else mask
 
 
 def mask_of(indices: np.ndarray | None, size: int) -> np.ndarray:

@@ -243,16 +243,12 @@ def _make_arrange(batch: Sequence[int], *groups: _Group) -> Callable[[Array], Ar
             start = len(split)
             split += [piece.size for piece in pieces]
             # Within a leaf axis the larger stride is the major part.
-            by_leaf = sorted(range(len(pieces)), key=lambda i: _in_leaf(pieces[i]))
+            by_leaf = sorted(range(len(pieces)), key=lambda i: (pieces[i].axes, -pieces[i].stride))
             order += [start + i for i in by_leaf]
             merged.append(math.prod(piece.size for piece in pieces))
         return x.reshape(split).transpose(order).reshape(merged)  # (*batch, *groups)
 
     return arrange
-
-
-def _in_leaf(factor: Factor) -> tuple[tuple[int, ...], int]:
-    return factor.axes, -factor.stride
 
 
 @register_site("dot_general")
@@ -287,10 +283,6 @@ def _dot_general(eqn: Any, operand: int, view: View, varies: Sequence[bool]) -> 
         output_rows=output_rows,
         observed=lambda operands: operands[other],
     )
-
-
-def _leaf_key(view: View, axis: int) -> tuple[int, ...]:
-    return tuple(k for factor in view.axes[axis] for k in factor.axes)
 
 
 def _split_groups(x: Array, groups: int, rest: Sequence[int]) -> Array:
@@ -330,8 +322,8 @@ def _lay_out_conv(eqn: Any, operand: int, view: View, varies: Sequence[bool]) ->
         return None
     numbers, groups = eqn.params["dimension_numbers"], eqn.params["feature_group_count"]
     out, inside, *spatial = numbers.rhs_spec
-    weight_axes = [inside, *spatial]
-    order = sorted(range(len(weight_axes)), key=lambda k: _leaf_key(view, weight_axes[k]))
+    held = [tuple(k for f in view.axes[axis] for k in f.axes) for axis in (inside, *spatial)]
+    order = sorted(range(len(held)), key=lambda k: held[k])
     flatten = lambda x, spec: _split_groups(_flatten_positions(x, spec), groups, [0])
     return Layout(
         axes=Axes(

@@ -183,11 +183,9 @@ def _describe_stack(flow: Flow, node: Node, first: Residual) -> Stack | None:
     assert body is not None
     consts, carry = scan_counts(node.eqn)
     slots = range(consts + carry, len(node.operands))
+    read = {value for inner in body.nodes for value in inner.operands}
     paths = dict.fromkeys(
-        path
-        for k in slots
-        if body.inputs[k] in _list_read(body)
-        for path in sorted(body.paths[body.inputs[k]])
+        path for k in slots if body.inputs[k] in read for path in sorted(body.paths[body.inputs[k]])
     )
     carried = [
         k
@@ -198,10 +196,6 @@ def _describe_stack(flow: Flow, node: Node, first: Residual) -> Stack | None:
     if not paths or not carried:
         return None
     return Stack(flow, node, node.eqn.params["length"], tuple(paths), carried[0])
-
-
-def _list_read(body: Flow) -> set[int]:
-    return {value for node in body.nodes for value in node.operands}
 
 
 # --- names ----------------------------------------------------------------------------------------

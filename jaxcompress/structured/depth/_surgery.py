@@ -258,7 +258,7 @@ def _first_slice(node: Node) -> int:
 
 
 def new_plan(
-    *, fills: bool = False, labels: Mapping[Position, frozenset[str]] | None = None
+    *, fills: bool = False, keyed: Mapping[Position, Sequence[Any]] | None = None
 ) -> tuple[Plan, dict[Position, Visit]]:
     """Make a plan and the visits in it, to be filled in before it is run."""
     visits: dict[Position, Visit] = {}
@@ -266,8 +266,8 @@ def new_plan(
     def forward(position: Position, program: Program) -> Plan:
         return Plan({}, {}, forward)  # no rule of differentiation is entered
 
-    keyed = {position: tuple(sorted(names)) for position, names in (labels or {}).items()}
-    return Plan(visits, {}, forward, fills, keyed=keyed), visits
+    cells = {position: tuple(names) for position, names in (keyed or {}).items()}
+    return Plan(visits, {}, forward, fills, keyed=cells), visits
 
 
 def plan_of(flow: Flow, surgery: Surgery) -> Plan:
@@ -344,24 +344,24 @@ Step = Callable[[Sequence[Any], Sequence[Any], Any], tuple[Sequence[Any], Cells]
 class _SteppedEntry(Entry):
     """Runs the body of a scan, then a step on what it carries."""
 
-    def __init__(self, carried: slice, label: str, step: Step, *given: Any, **options: Any):
+    def __init__(self, carried: slice, cell: Any, step: Step, *given: Any, **options: Any):
         super().__init__(*given, **options)
-        self._carried, self._label, self._step = carried, label, step
+        self._carried, self._cell, self._step = carried, cell, step
 
     def __call__(self, body: int, operands: Sequence[Any], cells: Cells) -> tuple[list, Cells]:
         results, filled = super().__call__(body, operands, cells)
         before = operands[self._carried]
-        carry, more = self._step(before, results[: len(before)], cells.get(self._label))
+        carry, more = self._step(before, results[: len(before)], cells.get(self._cell))
         return [*carry, *results[len(before) :]], {**filled, **more}
 
 
-def add_step(plan: Plan, position: Position, label: str, step: Step) -> Visit:
+def add_step(plan: Plan, position: Position, cell: Any, step: Step) -> Visit:
     """Make a visit that runs a scan with a step after each iteration."""
 
     def visit(equation: Equation, operands: Sequence[Any], cells: Cells) -> tuple[list, Cells]:
         consts, carry = scan_counts(equation.eqn)
         carried = slice(consts, consts + carry)
-        entry = functools.partial(_SteppedEntry, carried, label, step)
+        entry = functools.partial(_SteppedEntry, carried, cell, step)
         return rebuild_construct(plan, position, equation.eqn, operands, cells, entry)
 
     return visit
