@@ -78,6 +78,7 @@ def check_states(traced: Traced, states: Mapping[str, Any], names: Sequence[str]
 
 
 def check_side(at: Any) -> None:
+    """Refuse what names neither side of a site."""
     if at not in ("input", "output"):
         raise ArgumentError(
             "at", got=repr(at), expected='"input" or "output"', fix="Choose one of the two."
