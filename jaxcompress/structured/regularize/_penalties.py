@@ -42,7 +42,7 @@ def require_params(params: tree.Params | None) -> tree.Params:
     return params
 
 
-def widen(x: jax.Array) -> jax.Array:
+def widen_to_float32(x: jax.Array) -> jax.Array:
     """Widen to float32 or more."""
     return x.astype(linalg.common_float(x.dtype, jnp.float32))
 
@@ -58,8 +58,8 @@ def add_penalty(
     def add(path: str, p: Any, g: Any) -> Any:
         if path not in penalties or g is None:
             return g
-        more = penalties[path].astype(widen(p).dtype) * gradient(widen(p))
-        common = linalg.common_float(widen(g).dtype, more.dtype)
+        more = penalties[path].astype(widen_to_float32(p).dtype) * gradient(widen_to_float32(p))
+        common = linalg.common_float(widen_to_float32(g).dtype, more.dtype)
         return (g.astype(common) + more.astype(common)).astype(g.dtype)
 
     return tree.map_with_path(add, params, updates)
