@@ -193,9 +193,9 @@ def histogram(*, bins: int = 4096, reads: str = "input") -> Statistic:
         _, exponents = jnp.frexp(jnp.stack([low, high]))  # |x| < 2**exponent
         exponents = jnp.where(jnp.isfinite(jnp.stack([low, high])), exponents, _LEAST_EXPONENT)
         exponent = jnp.maximum(state.exponent, exponents.max().astype(jnp.int32))
-        index = (
-            jnp.floor(_multiply_by_power(x, -exponent) * (bins // 2)).astype(jnp.int32) + bins // 2
-        )
+        offset = jnp.floor(_multiply_by_power(x, -exponent) * (bins // 2)).astype(jnp.int32)
+        # What is negative stays below the middle, even where the product underflows to -0.
+        index = jnp.where(x < 0, jnp.minimum(offset, -1), offset) + bins // 2
         # Left-out entries count 0 in bin 0.
         new = jnp.zeros(bins, jnp.uint32).at[jnp.where(finite, index, 0)]
         counts = add_counters(
