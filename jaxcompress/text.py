@@ -8,7 +8,7 @@ if TYPE_CHECKING:
     import rich.table
 
 
-def scaled(value: float, unit: str) -> str:
+def write_scaled(value: float, unit: str) -> str:
     """Write a number with a prefix (powers of 1000) and three significant digits.
 
     Args:
@@ -56,7 +56,7 @@ def grid(left: Sequence[str], right: Sequence[str]) -> "rich.table.Table":
     return table
 
 
-def plain(renderable: Any) -> str:
+def render_plain(renderable: Any) -> str:
     """Render without colour, as wide as it needs to be.
 
     Args:

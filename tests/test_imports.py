@@ -134,38 +134,48 @@ def test_the_core_works_without_them(tmp_path):
     assert run(HIDE + program, tmp_path / "model.safetensors") == []
 
 
-@pytest.mark.parametrize(
-    ("code", "feature", "package"),
-    [
-        ("from jaxcompress import adapters; adapters.from_nnx", "Flax modules", "flax"),
-        ("from jaxcompress.adapters import from_linen", "Flax modules", "flax"),
-        ("from jaxcompress import structured; structured.to_module", "`structured.to_m", "flax"),
-        ("from jaxcompress.cli import main; main(['demo'])", "The demo", "flax"),
-        (
-            "import jax, jax.numpy as jnp; from jaxcompress import train; "
-            "train.augment.pad_crop_flip(jax.random.key(0), jnp.ones((1, 2, 2, 3)))",
-            "Augmentation",
-            "dm-pix",
-        ),
-        (
-            "from jaxcompress import train; train.restore('x', like=None)",
-            "Saving and restoring checkpoints",
-            "orbax-checkpoint",
-        ),
-    ],
-    ids=lambda x: x.split(" ")[0],
-)
-def test_what_needs_them_says_how_to_install_them(code, feature, package, tmp_path):
-    program = f"""
+NEEDS = [
+    ("from jaxcompress import adapters; adapters.from_nnx", "Flax modules", "flax"),
+    ("from jaxcompress.adapters import from_linen", "Flax modules", "flax"),
+    ("from jaxcompress import structured; structured.to_module", "`structured.to_m", "flax"),
+    ("from jaxcompress.cli import main; main(['demo'])", "The demo", "flax"),
+    (
+        "import jax, jax.numpy as jnp; from jaxcompress import train; "
+        "train.augment.pad_crop_flip(jax.random.key(0), jnp.ones((1, 2, 2, 3)))",
+        "Augmentation",
+        "dm-pix",
+    ),
+    (
+        "from jaxcompress import train; train.restore('x', like=None)",
+        "Saving and restoring checkpoints",
+        "orbax-checkpoint",
+    ),
+]
+
+
+@pytest.fixture(scope="module")
+def messages():
+    """What each line of `NEEDS` raises, or prints as its error, in one process without them."""
+    program = """
 import contextlib, io
 from jaxcompress.errors import MissingExtraError
-try:
-    with contextlib.redirect_stderr(io.StringIO()) as errors:
-        {code}
-    message = errors.getvalue()
-except MissingExtraError as error:
-    message = str(error)
-print(json.dumps(message))
+
+def message_of(code):
+    errors = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(errors):
+            exec(code, {})
+    except MissingExtraError as error:
+        return str(error)
+    return errors.getvalue()
+
+print(json.dumps([message_of(code) for code in json.loads(sys.argv[1])]))
 """
-    message = run(HIDE + program)
-    assert feature in message and f"Install it with: pip install {package}" in message
+    return run(HIDE + program, json.dumps([code for code, *_ in NEEDS]))
+
+
+@pytest.mark.parametrize("index", range(len(NEEDS)), ids=[need[0] for need in NEEDS])
+def test_what_needs_them_says_how_to_install_them(messages, index):
+    _, feature, package = NEEDS[index]
+    assert feature in messages[index]
+    assert f"Install it with: pip install {package}" in messages[index]

@@ -21,6 +21,7 @@ from jax.core import Tracer
 from jaxtyping import ArrayLike, Bool, Float, Int
 
 from jaxcompress.errors import ArgumentError, ArgumentTypeError, NonFiniteError
+from jaxcompress.meshes import call_with_auto_axes
 
 _WAYS = 8
 """Each pass splits the bracket so many ways. More ways: fewer passes, larger programs."""
@@ -64,10 +65,10 @@ def top_k_mask(
         Array([[False,  True],
                [ True, False]], dtype=bool)
     """
-    x = _checked(scores)
-    axes = _normalised(axis, x.ndim)
+    x = _to_sortable(scores)
+    axes = _sort_axes(axis, x.ndim)
     compared = math.prod(x.shape[a] for a in axes)
-    return _row_mask(x, _checked_k(k, compared), axes=axes)
+    return _row_mask(x, _check_k(k, compared), axes=axes)
 
 
 def top_k_masks(
@@ -102,7 +103,7 @@ def top_k_masks(
         [Array([False,  True], dtype=bool), Array([[ True],
                [False]], dtype=bool)]
     """
-    arrays = [_checked(x) for x in scores]
+    arrays = [_to_sortable(x) for x in scores]
     weights = tuple(costs) if costs is not None else (1,) * len(arrays)
     if len(weights) != len(arrays) or any(w < 1 for w in weights):
         raise ArgumentError(
@@ -116,7 +117,7 @@ def top_k_masks(
         return [jnp.zeros(x.shape, bool) for x in arrays]
     widest = common_float(*(x.dtype for x in arrays))
     xs = [x.astype(widest) for x in arrays]
-    return _joint_masks(xs, _checked_k(k, compared), costs=weights)
+    return _joint_masks(xs, _check_k(k, compared), costs=weights)
 
 
 def top_k_in_groups(
@@ -144,8 +145,8 @@ def top_k_in_groups(
         >>> top_k_in_groups(jnp.array([1.0, 2.0, 0.0, 3.0]), 1, axis=0, size=2)
         Array([False,  True, False,  True], dtype=bool)
     """
-    x = _checked(scores)
-    (axis,) = _normalised(axis, x.ndim)
+    x = _to_sortable(scores)
+    (axis,) = _sort_axes(axis, x.ndim)
     if size < 1 or x.shape[axis] % size:
         raise ArgumentError(
             "size",
@@ -153,7 +154,7 @@ def top_k_in_groups(
             expected="a positive divisor of the axis",
             fix="Choose another group size, or pad the axis.",
         )
-    return _group_mask(x, _checked_k(k, size), axis=axis, size=size)
+    return _group_mask(x, _check_k(k, size), axis=axis, size=size)
 
 
 def common_float(*dtypes: Any) -> Any:
@@ -190,7 +191,7 @@ def widen(x: jax.Array) -> jax.Array:
 # --- Checks -----------------------------------------------------------------------------------
 
 
-def _checked(scores: ArrayLike) -> jax.Array:
+def _to_sortable(scores: ArrayLike) -> jax.Array:
     x = jnp.asarray(scores)
     if not jnp.issubdtype(x.dtype, jnp.floating):
         raise ArgumentTypeError(
@@ -208,7 +209,7 @@ def _checked(scores: ArrayLike) -> jax.Array:
     return x
 
 
-def _checked_k(k: ArrayLike, compared: int) -> ArrayLike:
+def _check_k(k: ArrayLike, compared: int) -> ArrayLike:
     if isinstance(k, Tracer):
         return k
     values = np.asarray(k)
@@ -233,7 +234,7 @@ def _count_dtype(compared: int) -> Any:
     return jnp.int64
 
 
-def _normalised(axis: int | tuple[int, ...] | None, ndim: int) -> tuple[int, ...]:
+def _sort_axes(axis: int | tuple[int, ...] | None, ndim: int) -> tuple[int, ...]:
     axes = range(ndim) if axis is None else (axis,) if isinstance(axis, int) else axis
     if any(not -ndim <= a < ndim for a in axes) or len({a % ndim for a in axes}) < len(axes):
         raise ArgumentError(
@@ -309,7 +310,7 @@ def _search(
     return lax.while_loop(unfinished, narrow, bracket)
 
 
-def _sums(flags: list[jax.Array], axes: tuple[int, ...], dtype: Any) -> list[jax.Array]:
+def _count_flags(flags: list[jax.Array], axes: tuple[int, ...], dtype: Any) -> list[jax.Array]:
     """Count the true entries of several arrays in one pass, keeping the axes at size 1.
 
     One reduction of several operands: on CPU XLA vectorises it, at ten times the speed of the
@@ -324,7 +325,7 @@ def _sums(flags: list[jax.Array], axes: tuple[int, ...], dtype: Any) -> list[jax
     return [lax.expand_dims(total, axes) for total in totals]
 
 
-def _select(
+def _mark_largest(
     xs: list[jax.Array],
     axes: list[tuple[int, ...]],
     add_up: Callable[[list[list[jax.Array]]], list[jax.Array]],
@@ -333,7 +334,7 @@ def _select(
 ) -> list[jax.Array]:
     """Search the k-th largest key, then the index at which its ties are cut.
 
-    `add_up` takes, per array, what `_sums` gives for each threshold, and adds over the arrays.
+    `add_up` takes, per array, what `_count_flags` gives for each threshold; it adds over arrays.
     """
 
     def ranks(after: jax.Array) -> tuple[list[jax.Array], list[jax.Array]]:
@@ -350,7 +351,7 @@ def _select(
     def totals(flags: Callable[..., list[jax.Array]], *columns: list[jax.Array]) -> list[jax.Array]:
         return add_up(
             [
-                _sums(flags(*entries), along, dtype)
+                _count_flags(flags(*entries), along, dtype)
                 for *entries, along in zip(*columns, axes, strict=True)
             ]
         )
@@ -404,7 +405,7 @@ def _row_mask(x: jax.Array, k: ArrayLike, *, axes: tuple[int, ...]) -> jax.Array
     k = jnp.asarray(k)
     k = k.transpose(order) if k.ndim == x.ndim else k
     compared = math.prod(x.shape[a] for a in axes)
-    (mask,) = _select([x.transpose(order)], [last], lambda sums: sums[0], k, compared)
+    (mask,) = _mark_largest([x.transpose(order)], [last], lambda sums: sums[0], k, compared)
     return mask.transpose(np.argsort(order))
 
 
@@ -424,7 +425,7 @@ def _joint_masks(xs: list[jax.Array], k: ArrayLike, *, costs: tuple[int, ...]) -
 
     axes = [tuple(range(x.ndim)) for x in xs]
     compared = sum(cost * x.size for cost, x in zip(costs, xs, strict=True))
-    return _select(xs, axes, add_up, jnp.asarray(k), compared)
+    return _mark_largest(xs, axes, add_up, jnp.asarray(k), compared)
 
 
 @functools.partial(jax.jit, static_argnames=("axis", "size"))
@@ -434,14 +435,14 @@ def _group_mask(x: jax.Array, k: ArrayLike, *, axis: int, size: int) -> jax.Arra
     def mask(x: jax.Array, limit: jax.Array) -> jax.Array:
         grouped = x.reshape(split)  # (..., groups, size, ...)
         if size <= _MOST_COMPARISONS:
-            return (_ranks(grouped, axis + 1) < limit).reshape(x.shape)
+            return (_rank_neighbours(grouped, axis + 1) < limit).reshape(x.shape)
         return _row_mask(grouped, limit, axes=(axis + 1,)).reshape(x.shape)
 
     limit = jnp.clip(jnp.asarray(k), 0, size)
     return without_explicit_axes(mask, x, limit, shape=x.shape)
 
 
-def _ranks(x: jax.Array, axis: int) -> jax.Array:
+def _rank_neighbours(x: jax.Array, axis: int) -> jax.Array:
     """Count, for each entry, the entries along `axis` that come before it in falling order."""
     key = _ordered_bits(x)
     mine, other = jnp.expand_dims(key, axis + 1), jnp.expand_dims(key, axis)
@@ -474,8 +475,6 @@ def without_explicit_axes(
         (2, 2)
     """
     sharding = jax.typeof(x).sharding
-    if jax.sharding.AxisType.Explicit not in sharding.mesh.axis_types:
-        return f(x, *rest)
 
     def ways(names: str | tuple[str, ...] | None) -> int:
         names = (names,) if isinstance(names, str) else names or ()
@@ -483,6 +482,4 @@ def without_explicit_axes(
 
     names = (*sharding.spec, *(None,) * len(shape))  # a spec may be shorter than the shape
     spec = [a if n % ways(a) == 0 else None for a, n in zip(names, shape, strict=False)]
-    out = jax.sharding.NamedSharding(sharding.mesh, jax.sharding.PartitionSpec(*spec))
-    automatic: Callable[..., Any] = jax.sharding.auto_axes(f, out_sharding=out)
-    return automatic(x, *rest)
+    return call_with_auto_axes(f, x, *rest, spec=jax.sharding.PartitionSpec(*spec))

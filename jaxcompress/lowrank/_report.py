@@ -108,7 +108,7 @@ class LowRankReport:
                 f"{leaf.params_before / leaf.params:.2f}x",
                 f"{leaf.flops_before / leaf.flops:.2f}x",
             )
-        return "\n".join([text.plain(table), "", *self._remarks()])
+        return "\n".join([text.render_plain(table), "", *self._remarks()])
 
     def _remarks(self) -> list[str]:
         lines = [

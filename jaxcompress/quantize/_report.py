@@ -114,7 +114,7 @@ class QReport:
                 "" if worst is None else f"{worst:.1f}",
                 f"{leaf.bytes_before / leaf.bytes:.1f}x",
             )
-        return "\n".join([text.plain(table), "", *self._remarks()])
+        return "\n".join([text.render_plain(table), "", *self._remarks()])
 
     def _remarks(self) -> list[str]:
         whole = f"{self.bytes_before:,} bytes -> {self.bytes:,}"

@@ -42,7 +42,7 @@ def percentile_range(
         least, most = ends
         return jnp.minimum(least, 0), jnp.maximum(most, 0)
     cut = jnp.vectorize(functools.partial(_find_upper_cut, q=q), signature="(b),()->()")
-    size = jnp.minimum(cut(_fold(counts), width), _peak(low, high))
+    size = jnp.minimum(cut(_fold_negative(counts), width), _find_larger_end(low, high))
     return -size, size
 
 
@@ -96,11 +96,11 @@ def _check_bits(bits: int, bins: int) -> None:
         )
 
 
-def _peak(low: Array, high: Array) -> Array:
+def _find_larger_end(low: Array, high: Array) -> Array:
     return jnp.maximum(-low, high)
 
 
-def _fold(counts: Array) -> Array:
+def _fold_negative(counts: Array) -> Array:
     """Add each negative bin to the positive one as far from zero."""
     half = counts.shape[-1] // 2
     return counts[..., half:] + counts[..., :half][..., ::-1]
@@ -138,10 +138,10 @@ def _least_error(
     fractions = _fractions(points, symmetric)
     low, high = jnp.minimum(low, 0), jnp.maximum(high, 0)
     if symmetric:
-        high = _peak(low, high)
+        high = _find_larger_end(low, high)
         low = -high
     # In units of the larger end: squares of very large or small entries would leave float32.
-    unit = jnp.where(_peak(low, high) > 0, _peak(low, high), 1)
+    unit = jnp.where(_find_larger_end(low, high) > 0, _find_larger_end(low, high), 1)
     middles = (jnp.arange(bins, dtype=jnp.float32) - (bins // 2 - 0.5)) * (width / unit)
     mass = counts.at[bins // 2].add(-zeros)
     mass = mass / jnp.maximum(mass.max(), 1)
@@ -186,12 +186,12 @@ def _least_divergence(
     symmetric: bool,
 ) -> Range:
     low, high = jnp.minimum(low, 0), jnp.maximum(high, 0)
-    sizes = _fold(counts).at[0].add(-zeros)
+    sizes = _fold_negative(counts).at[0].add(-zeros)
     edge = _best_edge(sizes, levels=2 ** (bits - 1))
     if not symmetric:
         one_sided = jnp.minimum(-low, high) == 0
         edge = jnp.where(one_sided, _best_edge(sizes, levels=2**bits), edge)
-    size = jnp.minimum(edge.astype(jnp.float32) * width, _peak(low, high))
+    size = jnp.minimum(edge.astype(jnp.float32) * width, _find_larger_end(low, high))
     if symmetric:
         return -size, size
     return jnp.maximum(low, -size), jnp.minimum(high, size)

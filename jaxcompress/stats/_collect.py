@@ -14,9 +14,9 @@ from jaxcompress.batches import open_stream
 from jaxcompress.errors import ArgumentTypeError, NonFiniteError
 from jaxcompress.graph import Traced
 from jaxcompress.graph.sites import call_of
-from jaxcompress.stats._plan import Plan, make_plan
+from jaxcompress.stats._plan import StatisticPlan, plan_statistics
 from jaxcompress.stats._statistic import Statistic
-from jaxcompress.stats._step import finalize, init_states, make_step
+from jaxcompress.stats._step import finalize, init_states, make_collect_step
 
 _IN_FLIGHT = 2
 """Batches that may be on their way while the next is read: what bounds memory."""
@@ -125,10 +125,10 @@ def collect(
     """
     several = check_statistics(statistics)
     first, rest = open_stream(batches)
-    plan = make_plan(call_of(fn, params, first, {}), params, several, where)
+    plan = plan_statistics(call_of(fn, params, first, {}), params, several, where)
     sharding = find_sharding((params, first))
     # donated: the states are updated in place
-    step = jax.jit(make_step(plan), donate_argnums=0, out_shardings=sharding)
+    step = jax.jit(make_collect_step(plan), donate_argnums=0, out_shardings=sharding)
     states = jax.jit(lambda: init_states(plan), out_shardings=sharding)()
     flags = _Flags(allow=allow_non_finite)
     pending: collections.deque[dict[str, jax.Array]] = collections.deque()
@@ -142,7 +142,7 @@ def collect(
     while pending:
         flags.read(pending.popleft())
     results = jax.jit(lambda states: finalize(plan, states))(states)
-    return _gather(plan, results, flags, single=isinstance(statistics, Statistic))
+    return _make_collected(plan, results, flags, single=isinstance(statistics, Statistic))
 
 
 def check_statistics(statistics: Any) -> dict[str, Statistic]:
@@ -211,18 +211,14 @@ def _where(entries: np.ndarray) -> str:
     return f", iterations {', '.join(str(i[0] if len(i) == 1 else i) for i in indices)}"
 
 
-def _gather(plan: Plan, results: Any, flags: _Flags, *, single: bool) -> Collected:
-    by_site = {
-        name: {key: results[owner][key] for key, owner in keys.items()}
-        for name, keys in plan.owners.items()
-    }
+def _make_collected(plan: StatisticPlan, results: Any, flags: _Flags, *, single: bool) -> Collected:
     skipped = plan.skipped
     non_finite = {
         name: max(flags.totals[owner] for owner in {*keys.values()})
         for name, keys in plan.owners.items()
     }
     return Collected(
-        results={name: keys[""] for name, keys in by_site.items()} if single else by_site,
+        results=plan.sort_by_site(results, single=single),
         skipped={name: keys[""] for name, keys in skipped.items()} if single else skipped,
         non_finite={name: entries for name, entries in non_finite.items() if entries},
         batches=flags.batches,

@@ -5,21 +5,13 @@ over examples they are as much smaller. A *sample* is a row: a token of a sequen
 a feature map. Where the literature takes sums within an example first, the docstrings say so.
 """
 
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import jax.numpy as jnp
 from jax import Array
 
-from jaxcompress.errors import ArgumentError
-from jaxcompress.stats._statistic import (
-    Counter,
-    Statistic,
-    as_float32,
-    count,
-    counter,
-    products,
-    read_count,
-)
+from jaxcompress.graph.sites import Side, check_side
+from jaxcompress.stats._statistic import Statistic, as_float32, products, sum_rows
 
 
 class GradientActivation(NamedTuple):
@@ -64,21 +56,12 @@ class Kronecker(NamedTuple):
     tokens: Array
 
 
-def _channels(at: str) -> tuple[str, str]:
-    if at not in ("input", "output"):
-        raise ArgumentError(
-            "at", got=repr(at), expected='"input" or "output"', fix='Try at="output".'
-        )
+def _name_channels(at: Side) -> tuple[str, str]:
+    check_side(at)
     return ("channels", "input_grad") if at == "input" else ("output", "output_grad")
 
 
-class _Taylor(NamedTuple):
-    signed: Array
-    absolute: Array
-    tokens: Counter
-
-
-def gradient_activation(*, at: Literal["input", "output"] = "output") -> Statistic:
+def gradient_activation(*, at: Side = "output") -> Statistic:
     """Accumulate activation times gradient per channel: the first-order Taylor criterion.
 
     Args:
@@ -103,27 +86,12 @@ def gradient_activation(*, at: Literal["input", "output"] = "output") -> Statist
         arXiv:1611.06440, section 2.2.
     """
 
-    def init(features: int, _: int) -> _Taylor:
-        zeros = jnp.zeros(features, jnp.float32)
-        return _Taylor(zeros, zeros, counter())
-
-    def update(state: _Taylor, a: Array, g: Array) -> _Taylor:
+    def terms(a: Array, g: Array) -> tuple[Array, Array]:
         effect = as_float32(a) * as_float32(g)
-        return _Taylor(
-            state.signed + effect.sum(0),
-            state.absolute + jnp.abs(effect).sum(0),
-            count(state.tokens, len(effect)),
-        )
+        return effect.sum(0), jnp.abs(effect).sum(0)
 
-    def finalize(state: _Taylor) -> GradientActivation:
-        return GradientActivation(state.signed, state.absolute, read_count(state.tokens))
-
-    return Statistic(init=init, update=update, finalize=finalize, reads=_channels(at))
-
-
-class _Squares(NamedTuple):
-    total: Array
-    tokens: Counter
+    shapes = lambda features, _: [(features,)] * 2
+    return sum_rows(shapes, terms, GradientActivation, _name_channels(at))
 
 
 def fisher() -> Statistic:
@@ -148,19 +116,14 @@ def fisher() -> Statistic:
         arXiv:1612.00796 (the diagonal); the labels are the given ones.
     """
 
-    def init(features: int, outputs: int) -> _Squares:
-        return _Squares(jnp.zeros((features, outputs), jnp.float32), counter())
+    def terms(x: Array, g: Array) -> list[Array]:
+        return [products(jnp.square(as_float32(x)), jnp.square(as_float32(g)))]
 
-    def update(state: _Squares, x: Array, g: Array) -> _Squares:
-        squares = products(jnp.square(as_float32(x)), jnp.square(as_float32(g)))
-        return _Squares(state.total + squares, count(state.tokens, len(x)))
-
-    return Statistic(
-        init=init, update=update, finalize=_finalize_squares, reads=("input", "output_grad")
-    )
+    shapes = lambda features, outputs: [(features, outputs)]
+    return sum_rows(shapes, terms, Fisher, ("input", "output_grad"))
 
 
-def channel_fisher(*, at: Literal["input", "output"] = "output") -> Statistic:
+def channel_fisher(*, at: Side = "output") -> Statistic:
     """Accumulate the empirical Fisher of a gate on each channel, each row a sample.
 
     `F_c = Σ_t (a_tc g_tc)²`: the squared gradient of a factor that multiplies the channel. Fisher
@@ -187,24 +150,10 @@ def channel_fisher(*, at: Literal["input", "output"] = "output") -> Statistic:
         arXiv:1801.05787.
     """
 
-    def init(features: int, _: int) -> _Squares:
-        return _Squares(jnp.zeros(features, jnp.float32), counter())
+    def terms(a: Array, g: Array) -> list[Array]:
+        return [jnp.square(as_float32(a) * as_float32(g)).sum(0)]
 
-    def update(state: _Squares, a: Array, g: Array) -> _Squares:
-        squares = jnp.square(as_float32(a) * as_float32(g)).sum(0)
-        return _Squares(state.total + squares, count(state.tokens, len(a)))
-
-    return Statistic(init=init, update=update, finalize=_finalize_squares, reads=_channels(at))
-
-
-def _finalize_squares(state: _Squares) -> Fisher:
-    return Fisher(state.total, read_count(state.tokens))
-
-
-class _Factors(NamedTuple):
-    inputs: Array
-    gradients: Array
-    tokens: Counter
+    return sum_rows(lambda features, _: [(features,)], terms, Fisher, _name_channels(at))
 
 
 def kronecker() -> Statistic:
@@ -224,22 +173,6 @@ def kronecker() -> Statistic:
         Martens and Grosse, Optimizing Neural Networks with Kronecker-factored Approximate
         Curvature, arXiv:1503.05671, section 3. There the bias is a further input, always 1.
     """
-
-    def init(features: int, outputs: int) -> _Factors:
-        return _Factors(
-            jnp.zeros((features, features), jnp.float32),
-            jnp.zeros((outputs, outputs), jnp.float32),
-            counter(),
-        )
-
-    def update(state: _Factors, x: Array, g: Array) -> _Factors:
-        return _Factors(
-            state.inputs + products(x, x),
-            state.gradients + products(g, g),
-            count(state.tokens, len(x)),
-        )
-
-    def finalize(state: _Factors) -> Kronecker:
-        return Kronecker(state.inputs, state.gradients, read_count(state.tokens))
-
-    return Statistic(init=init, update=update, finalize=finalize, reads=("input", "output_grad"))
+    shapes = lambda features, outputs: [(features, features), (outputs, outputs)]
+    terms = lambda x, g: (products(x, x), products(g, g))
+    return sum_rows(shapes, terms, Kronecker, ("input", "output_grad"))

@@ -16,9 +16,9 @@ from jaxcompress.stats import _calibration
 from jaxcompress.stats._statistic import (
     Counter,
     Statistic,
+    add_count,
     add_counters,
     as_float32,
-    count,
     counter,
     read_count,
 )
@@ -113,16 +113,7 @@ class Histogram(NamedTuple):
         Raises:
             ArgumentError: If the bins are too few for `bits`, or `points` is below 1.
         """
-        return _calibration.mse_range(
-            self.counts,
-            self.width,
-            self.zeros,
-            self.low,
-            self.high,
-            bits=bits,
-            symmetric=symmetric,
-            points=points,
-        )
+        return _calibration.mse_range(*self, bits=bits, symmetric=symmetric, points=points)
 
     def entropy_range(self, bits: int = 8, *, symmetric: bool = True) -> tuple[Array, Array]:
         """Choose the range that loses least information: TensorRT's calibration.
@@ -147,15 +138,7 @@ class Histogram(NamedTuple):
             Migacz, 8-bit Inference with TensorRT, GTC 2017. A Q that is empty where P is not
             counts as infinitely far.
         """
-        return _calibration.entropy_range(
-            self.counts,
-            self.width,
-            self.zeros,
-            self.low,
-            self.high,
-            bits=bits,
-            symmetric=symmetric,
-        )
+        return _calibration.entropy_range(*self, bits=bits, symmetric=symmetric)
 
 
 class _Bins(NamedTuple):
@@ -210,20 +193,22 @@ def histogram(*, bins: int = 4096, reads: str = "input") -> Statistic:
         _, exponents = jnp.frexp(jnp.stack([low, high]))  # |x| < 2**exponent
         exponents = jnp.where(jnp.isfinite(jnp.stack([low, high])), exponents, _LEAST_EXPONENT)
         exponent = jnp.maximum(state.exponent, exponents.max().astype(jnp.int32))
-        index = jnp.floor(_scale(x, -exponent) * (bins // 2)).astype(jnp.int32) + bins // 2
+        offset = jnp.floor(_multiply_by_power(x, -exponent) * (bins // 2)).astype(jnp.int32)
+        # What is negative stays below the middle, even where the product underflows to -0.
+        index = jnp.where(x < 0, jnp.minimum(offset, -1), offset) + bins // 2
         # Left-out entries count 0 in bin 0.
         new = jnp.zeros(bins, jnp.uint32).at[jnp.where(finite, index, 0)]
         counts = add_counters(
             _widen(state.counts, exponent - state.exponent),
             Counter(new.add(finite.astype(jnp.uint32)), jnp.zeros(bins, jnp.uint32)),
         )
-        zeros = count(state.zeros, (x == 0).sum(dtype=jnp.uint32))
+        zeros = add_count(state.zeros, (x == 0).sum(dtype=jnp.uint32))
         return _Bins(
             counts, exponent, zeros, jnp.minimum(state.low, low), jnp.maximum(state.high, high)
         )
 
     def finalize(state: _Bins) -> Histogram:
-        width = _scale(jnp.float32(2 / bins), state.exponent)
+        width = _multiply_by_power(jnp.float32(2 / bins), state.exponent)
         some = state.low <= state.high
         return Histogram(
             read_count(state.counts),
@@ -251,7 +236,7 @@ def _widen(counts: Counter, doublings: Array) -> Counter:
     return add_counters(total, carried)
 
 
-def _scale(x: Array, exponent: Array) -> Array:
+def _multiply_by_power(x: Array, exponent: Array) -> Array:
     """Compute `x * 2**exponent` exactly, in two steps since 2**128 is infinite."""
     half = exponent // 2
     return x * _power_of_two(half) * _power_of_two(exponent - half)

@@ -8,8 +8,8 @@ from jax import Array
 from jaxcompress.stats._statistic import (
     Counter,
     Statistic,
+    add_count,
     add_counters,
-    count,
     counter,
     read_count,
 )
@@ -59,7 +59,7 @@ def lookups() -> Statistic:
         flat = jnp.where(flat < 0, rows, flat)
         more = jnp.zeros(rows, jnp.uint32).at[flat].add(jnp.uint32(1), mode="drop")
         counts = add_counters(state.counts, Counter(more, jnp.zeros_like(more)))
-        return _Seen(counts, count(state.tokens, flat.size))
+        return _Seen(counts, add_count(state.tokens, flat.size))
 
     def finalize(state: _Seen) -> Lookups:
         return Lookups(read_count(state.counts), read_count(state.tokens))

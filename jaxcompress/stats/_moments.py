@@ -16,11 +16,12 @@ from jaxcompress.errors import ArgumentError
 from jaxcompress.stats._statistic import (
     Counter,
     Statistic,
+    add_count,
     as_float32,
-    count,
     counter,
     products,
     read_count,
+    sum_rows,
 )
 
 
@@ -52,7 +53,8 @@ class SecondMoment(NamedTuple):
     @property
     def mean(self) -> Array:
         """XᵀX / tokens, of the shape of `total`: GPTQ's Hessian is twice this."""
-        return self.total / jnp.maximum(self.tokens, 1)[..., *(None,) * _inner(self)]
+        inner = (None,) * (self.total.ndim - self.tokens.ndim)
+        return self.total / jnp.maximum(self.tokens, 1)[..., *inner]
 
 
 class MeanCovariance(NamedTuple):
@@ -69,12 +71,6 @@ class MeanCovariance(NamedTuple):
     mean: Array
     covariance: Array
     tokens: Array
-
-
-class _Norms(NamedTuple):
-    l1: Array
-    squares: Array
-    tokens: Counter
 
 
 def channel_norm(*, reads: str = "input") -> Statistic:
@@ -98,27 +94,12 @@ def channel_norm(*, reads: str = "input") -> Statistic:
         Sun et al., A Simple and Effective Pruning Approach for LLMs, arXiv:2306.11695, eq. 1.
     """
 
-    def init(features: int) -> _Norms:
-        zeros = jnp.zeros(features, jnp.float32)
-        return _Norms(zeros, zeros, counter())
-
-    def update(state: _Norms, x: Array) -> _Norms:
+    def terms(x: Array) -> tuple[Array, Array]:
         x = as_float32(x)
-        return _Norms(
-            state.l1 + jnp.abs(x).sum(0),
-            state.squares + jnp.square(x).sum(0),
-            count(state.tokens, len(x)),
-        )
+        return jnp.abs(x).sum(0), jnp.square(x).sum(0)
 
-    def finalize(state: _Norms) -> ChannelNorm:
-        return ChannelNorm(state.l1, jnp.sqrt(state.squares), read_count(state.tokens))
-
-    return Statistic(init=init, update=update, finalize=finalize, reads=(reads,))
-
-
-class _Gram(NamedTuple):
-    total: Array
-    tokens: Counter
+    result = lambda l1, squares, tokens: ChannelNorm(l1, jnp.sqrt(squares), tokens)
+    return sum_rows(lambda features: [(features,)] * 2, terms, result, (reads,))
 
 
 def second_moment(*, block: int | None = None, reads: str = "input") -> Statistic:
@@ -150,9 +131,9 @@ def second_moment(*, block: int | None = None, reads: str = "input") -> Statisti
     if block is not None and block < 1:
         raise ArgumentError("block", got=block, expected="1 or more, or None", fix="Try 128.")
 
-    def init(features: int) -> _Gram:
+    def shapes(features: int) -> list[tuple[int, ...]]:
         if block is None:
-            return _Gram(jnp.zeros((features, features), jnp.float32), counter())
+            return [(features, features)]
         if features % block:
             raise ArgumentError(
                 "block",
@@ -160,20 +141,15 @@ def second_moment(*, block: int | None = None, reads: str = "input") -> Statisti
                 expected="a divisor of the number of features",
                 fix="Choose another block, or select sites that it divides by `where`.",
             )
-        return _Gram(jnp.zeros((features // block, block, block), jnp.float32), counter())
+        return [(features // block, block, block)]
 
-    def update(state: _Gram, x: Array) -> _Gram:
+    def terms(x: Array) -> list[Array]:
         if block is None:
-            gram = products(x, x)
-        else:
-            blocks = x.reshape(len(x), -1, block)  # (tokens, blocks, block)
-            gram = jax.vmap(products, in_axes=1)(blocks, blocks)
-        return _Gram(state.total + gram, count(state.tokens, len(x)))
+            return [products(x, x)]
+        blocks = x.reshape(len(x), -1, block)  # (tokens, blocks, block)
+        return [jax.vmap(products, in_axes=1)(blocks, blocks)]
 
-    def finalize(state: _Gram) -> SecondMoment:
-        return SecondMoment(state.total, read_count(state.tokens))
-
-    return Statistic(init=init, update=update, finalize=finalize, reads=(reads,))
+    return sum_rows(shapes, terms, SecondMoment, (reads,))
 
 
 class _Spread(NamedTuple):
@@ -216,7 +192,7 @@ def mean_covariance(*, diagonal: bool = False, reads: str = "input") -> Statisti
         return _Spread(zeros, zeros, jnp.zeros(shape, jnp.float32), counter())
 
     def update(state: _Spread, x: Array) -> _Spread:
-        before, tokens = read_count(state.tokens), count(state.tokens, len(x))
+        before, tokens = read_count(state.tokens), add_count(state.tokens, len(x))
         origin = jnp.where(before == 0, as_float32(x).mean(0), state.origin)
         x = as_float32(x) - origin
         mean = x.mean(0)
@@ -235,7 +211,3 @@ def mean_covariance(*, diagonal: bool = False, reads: str = "input") -> Statisti
         return MeanCovariance(state.origin + state.mean, covariance, tokens)
 
     return Statistic(init=init, update=update, finalize=finalize, reads=(reads,))
-
-
-def _inner(moment: SecondMoment) -> int:
-    return moment.total.ndim - moment.tokens.ndim

@@ -10,8 +10,8 @@ from jax import Array
 
 from jaxcompress import graph, tree
 from jaxcompress.errors import ArgumentError, SelectionError
-from jaxcompress.graph import Graph, Site, Traced
-from jaxcompress.graph.sites import check_observers, observing, run_layers
+from jaxcompress.graph import Site, Traced
+from jaxcompress.graph.sites import check_observers, make_observe_layer, run_layers, suggest_sites
 from jaxcompress.stats._statistic import Statistic
 
 Keyed = dict[str, dict[str, Any]]
@@ -19,16 +19,22 @@ Keyed = dict[str, dict[str, Any]]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Seen:
+class SiteShapes:
     """What an observer gets at a site in one run, as shapes."""
 
     site: Site
     activation: jax.ShapeDtypeStruct
     output: jax.ShapeDtypeStruct
 
+    @property
+    def arrays(self) -> dict[str, jax.ShapeDtypeStruct]:
+        """What `read_rows` reads."""
+        x, y = self.activation, self.output
+        return {"activation": x, "input_grad": x, "output": y, "output_grad": y}
+
 
 @dataclass(frozen=True, kw_only=True)
-class Plan:
+class StatisticPlan:
     """Which statistics are computed at which sites.
 
     Attributes:
@@ -40,7 +46,7 @@ class Plan:
     """
 
     traced: Traced
-    seen: Mapping[str, Seen]
+    seen: Mapping[str, SiteShapes]
     owners: Keyed
     statistics: Mapping[str, Statistic]
     skipped: Keyed
@@ -55,8 +61,16 @@ class Plan:
                     found.setdefault(name, {})[key] = statistic
         return found
 
+    def sort_by_site(self, results: Keyed, *, single: bool) -> dict[str, Any]:
+        """Give each site its results, by key unless a `single` statistic was asked for."""
+        by_site = {
+            name: {key: results[owner][key] for key, owner in keys.items()}
+            for name, keys in self.owners.items()
+        }
+        return {name: keys[""] for name, keys in by_site.items()} if single else by_site
 
-def read(site: Site, kind: str, arrays: Mapping[str, Any]) -> jax.Array:
+
+def read_rows(site: Site, kind: str, arrays: Mapping[str, Any]) -> jax.Array:
     """Bring an array of one run of a site into rows, `(*batch, tokens, features)`.
 
     Args:
@@ -73,21 +87,15 @@ def read(site: Site, kind: str, arrays: Mapping[str, Any]) -> jax.Array:
     return site.output_rows(arrays[kind])
 
 
-def row_shapes(seen: Seen, statistic: Statistic) -> list[tuple[int, ...]]:
+def row_shapes(seen: SiteShapes, statistic: Statistic) -> list[tuple[int, ...]]:
     """Give the shape of each array that a statistic reads at a site."""
-    arrays = {
-        "activation": seen.activation,
-        "input_grad": seen.activation,
-        "output": seen.output,
-        "output_grad": seen.output,
-    }
     return [
-        jax.eval_shape(lambda a, kind=kind: read(seen.site, kind, a), arrays).shape
+        jax.eval_shape(lambda a, kind=kind: read_rows(seen.site, kind, a), seen.arrays).shape
         for kind in statistic.reads
     ]
 
 
-def sizes(plan: Plan, name: str, statistic: Statistic) -> list[int]:
+def sizes(plan: StatisticPlan, name: str, statistic: Statistic) -> list[int]:
     """Give what `Statistic.init` is called with at a site."""
     site = plan.seen[name].site
     if statistic.reads == ("indices",):
@@ -95,17 +103,17 @@ def sizes(plan: Plan, name: str, statistic: Statistic) -> list[int]:
     return [shape[-1] for shape in row_shapes(plan.seen[name], statistic)]
 
 
-def make_plan(
+def plan_statistics(
     traced: Traced,
     params: tree.Params,
     statistics: Mapping[str, Statistic],
     where: tree.Where,
-) -> Plan:
+) -> StatisticPlan:
     """Select the sites of a captured call, and settle what is computed at each."""
     sites = [s for s in traced.sites if tree.matches(where, s.path, traced.leaves[s.path])]
     if not sites:
-        raise _explain_nothing_selected(graph.trace(traced), params, where)
-    skipped = {s.name: {k: _misfit(s, one) for k, one in statistics.items()} for s in sites}
+        raise _explain_nothing_selected(traced, params, where)
+    skipped = {s.name: {k: _explain_misfit(s, one) for k, one in statistics.items()} for s in sites}
     skipped = {n: {k: why for k, why in keys.items() if why} for n, keys in skipped.items()}
     wanted = {
         s.name: {k: one for k, one in statistics.items() if k not in skipped[s.name]} for s in sites
@@ -122,9 +130,11 @@ def make_plan(
     for name, keys in wanted.items():
         for key, statistic in keys.items():
             _check_site(seen[name], key, statistic)
-    owners = _share(seen, wanted)
+    owners = _share_states(seen, wanted)
     skipped = {name: keys for name, keys in skipped.items() if keys}
-    plan = Plan(traced=traced, seen=seen, owners=owners, statistics=statistics, skipped=skipped)
+    plan = StatisticPlan(
+        traced=traced, seen=seen, owners=owners, statistics=statistics, skipped=skipped
+    )
     for key, statistic in statistics.items():
         name = next((name for name, keys in wanted.items() if key in keys), None)
         if name is not None:
@@ -132,7 +142,7 @@ def make_plan(
     return plan
 
 
-def _misfit(site: Site, statistic: Statistic) -> str:
+def _explain_misfit(site: Site, statistic: Statistic) -> str:
     """Say why a statistic does not apply to a kind of site; empty if it does."""
     lookup, reads = bool(site.axes.lookup), set(statistic.reads)
     if not lookup and "indices" in reads:
@@ -144,20 +154,18 @@ def _misfit(site: Site, statistic: Statistic) -> str:
     return ""
 
 
-def _check_update(plan: Plan, name: str, key: str, statistic: Statistic) -> None:
+def _check_update(plan: StatisticPlan, name: str, key: str, statistic: Statistic) -> None:
     """Refuse a statistic whose states change their form, of which a later batch would lose some."""
     seen = plan.seen[name]
-    arrays = {"activation": seen.activation, "input_grad": seen.activation}
-    arrays |= {"output": seen.output, "output_grad": seen.output}
     if not all(shape[-2] for shape in row_shapes(seen, statistic)):
         return  # an empty batch, which is refused as such
 
     def rows(arrays: Any) -> list[Array]:
-        several = [read(seen.site, kind, arrays) for kind in statistic.reads]
+        several = [read_rows(seen.site, kind, arrays) for kind in statistic.reads]
         return [x[(0,) * (x.ndim - 2)] for x in several]
 
     before = jax.eval_shape(lambda: statistic.init(*sizes(plan, name, statistic)))
-    after = jax.eval_shape(lambda s, a: statistic.update(s, *rows(a)), before, arrays)
+    after = jax.eval_shape(lambda s, a: statistic.update(s, *rows(a)), before, seen.arrays)
     form = lambda state: jax.tree.map(lambda x: f"{x.dtype}{list(x.shape)}", state)
     if form(before) != form(after):
         raise ArgumentError(
@@ -168,7 +176,7 @@ def _check_update(plan: Plan, name: str, key: str, statistic: Statistic) -> None
         )
 
 
-def _check_site(seen: Seen, key: str, statistic: Statistic) -> None:
+def _check_site(seen: SiteShapes, key: str, statistic: Statistic) -> None:
     """Refuse complex numbers, gradients that do not exist, and rows that do not align."""
     site, why = seen.site, ""
     rules = {"custom_jvp", "custom_vjp"} & set(site.scope)
@@ -191,17 +199,17 @@ def _check_site(seen: Seen, key: str, statistic: Statistic) -> None:
         )
 
 
-def _observe_shapes(traced: Traced, names: Sequence[str]) -> dict[str, Seen]:
+def _observe_shapes(traced: Traced, names: Sequence[str]) -> dict[str, SiteShapes]:
     """Run the captured call abstractly, to see what observers get."""
-    seen: dict[str, Seen] = {}
+    seen: dict[str, SiteShapes] = {}
 
     def look(site: Site, state: tuple[()], activation: Any, output: Any) -> tuple[()]:
         shapes = (jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (activation, output))
         activation, output = shapes
-        seen[site.name] = Seen(site=site, activation=activation, output=output)
+        seen[site.name] = SiteShapes(site=site, activation=activation, output=output)
         return state
 
-    layers = {name: [observing(look)] for name in names}
+    layers = {name: [make_observe_layer(look)] for name in names}
     cells = dict.fromkeys(names, ())
     check_observers(traced, dict.fromkeys(names, look), cells)
     args = [var.aval for var in traced.program.invars]
@@ -209,12 +217,14 @@ def _observe_shapes(traced: Traced, names: Sequence[str]) -> dict[str, Seen]:
     return {name: seen[name] for name in names}
 
 
-def _share(seen: Mapping[str, Seen], wanted: Mapping[str, Mapping[str, Statistic]]) -> Keyed:
+def _share_states(
+    seen: Mapping[str, SiteShapes], wanted: Mapping[str, Mapping[str, Statistic]]
+) -> Keyed:
     """Let sites that read one activation in one way share what depends on nothing else."""
     owners: Keyed = {}
     first: dict[Any, str] = {}
     for name, keys in wanted.items():
-        identity = _identity(seen[name])
+        identity = _identify_rows(seen[name])
         for key, statistic in keys.items():
             shared = identity is not None and set(statistic.reads) <= {"input", "channels"}
             owner = first.setdefault((key, identity), name) if shared else name
@@ -222,7 +232,7 @@ def _share(seen: Mapping[str, Seen], wanted: Mapping[str, Mapping[str, Statistic
     return owners
 
 
-def _identity(seen: Seen) -> Any:
+def _identify_rows(seen: SiteShapes) -> Any:
     """Describe what a site reads and how it makes rows of it; `None` if that cannot be said.
 
     Branches and loops may run a site when another one with the same activation does not run, and
@@ -239,36 +249,24 @@ def _identity(seen: Seen) -> Any:
 
 
 def _explain_nothing_selected(
-    traced: Graph, params: tree.Params, where: tree.Where
+    traced: Traced, params: tree.Params, where: tree.Where
 ) -> SelectionError:
-    known = list(dict.fromkeys(site.path for site in traced.sites))
-    fix = (
-        f"The leaves with sites are: {tree.shorten(known)}."
-        if known
-        else "fn has no sites: it contracts none of its params."
-    )
     # A `where` that selects no leaf at all: this raises, and names the nearest paths.
     path = next(iter(tree.select(params, where)))
-    if path in traced.unreached:
-        why = "which fn does not read"
-    elif path in traced.returned:
-        why = "which fn returns as it came"
-    else:
-        uses = sorted({use.primitive for use in traced.uses.get(path, ())})
-        why = f"which fn uses outside any contraction ({', '.join(uses)})"
+    why = graph.trace(traced).why_no_site(path)
     return SelectionError(
         "where",
-        got=f"{where!r}, which selects no site, but {path!r}, {why}",
+        got=f"{where!r}, which selects no site, but {path!r}, which {why}",
         expected="a `where` that selects leaves that fn contracts or looks up",
-        fix=fix,
+        fix=suggest_sites(traced),
     )
 
 
-def lead(plan: Plan, name: str, statistic: Statistic) -> tuple[int, ...]:
+def lead(plan: StatisticPlan, name: str, statistic: Statistic) -> tuple[int, ...]:
     """Give the axes that keep states apart at a site: `(*stack, *batch)`."""
     return (*plan.seen[name].site.stack, *batch_shape(plan.seen[name], statistic))
 
 
-def batch_shape(seen: Seen, statistic: Statistic) -> tuple[int, ...]:
+def batch_shape(seen: SiteShapes, statistic: Statistic) -> tuple[int, ...]:
     """Give the axes that the rows of one run have before tokens and features: experts."""
     return row_shapes(seen, statistic)[0][:-2]

@@ -52,9 +52,9 @@ def absmax(*, per_tensor: bool = False, reads: str = "input") -> Statistic:
         >>> s.finalize(s.update(s.init(2), jnp.array([[1.0, 2.0], [-3.0, 0.0]])))
         Array([3., 2.], dtype=float32)
     """
-    axes = _axes(per_tensor)
+    axes = _choose_axes(per_tensor)
     return Statistic(
-        init=lambda features: jnp.zeros(_shape(features, per_tensor), jnp.float32),
+        init=lambda features: jnp.zeros(_choose_shape(features, per_tensor), jnp.float32),
         update=lambda state, x: jnp.maximum(state, jnp.abs(as_float32(x)).max(axes)),
         finalize=lambda state: state,
         reads=(reads,),
@@ -78,10 +78,10 @@ def min_max(*, per_tensor: bool = False, reads: str = "input") -> Statistic:
         >>> s.finalize(s.update(s.init(2), jnp.array([[1.0, 2.0], [-3.0, 0.0]])))
         MinMax(low=Array(-3., dtype=float32), high=Array(2., dtype=float32))
     """
-    axes = _axes(per_tensor)
+    axes = _choose_axes(per_tensor)
 
     def init(features: int) -> MinMax:
-        shape = _shape(features, per_tensor)
+        shape = _choose_shape(features, per_tensor)
         return MinMax(jnp.full(shape, jnp.inf), jnp.full(shape, -jnp.inf))
 
     def update(state: MinMax, x: Array) -> MinMax:
@@ -134,10 +134,10 @@ def moving_average(
     """
     if not 0 <= decay < 1:
         raise ArgumentError("decay", got=decay, expected="a number in [0, 1)", fix="Try 0.99.")
-    axes = _axes(per_tensor)
+    axes = _choose_axes(per_tensor)
 
     def init(features: int) -> _Averages:
-        zeros = jnp.zeros(_shape(features, per_tensor), jnp.float32)
+        zeros = jnp.zeros(_choose_shape(features, per_tensor), jnp.float32)
         return _Averages(zeros, zeros, zeros, jnp.zeros((), jnp.float32))
 
     def update(state: _Averages, x: Array) -> _Averages:
@@ -151,9 +151,9 @@ def moving_average(
     return Statistic(init=init, update=update, finalize=finalize, reads=(reads,))
 
 
-def _axes(per_tensor: bool) -> tuple[int, ...]:
+def _choose_axes(per_tensor: bool) -> tuple[int, ...]:
     return (0, 1) if per_tensor else (0,)
 
 
-def _shape(features: int, per_tensor: bool) -> tuple[int, ...]:
+def _choose_shape(features: int, per_tensor: bool) -> tuple[int, ...]:
     return () if per_tensor else (features,)

@@ -15,7 +15,7 @@ from jaxcompress.batches import open_stream
 from jaxcompress.errors import ArgumentError, NonFiniteError, StructureError
 from jaxcompress.graph import Site, Traced
 from jaxcompress.stats import _collect, _step
-from jaxcompress.stats._plan import Plan, make_plan
+from jaxcompress.stats._plan import StatisticPlan, plan_statistics
 from jaxcompress.stats._statistic import Statistic
 from jaxcompress.stats.stages._stages import BatchRun, Boundary, Stages
 
@@ -129,11 +129,11 @@ def sequential(
     first, rest = open_stream(batches)
     stages = Stages(fn, where, host=host, sharding=_collect.find_sharding((params, first)))
     batch_runs = [stages.make_pipeline(params, first).start(first)]
-    plan = make_plan(batch_runs[0].pipeline.traced, params, several, where)
+    plan = plan_statistics(batch_runs[0].pipeline.traced, params, several, where)
     for batch in rest:
         batch_runs.append(stages.make_pipeline(params, batch).start(batch))
     stops = _find_common_stops(batch_runs)
-    run = _Run(stages, plan, params, batch_runs, single=isinstance(statistics, Statistic))
+    run = _SequentialRun(stages, plan, params, batch_runs, single=isinstance(statistics, Statistic))
     for number, stop in enumerate(_collect.show_progress(iter(stops), len(stops), progress)):
         results = run.collect(stop, allow_non_finite=allow_non_finite)
         leaves, index = run.leaves_at(stop)
@@ -168,7 +168,7 @@ def _find_common_stops(batch_runs: list[BatchRun]) -> tuple[Boundary, ...]:
     pipelines = dict.fromkeys(batch_run.pipeline for batch_run in batch_runs)
     stops, *others = (pipeline.boundaries for pipeline in pipelines)
     for other in others:
-        if list(map(_identity, other)) != list(map(_identity, stops)):
+        if list(map(_identify_stop, other)) != list(map(_identify_stop, stops)):
             raise StructureError(
                 "batches",
                 got="sizes for which fn has other sites than for the first batch",
@@ -178,17 +178,17 @@ def _find_common_stops(batch_runs: list[BatchRun]) -> tuple[Boundary, ...]:
     return stops
 
 
-def _identity(stop: Boundary) -> Any:
+def _identify_stop(stop: Boundary) -> Any:
     return [site.name for site in stop.sites], stop.iteration, stop.slices
 
 
-class _Run:
+class _SequentialRun:
     """The state of one call: the current leaves, and the runs of all batches."""
 
     def __init__(
         self,
         stages: Stages,
-        plan: Plan,
+        plan: StatisticPlan,
         params: tree.Params,
         batch_runs: list[BatchRun],
         *,
@@ -196,27 +196,25 @@ class _Run:
     ):
         self.current = dict(tree.items(params))
         self._stages, self._plan, self._batch_runs, self._single = stages, plan, batch_runs, single
-        self._plans: dict[Any, tuple[Plan, dict[str, Any]]] = {}
+        self._plans: dict[Any, tuple[StatisticPlan, dict[str, Any]]] = {}
         self._ours: set[str] = set()  # stacked leaves that are copies, to be updated in place
 
     def collect(self, stop: Boundary, *, allow_non_finite: bool) -> dict[str, Any]:
         """Take all batches to a stop; returns the results there by site."""
         plan, observers = self._plan_at(stop)
-        cells = self._stages.call(lambda: _make_cells(plan, observers))
+        cells = self._stages.call(
+            lambda: _step.make_cells(plan, observers, _step.init_states(plan))
+        )
         leaves = [part for leaf in self.current.values() for part in jax.tree.leaves(leaf)]
         for batch_run in self._batch_runs:
             cells = batch_run.advance(leaves, observers, cells)
         if not allow_non_finite:
-            _check_finite({name: cell[0] for name, cell in cells.items()}, stop)
+            _check_activations({name: cell[0] for name, cell in cells.items()}, stop)
         states = {"forward": {name: cell[2] for name, cell in cells.items()}}
         results = self._stages.call(lambda states: _step.finalize(plan, states), states)
-        by_site = {
-            name: {key: results[owner][key] for key, owner in keys.items()}
-            for name, keys in plan.owners.items()
-        }
-        return {name: keys[""] for name, keys in by_site.items()} if self._single else by_site
+        return plan.sort_by_site(results, single=self._single)
 
-    def _plan_at(self, stop: Boundary) -> tuple[Plan, dict[str, Any]]:
+    def _plan_at(self, stop: Boundary) -> tuple[StatisticPlan, dict[str, Any]]:
         """Narrow the plan to a stop; all iterations of a scan share it."""
         names = tuple(site.name for site in stop.sites)
         if names not in self._plans:
@@ -261,16 +259,7 @@ class _Run:
             self._ours.add(path)
 
 
-def _make_cells(plan: Plan, observers: Mapping[str, Any]) -> dict[str, Any]:
-    """Make the cells of observers; see `_step`."""
-    states, cells = _step.init_states(plan)["forward"], {}
-    for name in observers:
-        stack = plan.seen[name].site.stack
-        cells[name] = (jnp.zeros(stack, jnp.uint32), jnp.zeros(stack, jnp.uint32), states[name])
-    return cells
-
-
-def _check_finite(bad: Mapping[str, Array], stop: Boundary) -> None:
+def _check_activations(bad: Mapping[str, Array], stop: Boundary) -> None:
     found = {name: int(np.sum(n, dtype=np.uint64)) for name, n in jax.device_get(bad).items()}
     if any(found.values()):
         iteration = f" in iteration {stop.iteration}" if stop.iteration else ""
@@ -298,7 +287,7 @@ def check_replaced(before: Mapping[str, Any], replaced: Any) -> Mapping[str, Any
             fix="Return {path: new leaf} for paths of stop.leaves.",
         )
     for path, new in replaced.items():
-        got, expected = _form(new), _form(before[path])
+        got, expected = _describe_leaf(new), _describe_leaf(before[path])
         if got != expected:
             raise StructureError(
                 "visit",
@@ -309,7 +298,7 @@ def check_replaced(before: Mapping[str, Any], replaced: Any) -> Mapping[str, Any
     return replaced
 
 
-def _form(leaf: Any) -> tuple[Any, list[str]]:
+def _describe_leaf(leaf: Any) -> tuple[Any, list[str]]:
     leaves, structure = jax.tree.flatten(leaf)
     return structure, [f"{jax.dtypes.result_type(x)} {np.shape(x)}" for x in leaves]
 

@@ -1,6 +1,6 @@
 """What a statistic is, and the arithmetic that all of them share."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -83,18 +83,55 @@ class Counter(NamedTuple):
     high: Array
 
 
+class _RowSums(NamedTuple):
+    totals: tuple[Array, ...]
+    tokens: Counter
+
+
+def sum_rows(
+    shapes: Callable[..., Sequence[tuple[int, ...]]],
+    terms: Callable[..., Sequence[Array]],
+    result: Callable[..., Any],
+    reads: tuple[str, ...],
+) -> Statistic:
+    """Make a statistic of sums over all rows.
+
+    Args:
+        shapes: `(*sizes) -> the shapes of the sums`, given what `Statistic.init` is.
+        terms: `(*rows) -> what a batch adds to each sum`.
+        result: `(*sums, tokens) -> result`.
+        reads: See `Statistic.reads`.
+
+    Returns:
+        The statistic; its sums are float32, and it counts the rows of the first array.
+    """
+
+    def init(*sizes: int) -> _RowSums:
+        return _RowSums(tuple(jnp.zeros(s, jnp.float32) for s in shapes(*sizes)), counter())
+
+    def update(state: _RowSums, *rows: Array) -> _RowSums:
+        totals = zip(state.totals, terms(*rows), strict=True)
+        tokens = add_count(state.tokens, len(rows[0]))
+        return _RowSums(tuple(total + more for total, more in totals), tokens)
+
+    def finalize(state: _RowSums) -> Any:
+        return result(*state.totals, read_count(state.tokens))
+
+    return Statistic(init=init, update=update, finalize=finalize, reads=reads)
+
+
 def counter(shape: tuple[int, ...] = ()) -> Counter:
     return Counter(jnp.zeros(shape, jnp.uint32), jnp.zeros(shape, jnp.uint32))
 
 
-def count(total: Counter, more: int | Array) -> Counter:
+def add_count(total: Counter, more: int | Array) -> Counter:
     """Add up to 2**32 - 1."""
     low = total.low + jnp.asarray(more, jnp.uint32)
     return Counter(low, total.high + (low < total.low).astype(jnp.uint32))
 
 
 def add_counters(a: Counter, b: Counter) -> Counter:
-    low, high = count(Counter(a.low, a.high), b.low)
+    low, high = add_count(Counter(a.low, a.high), b.low)
     return Counter(low, high + b.high)
 
 

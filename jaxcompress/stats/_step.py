@@ -1,34 +1,35 @@
 """One batch through fn, with the states of all statistics on the way."""
 
-from collections.abc import Callable, Mapping, Sequence, Set
+import functools
+from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
-from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from jaxcompress import tree
 from jaxcompress.errors import ArgumentError
 from jaxcompress.graph import Site, Traced
 from jaxcompress.graph.sites import (
-    Layer,
     Side,
+    SiteLayer,
     call_of,
     check_observers,
-    observing,
-    perturbing,
+    make_observe_layer,
+    make_perturb_layer,
+    make_tap_layer,
     run_layers,
-    tapping,
 )
-from jaxcompress.stats._plan import Keyed, Plan, batch_shape, lead, read, sizes
+from jaxcompress.meshes import call_with_auto_axes
+from jaxcompress.stats._plan import Keyed, StatisticPlan, batch_shape, lead, read_rows, sizes
 from jaxcompress.stats._statistic import Statistic
 
 Step = Callable[..., tuple[Any, dict[str, Array]]]
 """`(states, params, batch) -> (states, {site name: non-finite entries, per iteration})`."""
 
 
-def init_states(plan: Plan) -> dict[str, Keyed]:
+def init_states(plan: StatisticPlan) -> dict[str, Keyed]:
     """Make the initial states: `{"forward" or "gradient": {site name: {key: state}}}`."""
 
     def init(name: str, statistic: Statistic) -> Any:
@@ -45,7 +46,7 @@ def init_states(plan: Plan) -> dict[str, Keyed]:
     }
 
 
-def finalize(plan: Plan, states: dict[str, Keyed]) -> Keyed:
+def finalize(plan: StatisticPlan, states: dict[str, Keyed]) -> Keyed:
     """Finalize each state, under its leading axes; results by owner."""
     results: Keyed = {}
     for part in states.values():
@@ -57,24 +58,17 @@ def finalize(plan: Plan, states: dict[str, Keyed]) -> Keyed:
     return results
 
 
-def make_step(plan: Plan) -> Step:
+def make_collect_step(plan: StatisticPlan) -> Step:
     """Make the function that collects from one batch."""
     forward, backward = plan.list_owned(gradients=False), plan.list_owned(gradients=True)
     observers = {
         name: make_observer(plan, forward.get(name, {})) for name in {**forward, **backward}
     }
 
-    def make_cells(states: dict[str, Keyed]) -> dict[str, Any]:
-        cells = {}
-        for name in observers:
-            zeros = jnp.zeros(plan.seen[name].site.stack, jnp.uint32)
-            cells[name] = (zeros, zeros, states["forward"].get(name, {}))
-        return cells
-
     def step(states: Any, params: tree.Params, batch: Sequence[Any]) -> tuple[Any, dict]:
         traced = call_of(plan.traced, params, tuple(batch), {})
-        check_observers(traced, observers, cells := make_cells(states))
-        layers = {name: [observing(observers[name])] for name in observers}
+        check_observers(traced, observers, cells := make_cells(plan, observers, states))
+        layers = {name: [make_observe_layer(observers[name])] for name in observers}
         args = params, batch, {}
         if not backward:
             cells = run_layers(traced, args, layers, cells, fills=True)[1]
@@ -92,7 +86,18 @@ def make_step(plan: Plan) -> Step:
     return step
 
 
-def make_observer(plan: Plan, statistics: Mapping[str, Statistic]) -> Callable[..., Any]:
+def make_cells(
+    plan: StatisticPlan, names: Iterable[str], states: dict[str, Keyed]
+) -> dict[str, Any]:
+    """Make the cells of observers: `(non-finite entries, runs, states)`."""
+    cells = {}
+    for name in names:
+        zeros = jnp.zeros(plan.seen[name].site.stack, jnp.uint32)
+        cells[name] = (zeros, zeros, states["forward"].get(name, {}))
+    return cells
+
+
+def make_observer(plan: StatisticPlan, statistics: Mapping[str, Statistic]) -> Callable[..., Any]:
     """Make an observer: its cell is `(non-finite entries, runs, states)`."""
 
     def observe(site: Site, cell: Any, activation: Array, output: Array) -> Any:
@@ -104,13 +109,13 @@ def make_observer(plan: Plan, statistics: Mapping[str, Statistic]) -> Callable[.
 
         # Statistics are not differentiated, whatever is done with the outputs.
         activation, output = lax.stop_gradient((activation, output))
-        return _use_auto_axes(update)(cell, activation, output)
+        return call_with_auto_axes(update, cell, activation, output)
 
     return observe
 
 
 def _update(
-    plan: Plan,
+    plan: StatisticPlan,
     site: Site,
     statistics: Mapping[str, Statistic],
     states: Mapping[str, Any],
@@ -126,7 +131,7 @@ def _update(
     for key, statistic in statistics.items():
         for kind in statistic.reads:
             if kind not in rows:
-                rows[kind] = read(site, kind, arrays)
+                rows[kind] = read_rows(site, kind, arrays)
         given = [rows[kind] for kind in statistic.reads]
         if not given[0].shape[-2]:
             raise ArgumentError(
@@ -156,9 +161,9 @@ def _non_finite(x: Array) -> Array:
 def _differentiate(
     traced: Traced,
     args: Any,
-    layers: Mapping[str, Sequence[Layer]],
+    layers: Mapping[str, Sequence[SiteLayer]],
     cells: dict[str, Any],
-    plan: Plan,
+    plan: StatisticPlan,
     backward: Mapping[str, Mapping[str, Statistic]],
 ) -> tuple[dict[str, Any], dict[str, dict[str, Array]]]:
     """Run fn and its gradient; returns the cells, and arrays of each site with stacked axes.
@@ -172,13 +177,13 @@ def _differentiate(
     around = {name: list(mine) for name, mine in layers.items()}
     for name in backward:
         for at, kind in kinds.items():
-            around[name].append(tapping(kind, f"{at} of {name}"))
+            around[name].append(make_tap_layer(kind, f"{at} of {name}"))
         for at, kind in kinds.items():
             if f"{at}_grad" in reads[name]:
                 like = sites[name].activation if at == "input" else sites[name].output
                 shape = (*sites[name].stack, *like.shape)
                 offsets[f"{at}_grad of {name}"] = jnp.zeros(shape, like.dtype)
-                around[name].append(perturbing(kind, f"{at}_grad of {name}"))
+                around[name].append(make_perturb_layer(kind, f"{at}_grad of {name}"))
 
     def total(offsets: Any, args: Any, cells: dict[str, Any]) -> Any:
         given = {**cells, **offsets}
@@ -211,7 +216,7 @@ def _sum_outputs(outputs: Any) -> Array:
 
 
 def _update_from_gradients(
-    plan: Plan,
+    plan: StatisticPlan,
     backward: Mapping[str, Mapping[str, Statistic]],
     states: Keyed,
     arrays: Mapping[str, Mapping[str, Array]],
@@ -235,7 +240,7 @@ def _update_from_gradients(
             # A branch that was not taken has zeros for activations, not rows of zeros.
             return jax.tree.map(lambda old, new: jnp.where(runs > 0, new, old), states, new), bad
 
-        run = _use_auto_axes(_vmap(update, len(site.stack)))
+        run = functools.partial(call_with_auto_axes, _vmap(update, len(site.stack)))
         updated[name], bad[name] = run(states[name], dict(arrays[name]), runs[name])
     return updated, bad
 
@@ -244,18 +249,3 @@ def _vmap(f: Callable[..., Any], axes: int) -> Callable[..., Any]:
     for _ in range(axes):
         f = jax.vmap(f)
     return f
-
-
-def _use_auto_axes(f: Callable[..., Any]) -> Callable[..., Any]:
-    """Let the compiler shard inside f, whose results are replicated, on Explicit mesh axes."""
-
-    def call(*args: Any) -> Any:
-        shardings = [jax.typeof(x).sharding for x in jax.tree.leaves(args)]
-        meshes = [s.mesh for s in shardings if AxisType.Explicit in s.mesh.axis_types]
-        if not meshes:
-            return f(*args)
-        out = NamedSharding(meshes[0], PartitionSpec())
-        automatic: Callable[..., Any] = jax.sharding.auto_axes(f, out_sharding=out)
-        return automatic(*args)
-
-    return call

@@ -91,7 +91,7 @@ def reestimate(
     def step(totals: _Totals, params: tree.Params, batch: tuple, weight: jax.Array) -> _Totals:
         found = _updates(fn, active, others)({p: jnp.zeros(()) for p in active}, params, batch)
         batch_statistics = {p: found[p].astype(jnp.float32) / shares[p] for p in active}
-        return _add(totals, batch_statistics, weight)
+        return _add_batch(totals, batch_statistics, weight)
 
     blank = lambda: {p: jnp.zeros(np.shape(x), jnp.float32) for p, x in active.items()}
     totals = _Totals(jnp.zeros((), jnp.float32), blank(), blank())
@@ -102,7 +102,7 @@ def reestimate(
     new = dict(totals.mean)
     for path, mean in names.items():
         new[path] = new[path] + totals.spread[mean] / totals.weight
-    _check_finite(new)
+    _check_batch_statistics(new)
     return tree.map_with_path(
         lambda path, x: new[path].astype(x.dtype) if path in new else x, params
     )
@@ -217,7 +217,7 @@ def _find_shares(
     """Give 1 - m of each leaf; refuse one that is no average of its old value and a new one."""
     leaves = dict(tree.items(params))
     shares = {}
-    _check_finite(zero)
+    _check_batch_statistics(zero)
     for path, momentum in momenta.items():
         old = np.asarray(leaves[path], np.float64)
         m = _decimals(momentum)
@@ -256,7 +256,7 @@ def _decimals(momentum: Any) -> np.ndarray:
 # --- Averages ---------------------------------------------------------------------------------
 
 
-def _add(totals: _Totals, found: Mapping[str, jax.Array], weight: jax.Array) -> _Totals:
+def _add_batch(totals: _Totals, found: Mapping[str, jax.Array], weight: jax.Array) -> _Totals:
     """Add a batch, stably: means move by their share, spreads are around the mean so far."""
     whole = totals.weight + weight
     deltas = {path: found[path] - mean for path, mean in totals.mean.items()}
@@ -294,7 +294,7 @@ def _find_means(active: Mapping[str, Any]) -> dict[str, str]:
     return found
 
 
-def _check_finite(new: Mapping[str, Any]) -> None:
+def _check_batch_statistics(new: Mapping[str, Any]) -> None:
     bad = [path for path, x in new.items() if not bool(jnp.isfinite(x).all())]
     if bad:
         raise NonFiniteError(

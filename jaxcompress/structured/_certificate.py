@@ -204,7 +204,7 @@ def tolerance_of(params: Any, inputs: Any, outputs: Any) -> float:
     return min(100 * max(eps, default=0.0), 0.05)
 
 
-def widen(values: Any) -> Any:
+def widen_outputs(values: Any) -> Any:
     """Cast floats of fewer than 32 bits to float32."""
 
     def cast(x: Any) -> Any:

@@ -6,14 +6,14 @@ from typing import Literal, NamedTuple, TypeAlias
 import numpy as np
 from jax.typing import ArrayLike
 
-from jaxcompress import graph, tree
-from jaxcompress.budget import Budget, Bytes, Flops, Params, Seconds, fewest_steps
+from jaxcompress import tree
+from jaxcompress.budget import Budget, Bytes, Flops, Params, fewest_steps
 from jaxcompress.errors import ArgumentError, NonFiniteError, SelectionError, StructureError
-from jaxcompress.structured._groups import Group, Groups
+from jaxcompress.structured._groups import Group, Groups, find_group
 from jaxcompress.structured._keep import Keep
 from jaxcompress.structured._keep import keep as make_keep
 from jaxcompress.structured._shrink import rebuild, slice_params
-from jaxcompress.structured._sizes import Sizes
+from jaxcompress.structured._sizes import Sizes, measure_call
 
 Scope: TypeAlias = Literal["global", "isomorphic", "local"]
 Bounds: TypeAlias = Mapping[str, tuple[float, float]]
@@ -66,7 +66,7 @@ def choose(
         >>> chosen["up"].tolist()
         [4, 5, 6, 7]
     """
-    ranked = {name: _rank(groups, name, np.asarray(s)) for name, s in scores.items()}
+    ranked = {name: _order_units(groups, name, np.asarray(s)) for name, s in scores.items()}
     if not ranked:
         raise SelectionError(
             "scores",
@@ -74,9 +74,9 @@ def choose(
             expected="scores of at least one group",
             fix=f"These can shrink: {tree.shorten(sorted(groups))}.",
         )
-    steps = _steps(groups, ranked, scope, bounds or {})
-    measure = _measure(groups, budget)
-    dense = measure(_keep_after(groups, ranked, steps, 0), {})
+    steps = _list_steps(groups, ranked, scope, bounds or {})
+    measure_kept = _make_measure(groups, budget)
+    dense = measure_kept(_keep_after(groups, ranked, steps, 0), {})
     limit = budget.limit(dense)
     counted = _choose_counter(groups, budget)
 
@@ -84,13 +84,13 @@ def choose(
         counts = _counts(groups, ranked, steps, taken)
         if counted is not None:
             return counted(counts)
-        return measure(_keep_after(groups, ranked, steps, taken), counts)
+        return measure_kept(_keep_after(groups, ranked, steps, taken), counts)
 
     taken = fewest_steps(cost, len(steps), limit)
     taken = len(steps) if taken is None else taken
     while True:  # the count by labels is exact for all but odd structures: what is shrunk decides
         chosen = _keep_after(groups, ranked, steps, taken)
-        have = measure(chosen, _counts(groups, ranked, steps, taken))
+        have = measure_kept(chosen, _counts(groups, ranked, steps, taken))
         if have <= limit:
             return chosen
         if taken == len(steps):
@@ -111,16 +111,8 @@ class _Step(NamedTuple):
     left: int
 
 
-def _rank(groups: Groups, name: str, scores: np.ndarray) -> np.ndarray:
-    if name not in groups:
-        frozen = groups.frozen.get(name)
-        raise SelectionError(
-            "scores",
-            got=f"the frozen group {name!r}: {frozen.frozen}" if frozen else f"no group {name!r}",
-            expected="groups that can shrink",
-            fix=f"These can: {tree.shorten(sorted(groups))}.",
-        )
-    group = groups[name]
+def _order_units(groups: Groups, name: str, scores: np.ndarray) -> np.ndarray:
+    group = find_group(groups, name, "scores")
     want = (*group.layers, group.size)
     if scores.shape != want:
         raise StructureError(
@@ -136,7 +128,7 @@ def _rank(groups: Groups, name: str, scores: np.ndarray) -> np.ndarray:
     return scores.astype(np.float64)
 
 
-def _steps(
+def _list_steps(
     groups: Groups, ranked: Mapping[str, np.ndarray], scope: Scope, bounds: Bounds
 ) -> list[_Step]:
     """List all steps, least important first; those of one group come in order."""
@@ -146,8 +138,8 @@ def _steps(
         )
     kinds: dict[tuple, list[str]] = {}
     for name in ranked:
-        kinds.setdefault(_kind(groups[name]), []).append(name)
-    rank = _ranks(ranked, kinds) if scope == "isomorphic" else {}
+        kinds.setdefault(_classify_group(groups[name]), []).append(name)
+    rank = _rank_in_kinds(ranked, kinds) if scope == "isomorphic" else {}
     steps = []
     for name, scores in ranked.items():
         group = groups[name]
@@ -163,7 +155,7 @@ def _steps(
     return sorted(steps, key=lambda step: step.key)  # stable: order within a group stays
 
 
-def _ranks(
+def _rank_in_kinds(
     ranked: Mapping[str, np.ndarray], kinds: Mapping[tuple, Sequence[str]]
 ) -> dict[str, np.ndarray]:
     """Give, for the j-th unit of a group to go, the fraction of its kind that is gone by then."""
@@ -178,7 +170,7 @@ def _ranks(
     return found
 
 
-def _kind(group: Group) -> tuple:
+def _classify_group(group: Group) -> tuple:
     parts = [
         (m.path.split("/")[-1], m.axis, m.indices.shape[1], m.produces, m.reads)
         for m in group.members
@@ -243,36 +235,17 @@ def _choose_counter(groups: Groups, budget: Budget) -> Callable[[Mapping[str, in
     return None
 
 
-def _measure(groups: Groups, budget: Budget) -> Callable[[Keep, Mapping[str, int]], float]:
+def _make_measure(groups: Groups, budget: Budget) -> Callable[[Keep, Mapping[str, int]], float]:
     """Make what measures a shrunk function, on shapes."""
-    seconds: dict[tuple, float] = {}
+    known: dict[tuple, float] = {}
+    assert groups.fn is not None, "groups come from `structured.groups`"
+    fn = groups.fn
 
-    def measure(keep: Keep, counts: Mapping[str, int]) -> float:
-        params = slice_params(groups.like, keep)
-        if isinstance(budget, Params):
-            return tree.count(params)
-        if isinstance(budget, Bytes):
-            return tree.nbytes(params)
-        assert groups.fn is not None, "groups come from `structured.groups`"
-        fn = rebuild(groups.fn, keep) if keep else groups.fn
-        if isinstance(budget, Flops):
-            return graph.trace(fn, params, *groups.inputs, **groups.kwargs).flops
+    def measure_kept(keep: Keep, counts: Mapping[str, int]) -> float:
         key = tuple(sorted(counts.items()))
-        if key not in seconds:
-            seconds[key] = _seconds(fn, params, groups, budget)
-        return seconds[key]
+        if key not in known:
+            smaller, params = rebuild(fn, keep) if keep else fn, slice_params(groups.like, keep)
+            known[key] = measure_call(smaller, params, groups.inputs, groups.kwargs, budget)
+        return known[key]
 
-    return measure
-
-
-def _seconds(fn: Callable, params: tree.Params, groups: Groups, budget: Seconds) -> float:
-    call = lambda params, *inputs: fn(params, *inputs, **groups.kwargs)
-    found = graph.cost(call, params, *groups.inputs, target=budget.target).seconds
-    if found is None:
-        raise ArgumentError(
-            "budget",
-            got=f"Seconds on {budget.target!r}, whose time cannot be estimated",
-            expected="a target with published figures, such as 'tpu-v5e' or 'h200'",
-            fix="Use Flops or Bytes, or describe the machine by a `graph.Target`.",
-        )
-    return found
+    return measure_kept

@@ -6,7 +6,8 @@ from typing import Any, Literal, TypeAlias
 
 import numpy as np
 
-from jaxcompress import graph
+from jaxcompress import graph, tree
+from jaxcompress.errors import SelectionError
 
 Role: TypeAlias = Literal[
     "channels", "embedding", "experts", "head size", "heads", "hidden", "residual", "state"
@@ -96,3 +97,25 @@ class Groups(Mapping[str, Group]):
 
     def __len__(self) -> int:
         return len(self.prunable)
+
+
+def find_group(groups: Groups, name: str, argument: str) -> Group:
+    """Find a group that can shrink, for an argument of a function.
+
+    Raises:
+        SelectionError: If there is none of that name, or it is frozen.
+    """
+    if name in groups:
+        return groups[name]
+    got = f"an unknown group {name!r}"
+    if name in groups.frozen:
+        # Several axes of a leaf may be frozen, under names that count up.
+        alike = [g for key, g in groups.frozen.items() if key.split("#")[0] == name]
+        why = dict.fromkeys(str(g.frozen) for g in alike or [groups.frozen[name]])
+        got = f"the frozen group {name!r}: {'; '.join(why)}"
+    raise SelectionError(
+        argument,
+        got=got,
+        expected="groups of this function that can shrink",
+        fix=f"These can: {tree.shorten(sorted(groups))}.",
+    )

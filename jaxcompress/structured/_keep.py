@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 from jax.typing import ArrayLike
 
-from jaxcompress import files, graph, tree
-from jaxcompress.errors import ArgumentError, FileError, SelectionError
-from jaxcompress.structured._groups import Group, Groups
+from jaxcompress import files, graph
+from jaxcompress.errors import ArgumentError, FileError
+from jaxcompress.structured._groups import Group, Groups, find_group
 
 _FORMAT = "jaxcompress keep"
 
@@ -162,7 +162,7 @@ def keep(groups: Groups, indices: Mapping[str, ArrayLike]) -> Keep:
         ((3, 3), (3, 2))
     """
     chosen = {
-        name: _check_units(_group(groups, name), np.asarray(units))
+        name: _check_units(find_group(groups, name, "keep"), np.asarray(units))
         for name, units in indices.items()
     }
     chosen = {name: units for name, units in chosen.items() if units.shape[-1] < groups[name].size}
@@ -181,27 +181,6 @@ def keep(groups: Groups, indices: Mapping[str, ArrayLike]) -> Keep:
         layers=layers,
         shapes=shapes,
         traced=groups.dims.traced if groups.dims is not None else None,
-    )
-
-
-def _group(groups: Groups, name: str) -> Group:
-    if name in groups:
-        return groups[name]
-    if name in groups.frozen:
-        # Several axes of a leaf may be frozen, under names that count up.
-        alike = [g for key, g in groups.frozen.items() if key.split("#")[0] == name]
-        why = dict.fromkeys(str(g.frozen) for g in alike or [groups.frozen[name]])
-        raise SelectionError(
-            "keep",
-            got=f"the frozen group {name!r}: {'; '.join(why)}",
-            expected="groups that can shrink",
-            fix=f"These can: {tree.shorten(sorted(groups))}.",
-        )
-    raise SelectionError(
-        "keep",
-        got=f"an unknown group {name!r}",
-        expected="names of groups of this function",
-        fix=f"There are {tree.shorten(sorted(groups))}.",
     )
 
 

@@ -2,16 +2,15 @@
 
 import types
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
-import numpy as np
 from jax.typing import ArrayLike
 
 from jaxcompress import graph, tree
 from jaxcompress.errors import ArgumentError
 from jaxcompress.graph import Traced
+from jaxcompress.graph.dims import fill_removed, mask_of
 from jaxcompress.graph.sites import call as run_call
 from jaxcompress.graph.sites import call_of
 from jaxcompress.structured._certificate import (
@@ -23,7 +22,7 @@ from jaxcompress.structured._certificate import (
     random_like,
     size_of,
     tolerance_of,
-    widen,
+    widen_outputs,
 )
 from jaxcompress.structured._find import groups as find_groups
 from jaxcompress.structured._keep import Keep
@@ -44,10 +43,11 @@ def slice_params(params: tree.Params, keep: Keep) -> tree.Params:
     Raises:
         ArgumentError: If a leaf has another shape than the one that was chosen for.
     """
-    return tree.map_with_path(lambda path, leaf: _slice_leaf(path, leaf, keep), params)
+    return tree.map_with_path(lambda path, leaf: slice_leaf(path, leaf, keep), params)
 
 
-def _slice_leaf(path: str, leaf: Any, keep: Keep) -> Any:
+def slice_leaf(path: str, leaf: Any, keep: Keep) -> Any:
+    """Take the kept indices of an array like the leaf at a path."""
     want = keep.shapes.get(path)
     if want != tuple(leaf.shape):
         raise ArgumentError(
@@ -82,15 +82,8 @@ def mask_params(params: tree.Params, keep: Keep) -> tree.Params:
 
     def mask_leaf(path: str, leaf: Any) -> Any:
         for axis, indices in keep.leaves.get(path, {}).items():
-            mask = np.zeros((*indices.shape[:-1], leaf.shape[axis]), bool)
-            np.put_along_axis(mask, indices, True, axis=-1)
-            shape = [1] * leaf.ndim
-            shape[axis] = leaf.shape[axis]
-            if mask.ndim > 1:
-                layer = keep.layers[path]
-                shape[layer] = mask.shape[0]
-                mask = mask if layer < axis else mask.T
-            leaf = jnp.where(mask.reshape(shape), leaf, jnp.zeros((), leaf.dtype))
+            layer = keep.layers[path] if indices.ndim > 1 else None
+            leaf = fill_removed(leaf, mask_of(indices, leaf.shape[axis]), axis, layer, 0)
         return leaf
 
     return tree.map_with_path(mask_leaf, params)
@@ -163,9 +156,8 @@ def shrink(
     with jax.default_matmul_precision("highest"):  # accelerators use fewer bits otherwise
         traced = call_of(_known_call(keep, fn), params, inputs, kwargs)
         smaller, small = slice_params(params, keep), rebuild(fn, keep)
-        certificate = _certify(
-            traced, small, params, smaller, keep, inputs, kwargs, compiled=compiled
-        )
+        shrunk = _Shrunk(traced, keep, params, small, smaller, kwargs)
+        certificate = _certify_shrink(shrunk, inputs, compiled=compiled)
     return small, smaller, certificate
 
 
@@ -179,22 +171,24 @@ def _known_call(keep: Keep, fn: Callable[..., Any]) -> Callable[..., Any] | Trac
     return known if known.fn is fn or alike else fn
 
 
-def _certify(
-    traced: Traced,
-    small: Callable[..., Any],
-    params: tree.Params,
-    smaller: tree.Params,
-    keep: Keep,
-    inputs: Sequence[Any],
-    kwargs: Mapping[str, Any],
-    *,
-    compiled: bool,
-) -> Certificate:
+class _Shrunk(NamedTuple):
+    """A captured call, what is kept of it, and the function and params that are left."""
+
+    traced: Traced
+    keep: Keep
+    params: tree.Params
+    small: Callable[..., Any]
+    smaller: tree.Params
+    kwargs: Mapping[str, Any]
+
+
+def _certify_shrink(shrunk: _Shrunk, inputs: Sequence[Any], *, compiled: bool) -> Certificate:
+    traced, keep, params, small, smaller, kwargs = shrunk
     given = distances_on = None
     leaks: tuple[Leak, ...] = ()
     tolerance = 0.0
     if not is_abstract(params):
-        compare = _Comparison(traced, small, params, smaller, keep, inputs, kwargs)
+        compare = _Comparison(shrunk, inputs)
         given = None if is_abstract(inputs) else compare.distances(inputs)
         drawn = random_like(inputs)
         distances_on = compare.distances(drawn)
@@ -218,20 +212,11 @@ class _Comparison:
     what it is to show.
     """
 
-    def __init__(
-        self,
-        traced: Traced,
-        small: Callable[..., Any],
-        params: tree.Params,
-        smaller: tree.Params,
-        keep: Keep,
-        inputs: Sequence[Any],
-        kwargs: Mapping[str, Any],
-    ):
-        self._keep, self._kwargs = keep, dict(kwargs)
-        self._params, self._smaller = params, smaller
+    def __init__(self, shrunk: _Shrunk, inputs: Sequence[Any]):
+        self._shrunk = shrunk
+        traced, keep, params, small, *_ = shrunk
         self._masked = mask_params(params, keep)
-        wide = self._capture_wide(traced, inputs)
+        wide = self._capture_wide(inputs)
         self._wide, exact = wide is not None, traced if wide is None else wide
         call = lambda params, *inputs, **kwargs: run_call(traced, params, inputs, kwargs)
         self._dense, self._small = jax.jit(call), jax.jit(small)
@@ -244,25 +229,26 @@ class _Comparison:
         variables = [var.aval for _, env in dims.programs.values() for var in env]
         self.tolerance = tolerance_of(params if not self._wide else (), (), variables)
 
-    def _capture_wide(self, traced: Traced, inputs: Sequence[Any]) -> Traced | None:
+    def _capture_wide(self, inputs: Sequence[Any]) -> Traced | None:
         """Trace fn in float32, if anything is narrower and fn takes it so."""
-        narrow = (self._params, inputs)
-        wide = jax.eval_shape(widen, narrow)
+        narrow = (self._shrunk.params, inputs)
+        wide = jax.eval_shape(widen_outputs, narrow)
         if wide == jax.eval_shape(lambda x: x, narrow):
             return None
         try:
-            return call_of(traced.fn, wide[0], tuple(wide[1]), self._kwargs)
+            return call_of(self._shrunk.traced.fn, wide[0], tuple(wide[1]), self._shrunk.kwargs)
         except (TypeError, ValueError):  # it mixes them with a dtype of its own
             return None
 
     def distances(self, inputs: Sequence[Any]) -> Distances:
-        run = lambda fn, params, inputs: fn(params, *inputs, **self._kwargs)
-        exactly = widen if self._wide else lambda values: values
-        outputs = run(self._small, self._smaller, inputs)
-        exact = run(self._exact, exactly(self._smaller), exactly(inputs)) if self._wide else outputs
-        remasked = run(self._remasked, exactly(self._params), exactly(inputs))
+        _, _, params, _, smaller, kwargs = self._shrunk
+        run = lambda fn, params, inputs: fn(params, *inputs, **kwargs)
+        exactly = widen_outputs if self._wide else lambda values: values
+        outputs = run(self._small, smaller, inputs)
+        exact = run(self._exact, exactly(smaller), exactly(inputs)) if self._wide else outputs
+        remasked = run(self._remasked, exactly(params), exactly(inputs))
         masked = run(self._dense, self._masked, inputs)
-        dense = run(self._dense, self._params, inputs)
+        dense = run(self._dense, params, inputs)
         return Distances(
             structural=distance(exact, self._cut(remasked)),
             weights=distance(outputs, self._cut(masked)),
@@ -273,5 +259,5 @@ class _Comparison:
         """Take the kept indices of outputs that are new state."""
         flat, treedef = jax.tree.flatten(outputs)
         for number, path in self._state.items():
-            flat[number] = _slice_leaf(path, flat[number], self._keep)
+            flat[number] = slice_leaf(path, flat[number], self._shrunk.keep)
         return jax.tree.unflatten(treedef, flat)

@@ -2,13 +2,16 @@
 
 import functools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from jaxcompress import tree
+from jaxcompress import graph, tree
+from jaxcompress.budget import Budget, Bytes, Flops, Params
+from jaxcompress.errors import ArgumentError
+from jaxcompress.graph.sites import costliest
 from jaxcompress.structured._groups import Groups
 
 _Kinds = tuple[tuple[int, tuple[str, ...]], ...]
@@ -90,7 +93,7 @@ class Sizes:
 
     def flops(self, counts: Mapping[str, int]) -> float:
         """Count operations of contractions; of branches the costliest."""
-        return _costliest(
+        return costliest(
             [
                 (one.branch, one.flops * math.prod(
                     self._count_left(kinds, counts) / max(size, 1)
@@ -101,12 +104,23 @@ class Sizes:
         )  # fmt: skip
 
 
-def _costliest(parts: Sequence[tuple[tuple[Any, ...], float]]) -> float:
-    total, inside = 0.0, dict[Any, dict[Any, list[Any]]]()
-    for branch, flops in parts:
-        if not branch:
-            total += flops
-        else:
-            (position, number), *rest = branch
-            inside.setdefault(position, {}).setdefault(number, []).append((tuple(rest), flops))
-    return total + sum(max(map(_costliest, each.values())) for each in inside.values())
+def measure_call(
+    fn: Callable[..., Any], params: tree.Params, inputs: Any, kwargs: Any, budget: Budget
+) -> float:
+    """Measure what a call takes, in the quantity of a budget; shapes are enough."""
+    if isinstance(budget, Params):
+        return tree.count(params)
+    if isinstance(budget, Bytes):
+        return tree.nbytes(params)
+    call = lambda params, *inputs: fn(params, *inputs, **kwargs)
+    if isinstance(budget, Flops):
+        return graph.trace(call, params, *inputs).flops
+    seconds = graph.cost(call, params, *inputs, target=budget.target).seconds
+    if seconds is None:
+        raise ArgumentError(
+            "budget",
+            got=f"Seconds on {budget.target!r}, whose compiler gives no estimate here",
+            expected="a target with published figures, such as 'tpu-v5e' or 'h200'",
+            fix="Use Params, Flops or Bytes, or describe the machine by a `graph.Target`.",
+        )
+    return seconds

@@ -10,7 +10,7 @@ import optax
 from jaxcompress import tree
 from jaxcompress.errors import ArgumentError, StructureError
 from jaxcompress.structured._keep import Keep
-from jaxcompress.structured._shrink import slice_params
+from jaxcompress.structured._shrink import slice_leaf
 
 _KeyPath: TypeAlias = tuple[Any, ...]
 
@@ -80,10 +80,10 @@ def shrink_state(
         ((3, 3), ('0/count',))
     """
     smaller = tree.map_with_path(
-        lambda path, x: _slice_leaf(_join_paths(under, path), x, keep), params
+        lambda path, x: slice_leaf(_join_paths(under, path), x, keep), params
     )
     before, after = (jax.eval_shape(tx.init, p) for p in (params, smaller))
-    _check(state, before)
+    _check_optimizer_state(state, before)
     owners = _Owners(params, under)
     have = dict(jax.tree_util.tree_flatten_with_path(state)[0])
     wanted, treedef = jax.tree_util.tree_flatten_with_path(after)
@@ -96,7 +96,7 @@ def shrink_state(
         if old is not None and getattr(old, "shape", ()) == shape:
             continue
         if owner is not None and _can_slice(old, shape, owner, keep):
-            results[where] = _slice_leaf(owner, old, keep)
+            results[where] = slice_leaf(owner, old, keep)
             sliced.append(tree.path_str(where))
         else:
             lost[where] = _explain_reset(old, shape, owner, keep)
@@ -120,15 +120,7 @@ def _join_paths(under: str, path: str) -> str:
     return "/".join(part for part in (under.strip("/"), path) if part)
 
 
-def _slice_leaf(path: str, leaf: Any, keep: Keep) -> Any:
-    return slice_params({path: leaf}, keep)[path]
-
-
-def _is_node(x: Any) -> bool:
-    return isinstance(x, tree.LeafNode)
-
-
-def _check(state: Any, expected: Any) -> None:
+def _check_optimizer_state(state: Any, expected: Any) -> None:
     if jax.tree.structure(state) != jax.tree.structure(expected):
         raise StructureError(
             "state",
@@ -151,7 +143,7 @@ class _Owners:
     """Finds the leaf of params that an array of a state belongs to, by its path."""
 
     def __init__(self, params: tree.Params, under: str):
-        flat = jax.tree_util.tree_flatten_with_path(params, is_leaf=_is_node)[0]
+        flat = jax.tree_util.tree_flatten_with_path(params, is_leaf=tree.is_leaf)[0]
         self._names = {keys: _join_paths(under, tree.path_str(keys)) for keys, _ in flat}
         self._lengths = sorted({len(keys) for keys in self._names}, reverse=True)
 

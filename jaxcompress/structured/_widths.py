@@ -4,7 +4,7 @@ import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
-from jaxcompress.structured._groups import Group, Groups
+from jaxcompress.structured._groups import Groups
 from jaxcompress.structured._keep import Keep
 
 
@@ -83,7 +83,7 @@ def widths(keep: Keep, groups: Groups) -> Widths:
         down: inputs 8 -> 3
         up: features 8 -> 3
     """
-    roles = _roles(keep, groups)
+    roles = _describe_axes(keep, groups)
     modules: dict[str, list[Width]] = {}
     for path, axes in sorted(keep.leaves.items()):
         module, _, leaf = path.rpartition("/")
@@ -95,7 +95,7 @@ def widths(keep: Keep, groups: Groups) -> Widths:
     return Widths(modules={module: tuple(sizes) for module, sizes in modules.items()})
 
 
-def _roles(keep: Keep, groups: Groups) -> dict[tuple[str, int], list[tuple[str, int, int]]]:
+def _describe_axes(keep: Keep, groups: Groups) -> dict[tuple[str, int], list[tuple[str, int, int]]]:
     """Say of each axis that shrinks what it holds, with sizes."""
     found: dict[tuple[str, int], dict[str, tuple[str, int, int]]] = {
         (path, axis): {} for path, axes in keep.leaves.items() for axis in axes
@@ -106,9 +106,9 @@ def _roles(keep: Keep, groups: Groups) -> dict[tuple[str, int], list[tuple[str, 
         for member in group.members:
             key = member.path, member.axis
             axis = keep.shapes[key[0]][key[1]], keep.shape(key[0])[key[1]]
-            features = "inputs" if member.reads else _what(group)
+            made = "channels" if group.role == "channels" else "features"
+            features = "inputs" if member.reads else made
             if group.role in _ALONE:
-                features = "inputs" if member.reads else "features"
                 own = len(keep.shapes[key[0]]) - len(member.layers) > 2
                 if own or math.prod(member.indices.shape) == old:
                     found[key][group.role] = group.role, *axis
@@ -120,7 +120,3 @@ def _roles(keep: Keep, groups: Groups) -> dict[tuple[str, int], list[tuple[str, 
 
 _ALONE = ("heads", "head size", "experts")
 """Roles whose units have an axis of their own, in leaves of more than two."""
-
-
-def _what(group: Group) -> str:
-    return "channels" if group.role == "channels" else "features"

@@ -131,13 +131,13 @@ def select(params: Params, where: Where) -> dict[str, Any]:
     """
     chosen = {path: leaf for path, leaf in items(params) if matches(where, path, leaf)}
     if not chosen:
-        raise _nothing_selected(params, where)
+        raise _explain_nothing(params, where)
     return chosen
 
 
-def _nothing_selected(params: Params, where: Where) -> SelectionError:
+def _explain_nothing(params: Params, where: Where) -> SelectionError:
     known = paths(params)
-    near = _nearest(where, known) or known
+    near = _list_nearest(where, known) or known
     return SelectionError(
         "where",
         got=f"{where!r}, which matches none of {len(known)} leaves",
@@ -146,11 +146,11 @@ def _nothing_selected(params: Params, where: Where) -> SelectionError:
     )
 
 
-def _nearest(where: Where, known: Sequence[str]) -> list[str]:
+def _list_nearest(where: Where, known: Sequence[str]) -> list[str]:
     """List the paths whose last segments look most like the glob's literal part."""
     if not isinstance(where, str):
         several = where if isinstance(where, Sequence) else ()
-        return list(dict.fromkeys(path for one in several for path in _nearest(one, known)))
+        return list(dict.fromkeys(path for one in several for path in _list_nearest(one, known)))
     literal = where.replace("**/", "").replace("*", "")
     depth = literal.count("/") + 1
     tails = {path: "/".join(path.split("/")[-depth:]) for path in known}

@@ -12,22 +12,7 @@ from jaxcompress.cli import _demo, _models
 
 
 @pytest.fixture(scope="module")
-def compile_once(tmp_path_factory):
-    """Let the second run of the demo read what the first one compiled."""
-    settings = {
-        "jax_compilation_cache_dir": str(tmp_path_factory.mktemp("cache")),
-        "jax_persistent_cache_min_compile_time_secs": 0.2,
-    }
-    before = {name: getattr(jax.config, name) for name in settings}
-    for name, value in settings.items():
-        jax.config.update(name, value)
-    yield
-    for name, value in before.items():
-        jax.config.update(name, value)
-
-
-@pytest.fixture(scope="module")
-def demo(tmp_path_factory, compile_once):
+def demo(tmp_path_factory):
     out = tmp_path_factory.mktemp("demo")
     assert cli.main(["demo", "--out", str(out), "--steps", "24", "--seed", "3"]) == 0
     return out

@@ -14,8 +14,8 @@ from jax.sharding import PartitionSpec as P
 from jaxcompress import errors, quantize
 from jaxcompress.graph import Target, cost
 from jaxcompress.graph.cost import _aot_loops as loops
-from jaxcompress.graph.cost._aot import _required
-from jaxcompress.graph.cost._aot_text import expanded_bytes
+from jaxcompress.graph.cost._aot import _read_required
+from jaxcompress.graph.cost._aot_text import count_expanded_bytes
 from jaxcompress.graph.cost._found import SHOWN
 from jaxcompress.numerics import Format, PerChannel, PerGroup, int4, int8
 
@@ -173,7 +173,7 @@ def test_copies_of_a_loop_body(length, unroll, expected):
 
 def test_loop_bodies_that_cannot_be_told_are_left_out():
     loop = loops.Loop(length=10, unroll=1, outer=3, depth=1)
-    found = loops.multiplied(
+    found = loops.multiply_loops(
         {"flops": 100.0, "bytes": 50.0, "seconds": 1.0},
         {loop: {"flops": 4.0, "bytes": -10.0}},
     )
@@ -287,7 +287,7 @@ def test_the_tpu_compiler_refuses_what_does_not_fit(target):
     ids=["required", "used", "unknown"],
 )
 def test_what_a_refusal_would_need(words, required):
-    assert _required(words) == required
+    assert _read_required(words) == required
 
 
 @pytest.mark.parametrize("target", [TPU])
@@ -350,4 +350,4 @@ ENTRY %main (w: s8[64,32], x: f32[8,64]) -> f32[8,32] {
     ids=["whole", "split", "bitcast", "fused"],
 )
 def test_reading_what_a_program_expands(line, size):
-    assert expanded_bytes(TEXT.replace("BODY", line), 64, 32) == size
+    assert count_expanded_bytes(TEXT.replace("BODY", line), 64, 32) == size

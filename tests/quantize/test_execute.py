@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 from jax import export
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
-from run_once import run_once
 from zoo import ZOO
 
 from jaxcompress import graph, numerics, quantize, tree
@@ -110,7 +109,7 @@ def test_zoo(name):
             graph.replay(fn, {handled: rounded})(dense, *inputs),
         )
 
-    by_weights, expected, by_codes, rounded_too = run_once(run, params, inputs)
+    by_weights, expected, by_codes, rounded_too = jax.jit(run)(params, inputs)
     close(by_weights, expected)
     close(by_codes, rounded_too)
     uses = quantize.site_kernels(fn, jax.eval_shape(lambda p: pack(p, formats), params), *inputs)

@@ -41,9 +41,9 @@ def test_bad_calls_say_what_to_do():
     absmax = stats.absmax()
     with pytest.raises(SelectionError, match="nearest paths are: 'down/kernel'"):
         stats.collect(mlp, MLP, BATCHES, absmax, where="**/kernle")
-    with pytest.raises(SelectionError, match=r"'up/bias', which fn uses outside .*\(add"):
+    with pytest.raises(SelectionError, match=r"'up/bias', which is used outside .*\(add"):
         stats.collect(mlp, MLP, BATCHES, absmax, where="up/bias")
-    with pytest.raises(SelectionError, match="'spare', which fn does not read"):
+    with pytest.raises(SelectionError, match="'spare', which is not read by fn"):
         stats.collect(mlp, MLP, BATCHES, absmax, where="spare")
     with pytest.raises(ArgumentError, match="no batches"):
         stats.collect(mlp, MLP, iter([]), absmax)

@@ -7,7 +7,7 @@ import pytest
 
 from jaxcompress import stats
 from jaxcompress.errors import ArgumentError
-from jaxcompress.stats._statistic import Counter, add_counters, count, read_count
+from jaxcompress.stats._statistic import Counter, add_count, add_counters, read_count
 
 pytestmark = pytest.mark.usefixtures("strict_promotion")
 
@@ -219,7 +219,7 @@ def test_lookups_count_rows():
 
 def test_counters_carry():
     total = Counter(jnp.uint32(2**32 - 1), jnp.uint32(0))
-    total = count(total, 3)
+    total = add_count(total, 3)
     assert (int(total.low), int(total.high)) == (2, 1)
     doubled = add_counters(
         Counter(jnp.uint32(2**31), jnp.uint32(1)), Counter(jnp.uint32(2**31), jnp.uint32(2))

@@ -122,7 +122,7 @@ def test_a_budget_that_cannot_be_met_says_the_least():
     ("change", "error", "message"),
     [
         ({"c": np.ones(2)}, SelectionError, "the frozen group 'c'"),
-        ({"d": np.ones(2)}, SelectionError, "no group 'd'"),
+        ({"d": np.ones(2)}, SelectionError, "unknown group 'd'"),
         ({"a": np.ones(3)}, StructureError, r"shape \(3,\) for 'a'"),
         ({"a": np.full(16, np.nan)}, NonFiniteError, "NaN in 'a'"),
     ],

@@ -241,7 +241,7 @@ def test_sparse_gates_is_the_proximal_step():
         structured.sparse_gates(-1.0)
     with pytest.raises(SelectionError, match="matches none"):
         structured.sparse_gates(0.1).init({"w": jnp.ones(2)})
-    with pytest.raises(ArgumentError, match="params beside"):
+    with pytest.raises(ArgumentError, match="params that the updates are for"):
         tx.update(updates, state)
 
 

@@ -10,11 +10,11 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 
 from jaxcompress import tree
-from jaxcompress.graph.affine._chain import Chain, Holder, Step, preferred
+from jaxcompress.graph.affine._chain import Chain, ChainStep, Holder, choose_preferred
 from jaxcompress.graph.affine._reads import Known, Reads, read_all
 from jaxcompress.graph.program import _compat
-from jaxcompress.graph.program._constructs import CLOSED, construct
-from jaxcompress.graph.program._interpret import INLINE, Position
+from jaxcompress.graph.program._constructs import CLOSED, construct, is_call
+from jaxcompress.graph.program._interpret import Position
 from jaxcompress.graph.program._live import variables
 from jaxcompress.graph.program._primitives import ARRANGES, MOVES, arrange
 from jaxcompress.graph.sites._sites import Site
@@ -93,7 +93,7 @@ class _Follower:
 
     def __init__(self, traced: Traced, reads: Reads, position: Position, site: Site):
         self._traced, self._reads, self._position, self._site = traced, reads, position, site
-        self._steps: list[Step] = []
+        self._steps: list[ChainStep] = []
         self._kernel, self._outputs = Known(), ()
         self._unread = not reads.entered(position[:-1])
         if not self._unread:
@@ -107,6 +107,7 @@ class _Follower:
         stopped = self._follow()
         holders = tuple(self._holders())
         leaves = frozenset[str]().union(*(s.side.leaves for s in self._steps if s.side))
+        slots = {step.slot for step in self._steps}
         in_order = [path for path in self._traced.leaves if path in leaves]
         last = [holder.path for holder in holders if holder.number + 1 == len(self._steps)]
         unshiftable = self._why_no_shift(stopped, holders)
@@ -114,10 +115,10 @@ class _Follower:
             site=site,
             steps=tuple(self._steps),
             leaves=tuple(in_order),
-            shared=tuple(path for path in in_order if self._is_shared(path)),
+            shared=tuple(p for p in in_order if not self._reads.contacts[p] <= slots),
             stopped=stopped,
             bias=last[0] if last else None,
-            shifts=preferred(holders).path if holders else None,
+            shifts=choose_preferred(holders).path if holders else None,
             unfoldable=self._why_no_fold(stopped, unshiftable),
             unshiftable=unshiftable,
             _holders=holders,
@@ -157,17 +158,17 @@ class _Follower:
         operands = [k for k, atom in enumerate(eqn.invars) if atom is cursor.var]
         name = eqn.primitive.name
         if len(operands) > 1:
-            raise _StopError(f"{_called(eqn)} is not affine in its result")
-        if name in INLINE:
+            raise _StopError(f"{_name_function(eqn)} is not affine in its result")
+        if is_call(name):
             inner = self._reads.program((*here, 0))
             return cursor._replace(prefix=(*here, 0), var=inner.invars[operands[0]])
         if name in MOVES:
             return self._move(cursor, eqn)
         if name == "neg":
-            self._steps.append(Step(here, "neg", 0, None, cursor.factors))
+            self._steps.append(ChainStep(here, "neg", 0, None, cursor.factors))
             return cursor._replace(var=eqn.outvars[0])
         if name not in _AFFINE or (name == "div" and operands[0] == 1):
-            raise _StopError(f"{_called(eqn)} is not affine in its result")
+            raise _StopError(f"{_name_function(eqn)} is not affine in its result")
         self._combine(cursor, eqn, here, operands[0])
         return cursor._replace(var=eqn.outvars[0])
 
@@ -177,7 +178,7 @@ class _Follower:
             raise _StopError("its result is what fn returns")
         outer = cursor.prefix[:-1]
         eqn = self._reads.walk.equation(outer)
-        if eqn.primitive.name not in INLINE:
+        if not is_call(eqn.primitive.name):
             rule = construct(eqn.primitive.name)
             label = rule.bodies(eqn)[cursor.prefix[-1]].label if rule else eqn.primitive.name
             raise _StopError(f"its result is what {label} gives out")
@@ -224,7 +225,7 @@ class _Follower:
             even = shape[axis] == 1 or axis in side.constant
             if not even and not self._kind(factors):
                 raise _StopError(f"the other operand of {name} differs between positions")
-        self._steps.append(Step(here, name, operand, side, cursor.factors))
+        self._steps.append(ChainStep(here, name, operand, side, cursor.factors))
 
     def _several(self, program: Any, var: Any, readers: Sequence[int], returned: bool) -> str:
         """Say what a result with several readers is read by: statistics of its own, maybe."""
@@ -237,14 +238,11 @@ class _Follower:
                 reduced.update(eqn.outvars)
             elif reads & derived:
                 derived.update(eqn.outvars)
-        names = dict.fromkeys(_called(program.eqns[n]) for n in readers)
+        names = dict.fromkeys(_name_function(program.eqns[n]) for n in readers)
         where = [*names, "fn's results"] if returned else list(names)
         return f"its result is read at {len(readers) + returned} places: {', '.join(where)}"
 
     # --- what can be done with the chain --------------------------------------------------------
-
-    def _is_shared(self, path: str) -> bool:
-        return not self._reads.contacts[path] <= {step.slot for step in self._steps}
 
     def _entries(self, shape: Sequence[int]) -> int:
         """Count the entries of an array of this shape over the scans that split the kernel."""
@@ -319,7 +317,7 @@ def _output_axes(site: Site, eqn: Any) -> tuple[int | None, ...]:
     return tuple(out.get(k) for k in range(rank))
 
 
-def _called(eqn: Any) -> str:
+def _name_function(eqn: Any) -> str:
     return _compat.function_name(eqn) or eqn.primitive.name
 
 

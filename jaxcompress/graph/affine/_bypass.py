@@ -12,7 +12,7 @@ from jaxcompress.graph.program._compat import Program
 from jaxcompress.graph.program._interpret import Position
 from jaxcompress.graph.program._live import Live, equation_steps, live, variables
 from jaxcompress.graph.program._run import Visit, leave_out, pass_on
-from jaxcompress.graph.sites._replay import SitesAt, execute, make_plan
+from jaxcompress.graph.sites._replay import SitesAt, execute_plan, make_plan
 from jaxcompress.graph.sites._trace import Traced, call_of, wraps
 
 
@@ -45,7 +45,7 @@ def bypass(fn: Callable[..., Any] | Traced, names: Iterable[str]) -> Callable[..
     def bypassed(params: tree.Params, *inputs: Any, **kwargs: Any) -> Any:
         traced = call_of(fn, params, inputs, kwargs)
         chains = chains_of(traced)
-        chosen = [_checked(name, chains.get(name)) for name in wanted]
+        chosen = [_require_foldable(name, chains.get(name)) for name in wanted]
         visits = _visits(traced.program, chosen)
 
         def match(program: Program, sites: SitesAt) -> dict[Position, Visit]:
@@ -53,12 +53,12 @@ def bypass(fn: Callable[..., Any] | Traced, names: Iterable[str]) -> Callable[..
             return visits
 
         plan = make_plan(traced, match)
-        return execute(traced, plan, (params, inputs, kwargs), {})[0]
+        return execute_plan(traced, plan, (params, inputs, kwargs), {})[0]
 
     return bypassed
 
 
-def _checked(name: str, chain: Chain | None) -> Chain:
+def _require_foldable(name: str, chain: Chain | None) -> Chain:
     why = "fn has no such contraction" if chain is None else chain.unfoldable
     if chain is None or why is not None:
         raise ArgumentError(

@@ -19,7 +19,7 @@ from jaxcompress.graph.sites._sites import Site
 from jaxcompress.graph.sites._views import AxisFactors
 
 
-class Step(NamedTuple):
+class ChainStep(NamedTuple):
     """One equation of a chain.
 
     Attributes:
@@ -53,7 +53,7 @@ class Holder(NamedTuple):
     sign: int
 
 
-def preferred(holders: Sequence[Holder]) -> Holder:
+def choose_preferred(holders: Sequence[Holder]) -> Holder:
     """Choose the first that is added, rather than subtracted as the mean of a norm is."""
     return min(holders, key=lambda holder: -holder.sign)
 
@@ -80,7 +80,7 @@ class Chain:
     """
 
     site: Site
-    steps: tuple[Step, ...] = field(repr=False, compare=False)
+    steps: tuple[ChainStep, ...] = field(repr=False, compare=False)
     leaves: tuple[str, ...]
     shared: tuple[str, ...]
     stopped: str
@@ -158,7 +158,7 @@ class Chain:
                 expected=f"shape {rows}: (*stack, *batch, outputs)",
                 fix="Sum over tokens what `Site.output_rows` gives.",
             )
-        leaves, holder = dict(tree.items(params)), preferred(self._holders)
+        leaves, holder = dict(tree.items(params)), choose_preferred(self._holders)
         (to_channels,) = jax.linear_transpose(self._mapped(self._to_rows), self._like())(
             jnp.asarray(shift, jnp.float32)
         )
@@ -202,7 +202,7 @@ class Chain:
     @property
     def _keeper(self) -> Holder:
         """The leaf that becomes B: the last to be added."""
-        return preferred(self._holders[::-1])
+        return choose_preferred(self._holders[::-1])
 
     @property
     def skipped(self) -> tuple[tuple[Position, int], ...]:
@@ -239,7 +239,7 @@ class Chain:
                 return {**zeros, sized[0]: self._reciprocal(leaves, sized[0])}
         return {}
 
-    def _own(self, step: Step) -> list[str]:
+    def _own(self, step: ChainStep) -> list[str]:
         """List the leaves that a step is a multiple of, and that nothing else reads."""
         linear = step.side.linear if step.side is not None else ()
         return [path for path in sorted(linear) if self._reads.contacts[path] == {step.slot}]
@@ -290,7 +290,7 @@ class Chain:
         return self.site.output_rows(x)[..., 0, :]  # the one token
 
     def _coefficients(
-        self, leaves: Mapping[str, Any], steps: Sequence[Step]
+        self, leaves: Mapping[str, Any], steps: Sequence[ChainStep]
     ) -> tuple[Array, Array]:
         values = self._reads.evaluate(leaves, [s.slot for s in steps if s.side is not None])
         dtype = _wide(*(x.dtype for x in values.values()))
@@ -313,7 +313,7 @@ class Chain:
                 A, B = -A, s - B
         return A, B
 
-    def _channels_of(self, step: Step, x: Array) -> Array:
+    def _channels_of(self, step: ChainStep, x: Array) -> Array:
         """Bring the other operand of a step, in one iteration, to the axes of the output."""
         if x.ndim == 0:
             return jnp.broadcast_to(x, self._shape)
@@ -340,7 +340,7 @@ class Chain:
             lower = functools.partial(self._channels_of, step)
             return self._own_iterations(self._mapped(lower, all_scans=True)(found[step.slot]))
 
-        return _solved(channels, self._leaf_like(holder.path), x)
+        return _solve_rearranged(channels, self._leaf_like(holder.path), x)
 
     def _on_kernel(self, A: Array) -> Array:
         """Give each entry of the kernel the factor of its output channel."""
@@ -358,7 +358,7 @@ class Chain:
             found = self._reads.evaluate({path: leaf}, [slot], moves_only=True)
             return self._own_iterations(found[slot])
 
-        return _solved(weight, self._leaf_like(path), self._mapped(spread)(A))
+        return _solve_rearranged(weight, self._leaf_like(path), self._mapped(spread)(A))
 
     def _leaf_like(self, path: str) -> jax.ShapeDtypeStruct:
         var = self._reads.program(()).invars[self._reads.paths.index(path)]
@@ -371,7 +371,9 @@ def _wide(*dtypes: Any) -> Any:
         return functools.reduce(jnp.promote_types, dtypes, jnp.dtype(jnp.float32))
 
 
-def _solved(rearrange: Callable[[Array], Array], like: jax.ShapeDtypeStruct, x: Array) -> Array:
+def _solve_rearranged(
+    rearrange: Callable[[Array], Array], like: jax.ShapeDtypeStruct, x: Array
+) -> Array:
     """Solve `rearrange(leaf) = x`, which takes every entry to one place: by its transpose."""
     (leaf,) = jax.linear_transpose(rearrange, like)(x.astype(like.dtype))
     return leaf

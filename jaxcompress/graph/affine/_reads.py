@@ -11,9 +11,8 @@ import jax.numpy as jnp
 from jaxcompress import tree
 from jaxcompress.graph.program import _compat
 from jaxcompress.graph.program._compat import Program
-from jaxcompress.graph.program._constructs import Role, construct
+from jaxcompress.graph.program._constructs import Role, construct, is_call
 from jaxcompress.graph.program._interpret import (
-    INLINE,
     Domain,
     Frame,
     Place,
@@ -113,13 +112,11 @@ def read_all(traced: Traced) -> Reads:
 
 
 def _read_all(traced: Traced) -> Reads:
-    domain, args, paths = _Reading(), list[Known | None](), list[str]()
-    for path, leaf in traced.leaves.items():
-        parts, mine = jax.tree.leaves(leaf), frozenset({path})
-        whole = not isinstance(leaf, tree.LeafNode)
-        one = Known(mine, mine if whole else frozenset(), path if whole else None)
-        args += [one] * len(parts)
-        paths += [path] * len(parts)
+    domain, args, paths = _Reading(), list[Known | None](), traced.part_paths
+    for path in paths:
+        mine = frozenset({path})
+        quantized = isinstance(traced.leaves[path], tree.LeafNode)
+        args.append(Known(mine) if quantized else Known(mine, mine, path))
     args += [None] * (len(traced.program.invars) - len(args))
     walk = interpret(traced.program, args, domain)
     for k, result in enumerate(walk.results):
@@ -159,7 +156,7 @@ class _Reading(Domain[Known | None]):
 
     def enters(self, eqn: Any, operands: Sequence[Known | None], here: Position) -> bool:
         name = eqn.primitive.name
-        return name in INLINE or (None in operands and name != "shard_map")
+        return is_call(name) or (None in operands and name != "shard_map")
 
     def feed(
         self, value: Known | None, k: int, role: Role, frame: Frame[Known | None]
@@ -181,7 +178,7 @@ class _Reading(Domain[Known | None]):
     def give(
         self, value: Known | None, k: int, role: Role, frame: Frame[Known | None]
     ) -> Known | None:
-        if frame.eqn.primitive.name in INLINE:
+        if is_call(frame.eqn.primitive.name):
             return value
         self.touch(value, frame.place.position, k)
         return None
@@ -278,7 +275,7 @@ class _Evaluation:
 
         def reads(number: int, found: Live) -> list[Any]:
             eqn = program.eqns[number]
-            if eqn.primitive.name in INLINE:
+            if is_call(eqn.primitive.name):
                 results = [k for k, var in enumerate(eqn.outvars) if var in found.last]
                 below[number] |= {((*prefix, number, 0), k) for k in results}
             return [var for var in variables(eqn.invars) if values[var] is not None]

@@ -66,9 +66,9 @@ def compile_for(
         ArgumentError: If an argument is sharded over devices that are not the target's.
         MissingExtraError: If the compiler's plugin is not installed.
     """
-    args, devices = _place(tuple(args), target)
+    args, devices = _place_arguments(tuple(args), target)
     leaves, structure = jax.tree.flatten(args)
-    key = (structure, tuple(map(_signature, leaves)), target, tuple(donate))
+    key = (structure, tuple(map(_describe_argument, leaves)), target, tuple(donate))
     try:
         known = _outcomes.setdefault(fn, {})
     except TypeError:  # cannot be referenced weakly
@@ -78,17 +78,17 @@ def compile_for(
     return known[key]
 
 
-def _signature(leaf: Any) -> Any:
+def _describe_argument(leaf: Any) -> Any:
     if isinstance(leaf, jax.ShapeDtypeStruct):
         return leaf.shape, str(leaf.dtype), leaf.sharding, leaf.weak_type
     return type(leaf).__name__
 
 
-def _place(args: tuple[Any, ...], target: Target) -> tuple[tuple[Any, ...], int]:
+def _place_arguments(args: tuple[Any, ...], target: Target) -> tuple[tuple[Any, ...], int]:
     """Make all arguments abstract, on the target's mesh if one names it, else on one device."""
     available = target.devices()
     default: Any = SingleDeviceSharding(available[0])
-    for sharding in map(_named, jax.tree.leaves(args)):
+    for sharding in map(_find_named_sharding, jax.tree.leaves(args)):
         if sharding is None:
             continue
         if not sharding.device_set <= set(available):
@@ -106,14 +106,14 @@ def _place(args: tuple[Any, ...], target: Target) -> tuple[tuple[Any, ...], int]
         return jax.ShapeDtypeStruct(
             leaf.shape,
             leaf.dtype,
-            sharding=_named(leaf) or default,
+            sharding=_find_named_sharding(leaf) or default,
             weak_type=getattr(leaf, "weak_type", False),
         )
 
     return jax.tree.map(abstract, args), len(default.device_set)
 
 
-def _named(leaf: Any) -> NamedSharding | None:
+def _find_named_sharding(leaf: Any) -> NamedSharding | None:
     sharding = getattr(leaf, "sharding", None)
     if isinstance(sharding, NamedSharding) and isinstance(sharding.mesh, Mesh):
         return sharding
@@ -135,13 +135,13 @@ def _compile(
         if not str(error).startswith("RESOURCE_EXHAUSTED"):
             raise
         words = str(error).splitlines()[0]
-        return Outcome(None, {}, devices, arguments, _required(words), words)
+        return Outcome(None, {}, devices, arguments, _read_required(words), words)
     figures = _figures(program)
     bodies = {
         loop: _body(traced.jaxpr, loop, args, donate)
         for loop in (_aot_loops.loops(traced.jaxpr) if figures else ())
     }
-    return Outcome(program, _aot_loops.multiplied(figures, bodies), devices, arguments)
+    return Outcome(program, _aot_loops.multiply_loops(figures, bodies), devices, arguments)
 
 
 def _body(
@@ -152,7 +152,7 @@ def _body(
     donated = [k for k, is_given in enumerate(given) if is_given]
 
     def lowered(steps: int) -> Any:
-        jitted = jax.jit(_aot_loops.stepped(jaxpr, loop, steps), donate_argnums=donated)
+        jitted = jax.jit(_aot_loops.run_steps(jaxpr, loop, steps), donate_argnums=donated)
         return jitted.lower(*jax.tree.leaves(args))
 
     try:
@@ -168,7 +168,7 @@ def _body(
     return {key: three[key] - two[key] for key in two.keys() & three.keys()}
 
 
-def _required(words: str) -> int | None:
+def _read_required(words: str) -> int | None:
     for pattern in _REFUSALS:
         found = pattern.search(words)
         if found is not None:

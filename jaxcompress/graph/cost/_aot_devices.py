@@ -77,7 +77,7 @@ def _load_tpu(topology: str, options: Mapping[str, Any], name: str) -> list[Any]
     if importlib.util.find_spec("libtpu") is None and "TPU_LIBRARY_PATH" not in os.environ:
         raise MissingExtraError(f"Compiling for {name}", package="libtpu", extra="tpu")
     environment = _TPU_ENVIRONMENT
-    if _tpu_attached():  # then JAX sets libtpu up for the chips here, and first
+    if _has_tpu():  # then JAX sets libtpu up for the chips here, and first
         jax.devices()
         environment = {}
     if set(topology.partition(":")[2].split("x")) == {"1"}:
@@ -87,13 +87,13 @@ def _load_tpu(topology: str, options: Mapping[str, Any], name: str) -> list[Any]
         return topologies.get_topology_desc(topology, platform="tpu", **options).devices
 
 
-def _tpu_attached() -> bool:
-    vendors = (_read(path) for path in glob.glob("/sys/bus/pci/devices/*/vendor"))
+def _has_tpu() -> bool:
+    vendors = (_read_text(path) for path in glob.glob("/sys/bus/pci/devices/*/vendor"))
     google = any(vendor.strip() == "0x1ae0" for vendor in vendors)
     return google and bool(glob.glob("/dev/accel*") or glob.glob("/dev/vfio/[0-9]*"))
 
 
-def _read(path: str) -> str:
+def _read_text(path: str) -> str:
     try:
         with open(path) as file:
             return file.read()
@@ -102,7 +102,7 @@ def _read(path: str) -> str:
 
 
 def _load_cuda(topology: str, options: Mapping[str, Any], name: str) -> list[Any]:
-    plugins = [plugin for plugin in _CUDA_PLUGINS if _installed(plugin)]
+    plugins = [plugin for plugin in _CUDA_PLUGINS if _is_installed(plugin)]
     if not plugins:
         raise MissingExtraError(
             f"Compiling for {name}", package="jax-cuda12-plugin", extra="cuda12"
@@ -120,7 +120,7 @@ def _load_cuda(topology: str, options: Mapping[str, Any], name: str) -> list[Any
             return load()
 
 
-def _installed(module: str) -> bool:
+def _is_installed(module: str) -> bool:
     try:
         return importlib.util.find_spec(module) is not None
     except ModuleNotFoundError:

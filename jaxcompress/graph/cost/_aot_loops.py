@@ -68,12 +68,14 @@ def loops(jaxpr: Any) -> tuple[Loop, ...]:
         Their kinds, each once; a scan without steps or already unrolled is none.
     """
     found = {
-        loop: None for loop in _walk(jaxpr, 1, 0) if copies(loop.length, loop.unroll) < loop.length
+        loop: None
+        for loop in _walk_loops(jaxpr, 1, 0)
+        if copies(loop.length, loop.unroll) < loop.length
     }
     return tuple(found)
 
 
-def _walk(jaxpr: Any, outer: int, depth: int) -> Iterator[Loop]:
+def _walk_loops(jaxpr: Any, outer: int, depth: int) -> Iterator[Loop]:
     for eqn in jaxpr.eqns:
         inside, deeper = outer, depth
         if eqn.primitive.name == "scan":
@@ -81,7 +83,7 @@ def _walk(jaxpr: Any, outer: int, depth: int) -> Iterator[Loop]:
             yield loop
             inside, deeper = outer * loop.length, depth + 1
         for one in _compat.subjaxprs(eqn):
-            yield from _walk(one, inside, deeper)
+            yield from _walk_loops(one, inside, deeper)
 
 
 def _loop(eqn: Any, outer: int, depth: int) -> Loop:
@@ -91,7 +93,7 @@ def _loop(eqn: Any, outer: int, depth: int) -> Loop:
     return Loop(length, unroll, outer, depth)
 
 
-def stepped(jaxpr: Any, loop: Loop, steps: int) -> Callable[..., Any]:
+def run_steps(jaxpr: Any, loop: Loop, steps: int) -> Callable[..., Any]:
     """Make the function of a closed jaxpr with some of its scans replaced by a few of their steps.
 
     Args:
@@ -111,14 +113,14 @@ def _rewrite(jaxpr: Any, loop: Loop, steps: int, outer: int, depth: int) -> Any:
         if eqn.primitive.name == "scan":
             own = _loop(eqn, outer, depth)
             if own == loop:
-                return _steps(eqn, steps)
+                return _unroll_steps(eqn, steps)
             inside, deeper = outer * own.length, depth + 1
         return _compat.map_subjaxprs(eqn, lambda one: _rewrite(one, loop, steps, inside, deeper))
 
     return _compat.map_equations(jaxpr, change)
 
 
-def _steps(eqn: Any, count: int) -> Any:
+def _unroll_steps(eqn: Any, count: int) -> Any:
     """Make an equation that runs the first steps of a scan, one after the other."""
     num_consts, num_carry = _compat.scan_counts(eqn)
     step, opaque = jaxpr_as_fun(eqn.params["jaxpr"]), jax.lax.optimization_barrier
@@ -145,7 +147,7 @@ def _steps(eqn: Any, count: int) -> Any:
     return call.replace(invars=eqn.invars, outvars=eqn.outvars, effects=eqn.effects)
 
 
-def multiplied(
+def multiply_loops(
     figures: Mapping[str, float], bodies: Mapping[Loop, Mapping[str, float]]
 ) -> dict[str, float]:
     """Count every loop body as often as it runs.

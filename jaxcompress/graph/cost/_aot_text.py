@@ -58,7 +58,7 @@ def is_matrix(shape: Sequence[int], rows: int, columns: int) -> bool:
     return rows in heads or columns in heads
 
 
-def expanded_bytes(text: str, rows: int, columns: int) -> int:
+def count_expanded_bytes(text: str, rows: int, columns: int) -> int:
     """Give the bytes of the largest float array in memory that holds a whole such matrix.
 
     Args:

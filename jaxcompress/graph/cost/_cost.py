@@ -7,7 +7,7 @@ from typing import Any
 from jaxcompress import tree
 from jaxcompress.errors import ArgumentError
 from jaxcompress.graph.cost._aot import Outcome, compile_for
-from jaxcompress.graph.cost._aot_text import expanded_bytes
+from jaxcompress.graph.cost._aot_text import count_expanded_bytes
 from jaxcompress.graph.cost._found import (
     COUNTED,
     PROGRAM,
@@ -20,7 +20,7 @@ from jaxcompress.graph.cost._found import (
     SiteCost,
 )
 from jaxcompress.graph.cost._targets import Target, resolve
-from jaxcompress.graph.sites._graph import Contraction, Graph, stored
+from jaxcompress.graph.sites._graph import Contraction, Graph, describe_stored
 from jaxcompress.graph.sites._replay import call
 from jaxcompress.graph.sites._sites import Site
 from jaxcompress.graph.sites._trace import Traced, capture, trace
@@ -92,7 +92,7 @@ def cost(
     if target is not None:
         chosen = resolve(target)
         outcome = compile_for(run, args, chosen, [index + 1 for index in donate])
-        compiled = _compiled(chosen, outcome, graph)
+        compiled = _make_compiled(chosen, outcome, graph)
     contractions = (*graph.sites, *graph.elsewhere)
     return Cost(
         params=tree.count(params),
@@ -126,7 +126,7 @@ def _site_cost(site: Site, leaf: Any) -> SiteCost:
         name=site.name,
         primitive=site.primitive,
         shape=tuple(leaf.shape),
-        stored=stored(leaf),
+        stored=describe_stored(leaf),
         params=math.prod(leaf.shape),
         param_bytes=tree.nbytes(leaf),
         flops=site.flops,
@@ -135,7 +135,7 @@ def _site_cost(site: Site, leaf: Any) -> SiteCost:
     )
 
 
-def _compiled(target: Target, outcome: Outcome, graph: Graph) -> Compiled:
+def _make_compiled(target: Target, outcome: Outcome, graph: Graph) -> Compiled:
     told = TPU_ESTIMATE if target.platform == "tpu" else PROGRAM
     figures = {
         key: Figure(value=value, unit=unit, origin=told)
@@ -143,7 +143,7 @@ def _compiled(target: Target, outcome: Outcome, graph: Graph) -> Compiled:
         if (value := outcome.figures.get(key)) is not None
     }
     memory = Memory.of(outcome, told)
-    expanded = _expanded(outcome.program, graph)
+    expanded = _find_expanded(outcome.program, graph)
     moved = figures.get("bytes") or _least_traffic(graph, memory, expanded, outcome.devices)
     peak = memory.peak and memory.peak.value
     fits = None
@@ -192,7 +192,7 @@ def _roofline(target: Target, graph: Graph, moved: Figure | None, devices: int) 
     busy = 0.0
     for contraction in (*graph.sites, *graph.elsewhere):
         if contraction.flops:
-            rate = target.rate(_multiplied_dtype(contraction))
+            rate = target.rate(_find_dtype(contraction))
             if rate is None:
                 return None
             busy += contraction.flops / devices / rate
@@ -200,7 +200,7 @@ def _roofline(target: Target, graph: Graph, moved: Figure | None, devices: int) 
     return Figure(value=seconds, unit="s", origin=ROOFLINE)
 
 
-def _multiplied_dtype(contraction: Site | Contraction) -> Any:
+def _find_dtype(contraction: Site | Contraction) -> Any:
     operands = (
         (contraction.activation, contraction.weight)
         if isinstance(contraction, Site)
@@ -209,7 +209,7 @@ def _multiplied_dtype(contraction: Site | Contraction) -> Any:
     return max((operand.dtype for operand in operands), key=bits_of)
 
 
-def _expanded(program: Any, graph: Graph) -> dict[str, Figure]:
+def _find_expanded(program: Any, graph: Graph) -> dict[str, Figure]:
     found: dict[str, Figure] = {}
     quantized = [s for s in graph.sites if isinstance(graph.leaves[s.path], LeafNode)]
     if program is None or not quantized:
@@ -220,7 +220,7 @@ def _expanded(program: Any, graph: Graph) -> dict[str, Figure]:
         rows = math.prod(shape[k] for k in site.axes.contract)
         layers = math.prod(shape[k] for k in site.axes.stacked)
         columns = math.prod(shape) // max(rows * layers, 1)
-        size = expanded_bytes(text, rows, columns)
+        size = count_expanded_bytes(text, rows, columns)
         if size and min(rows, columns) > 1:
             found[site.path] = Figure(value=size, unit="B", origin=PROGRAM)
     return found

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from jaxcompress.graph.cost._aot import Outcome
 from jaxcompress.graph.cost._targets import Target
-from jaxcompress.text import grid, plain, scaled
+from jaxcompress.text import grid, render_plain, write_scaled
 
 if TYPE_CHECKING:
     import rich.console
@@ -180,9 +180,9 @@ class Compiled:
             "target": self.target.name,
             "devices": self.devices,
             "memory": self.memory.as_dict(),
-            "flops": _plain(self.flops),
-            "bytes": _plain(self.bytes),
-            "seconds": _plain(self.seconds),
+            "flops": _figure_to_dict(self.flops),
+            "bytes": _figure_to_dict(self.bytes),
+            "seconds": _figure_to_dict(self.seconds),
             "fits": self.fits,
             "refusal": self.refusal,
             "expanded": {path: figure.as_dict() for path, figure in self.expanded.items()},
@@ -195,7 +195,7 @@ class Compiled:
         }
 
 
-def _plain(figure: Figure | None) -> dict[str, Any] | None:
+def _figure_to_dict(figure: Figure | None) -> dict[str, Any] | None:
     return None if figure is None else figure.as_dict()
 
 
@@ -256,10 +256,10 @@ class Cost:
         }
 
     def __rich__(self) -> "rich.console.Group":
-        return _draw(self)
+        return _draw_cost(self)
 
     def __str__(self) -> str:
-        return plain(self)
+        return render_plain(self)
 
 
 # --- tables ---------------------------------------------------------------------------------------
@@ -268,7 +268,7 @@ SHOWN = 16
 """The table lists so many sites, the costliest; the others are summed in one row."""
 
 
-def _draw(cost: Cost) -> "rich.console.Group":
+def _draw_cost(cost: Cost) -> "rich.console.Group":
     """Draw a cost: its sites, its totals, and what the compiler says."""
     import rich.console
     import rich.text
@@ -296,30 +296,30 @@ def _sites(cost: Cost) -> "rich.table.Table":
                 "×".join(map(str, site.shape)),
                 site.stored,
                 str(site.repeats),
-                scaled(site.params, ""),
-                scaled(site.param_bytes, "B"),
-                scaled(site.flops, ""),
+                write_scaled(site.params, ""),
+                write_scaled(site.param_bytes, "B"),
+                write_scaled(site.flops, ""),
                 share(site.flops),
             )
     rest = [site for site in cost.sites if site not in shown]
     if rest:
         flops = sum(site.flops for site in rest)
         table.add_row(
-            f"… {len(rest)} more sites", "", "", "", "", "", scaled(flops, ""), share(flops)
+            f"… {len(rest)} more sites", "", "", "", "", "", write_scaled(flops, ""), share(flops)
         )
     if cost.elsewhere_flops:
         flops = cost.elsewhere_flops
-        table.add_row("without a leaf", "", "", "", "", "", scaled(flops, ""), share(flops))
+        table.add_row("without a leaf", "", "", "", "", "", write_scaled(flops, ""), share(flops))
     table.add_section()
-    params, size = scaled(cost.params, ""), scaled(cost.param_bytes, "B")
-    table.add_row("all leaves", "", "", "", params, size, scaled(cost.flops, ""), "")
+    params, size = write_scaled(cost.params, ""), write_scaled(cost.param_bytes, "B")
+    table.add_row("all leaves", "", "", "", params, size, write_scaled(cost.flops, ""), "")
     return table
 
 
 def _totals(cost: Cost) -> "rich.table.Table":
     table = grid(["figure"], ["value", "origin"])
-    table.add_row("FLOPs", scaled(cost.flops, "FLOP"), "jaxpr count")
-    table.add_row("bytes of all contractions", scaled(cost.bytes, "B"), "jaxpr count")
+    table.add_row("FLOPs", write_scaled(cost.flops, "FLOP"), "jaxpr count")
+    table.add_row("bytes of all contractions", write_scaled(cost.bytes, "B"), "jaxpr count")
     compiled = cost.compiled
     if compiled is None:
         return table
@@ -338,7 +338,7 @@ def _totals(cost: Cost) -> "rich.table.Table":
     ]
     for name, figure in rows:
         if figure is not None:
-            table.add_row(name, scaled(figure.value, figure.unit), figure.origin)
+            table.add_row(name, write_scaled(figure.value, figure.unit), figure.origin)
     return table
 
 
@@ -348,11 +348,11 @@ def _remarks(compiled: Compiled) -> list[str]:
     lines = [f"Target {target.name}{devices}. {target.source}".strip()]
     if compiled.fits is not None and target.memory is not None:
         verb = "fits" if compiled.fits else "DOES NOT FIT"
-        lines.append(f"It {verb} the {scaled(target.memory, 'B')} of one device.")
+        lines.append(f"It {verb} the {write_scaled(target.memory, 'B')} of one device.")
     if compiled.refusal:
         lines.append(compiled.refusal)
     for path, size in compiled.expanded.items():
         lines.append(
-            f"{path} is dequantized to a whole array in memory: {scaled(size.value, 'B')}."
+            f"{path} is dequantized to a whole array in memory: {write_scaled(size.value, 'B')}."
         )
     return lines

@@ -1,5 +1,6 @@
 """Targets: the accelerators that a cost can be asked for, with their published peak figures."""
 
+import functools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -265,64 +266,47 @@ def _tpu(name: str, topology: str, **figures: Any) -> Target:
     )
 
 
-def _hopper(name: str, *, memory: int, bandwidth: float, description: str) -> Target:
-    options = cuda_options(
-        capability=(9, 0),
-        cores=132,
-        fpus_per_core=128,
-        clock_ghz=1.98,
-        bandwidth=bandwidth,
-        l2_bytes=50 * 2**20,
-        memory=memory,
-        shared_per_core=228 * 1024,
-        shared_per_block=227 * 1024,
-        description=description,
-    )
+def _cuda(
+    name: str,
+    *,
+    rates: Mapping[str, float],
+    memory: int,
+    bandwidth: float,
+    sheet: str,
+    **machine: Any,
+) -> Target:
+    """Describe a card by its `machine`, as `cuda_options` takes it, and its data sheet."""
     return Target(
         name=name,
         platform="cuda",
         topology=name,
-        options=options,
-        rates={
-            "bfloat16": 989.5e12,
-            "float32": 494.7e12,
-            "float64": 67e12,
-            "int8": 1979e12,
-            "float8": 1979e12,
-        },
+        options=cuda_options(memory=memory, bandwidth=bandwidth, **machine),
+        rates=rates,
         bandwidth=bandwidth,
         memory=memory,
-        source=f"NVIDIA {name.upper()} Tensor Core GPU data sheet, SXM, dense rates (half of the "
-        "'with sparsity' ones); float32 at the TF32 rate, as JAX's default precision computes it",
-    )
-
-
-def _a100() -> Target:
-    memory, bandwidth = 80 * GIB, 2.039e12
-    options = cuda_options(
-        capability=(8, 0),
-        cores=108,
-        fpus_per_core=64,
-        clock_ghz=1.41,
-        bandwidth=bandwidth,
-        l2_bytes=40 * 2**20,
-        memory=memory,
-        shared_per_core=164 * 1024,
-        shared_per_block=163 * 1024,
-        description="NVIDIA A100-SXM4-80GB",
-    )
-    return Target(
-        name="a100",
-        platform="cuda",
-        topology="a100",
-        options=options,
-        rates={"bfloat16": 312e12, "float32": 156e12, "float64": 19.5e12, "int8": 624e12},
-        bandwidth=bandwidth,
-        memory=memory,
-        source="NVIDIA A100 Tensor Core GPU data sheet, 80GB SXM, dense rates; float32 at the TF32 "
+        source=f"NVIDIA {name.upper()} Tensor Core GPU data sheet, {sheet}; float32 at the TF32 "
         "rate, as JAX's default precision computes it",
     )
 
+
+_hopper = functools.partial(
+    _cuda,
+    capability=(9, 0),
+    cores=132,
+    fpus_per_core=128,
+    clock_ghz=1.98,
+    l2_bytes=50 * 2**20,
+    shared_per_core=228 * 1024,
+    shared_per_block=227 * 1024,
+    rates={
+        "bfloat16": 989.5e12,
+        "float32": 494.7e12,
+        "float64": 67e12,
+        "int8": 1979e12,
+        "float8": 1979e12,
+    },
+    sheet="SXM, dense rates (half of the 'with sparsity' ones)",
+)
 
 TARGETS: dict[str, Target] = {
     target.name: target
@@ -350,7 +334,21 @@ TARGETS: dict[str, Target] = {
         _tpu(
             "tpu-v6e", "v6e:1x1", bfloat16=918e12, int8=1836e12, bandwidth=1.64e12, memory=32 * GIB
         ),
-        _a100(),
+        _cuda(
+            "a100",
+            capability=(8, 0),
+            cores=108,
+            fpus_per_core=64,
+            clock_ghz=1.41,
+            bandwidth=2.039e12,
+            l2_bytes=40 * 2**20,
+            memory=80 * GIB,
+            shared_per_core=164 * 1024,
+            shared_per_block=163 * 1024,
+            description="NVIDIA A100-SXM4-80GB",
+            rates={"bfloat16": 312e12, "float32": 156e12, "float64": 19.5e12, "int8": 624e12},
+            sheet="80GB SXM, dense rates",
+        ),
         _hopper("h100", memory=80 * GIB, bandwidth=3.35e12, description="NVIDIA H100 80GB HBM3"),
         _hopper("h200", memory=141 * 10**9, bandwidth=4.8e12, description="NVIDIA H200"),
     )

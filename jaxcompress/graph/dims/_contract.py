@@ -32,8 +32,7 @@ class _RaggedDot:
         numbers = step.params["ragged_dot_dimension_numbers"]
         (lhs, rhs), (lhs_batch, rhs_batch) = numbers.dot_dimension_numbers
         x, w = step.operands[:2]
-        for axis in step.operands[2]:
-            step.labels.freeze(axis, "its entries are sizes of groups")
+        step.labels.freeze_all(step.operands[2], "its entries are sizes of groups")
         for k in numbers.lhs_ragged_dimensions:
             step.labels.freeze(x[k], "it is divided into groups by values")
         for k in numbers.rhs_group_dimensions:
@@ -47,8 +46,8 @@ class _RaggedDot:
         right = [a for k, a in enumerate(w) if k not in gone]
         result = [*(x[k] for k in lhs_batch), *left, *right]
         if ragged & set(lhs):  # one result per group
-            groups = step.labels.fresh(step.shape()[0])
-            step.labels.freeze(groups, "its entries are groups whose sizes are values")
+            sizes = "its entries are groups whose sizes are values"
+            groups = step.labels.fresh(step.shape()[0], frozen=sizes)
             result = [groups, *result]
         return [tuple(result)]
 
@@ -61,8 +60,10 @@ class _Conv:
         lhs, rhs, out = numbers.lhs_spec, numbers.rhs_spec, numbers.out_spec
         result: list[Axis] = list(step.fresh()[0])
         if params["batch_group_count"] > 1:
-            for axis in (x[lhs[0]], x[lhs[1]], w[rhs[0]], result[out[1]]):
-                labels.freeze(axis, "a convolution divides the batch into groups")
+            labels.freeze_all(
+                (x[lhs[0]], x[lhs[1]], w[rhs[0]], result[out[1]]),
+                "a convolution divides the batch into groups",
+            )
             labels.unify(x[lhs[1]], w[rhs[1]])
         else:
             # Channels are (group, channel of the group), in and out: depthwise is one of each.
@@ -195,8 +196,7 @@ class _Scatter:
         """Follow an axis of which a part is written: where it starts must be known."""
         axis, start = step.operands[0][k], self._start(step, k, len(update))
         if start is None:
-            for one in (axis, update):
-                step.labels.freeze(one, "windows of it are written")
+            step.labels.freeze_all((axis, update), "windows of it are written")
         elif len(update) == 1:
             step.labels.freeze(axis[start : start + 1], "an index of it is written alone")
         else:

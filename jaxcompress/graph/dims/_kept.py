@@ -7,7 +7,9 @@ from typing import Any, TypeAlias
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import AxisType, PartitionSpec
+from jax.sharding import PartitionSpec
+
+from jaxcompress.meshes import find_explicit_mesh
 
 Mask: TypeAlias = np.ndarray | None
 """Which indices of an axis are kept: (size,) bool, (layers, size) where layers differ, or `None`
@@ -63,7 +65,7 @@ class Kept:
 
     def shape(self, number: int = 0) -> tuple[Any, ...]:
         """Give the new shape of a result; symbolic dimensions stay symbolic."""
-        return resized(self.eqn.outvars[number].aval.shape, self._results[number], self.count)
+        return resize_shape(self.eqn.outvars[number].aval.shape, self._results[number], self.count)
 
     def take(self, x: Any, number: int = 0) -> Any:
         """Take the kept indices of a result that was made at full size."""
@@ -71,7 +73,7 @@ class Kept:
         for k, (rows, layer) in mine.items():
             x = jnp.take(x, rows, axis=k) if layer is None else take_by_layer(x, rows, k, layer)
         masks = self._results[number]
-        return taken(x, [None if k in mine else mask for k, mask in enumerate(masks)])
+        return take_kept(x, [None if k in mine else mask for k, mask in enumerate(masks)])
 
     def index(self, number: int, axis: int, positions: np.ndarray) -> np.ndarray:
         """Renumber positions along an operand's axis, leaving out those that are gone."""
@@ -82,7 +84,7 @@ class Kept:
         return (np.cumsum(mask) - 1)[positions[mask[positions]]]
 
 
-def resized(shape: Sequence[Any], masks: Sequence[Mask], count: Any) -> tuple[Any, ...]:
+def resize_shape(shape: Sequence[Any], masks: Sequence[Mask], count: Any) -> tuple[Any, ...]:
     """Give a shape with masked axes shrunk; a symbolic one by the fraction that is kept."""
     new = []
     for n, mask in zip(shape, masks, strict=True):
@@ -95,7 +97,7 @@ def resized(shape: Sequence[Any], masks: Sequence[Mask], count: Any) -> tuple[An
     return tuple(new)
 
 
-def taken(x: Any, masks: Sequence[Mask]) -> Any:
+def take_kept(x: Any, masks: Sequence[Mask]) -> Any:
     """Take the kept indices along each axis."""
     for k, mask in enumerate(masks):
         if mask is not None:
@@ -119,12 +121,11 @@ def take(x: Any, indices: np.ndarray, axis: int) -> Any:
         >>> take(jnp.arange(6).reshape(2, 3), np.array([0, 2]), 1).tolist()
         [[0, 2], [3, 5]]
     """
-    place = jax.typeof(x).sharding
-    spec = list(place.spec)
-    if AxisType.Explicit not in place.mesh.axis_types or all(name is None for name in spec):
+    mesh, spec = find_explicit_mesh(x), list(jax.typeof(x).sharding.spec)
+    if mesh is None or all(name is None for name in spec):
         return jnp.take(x, indices, axis=axis)
     names = spec[axis] if isinstance(spec[axis], tuple) else (spec[axis],)
-    parts = math.prod(place.mesh.shape[name] for name in names if name is not None)
+    parts = math.prod(mesh.shape[name] for name in names if name is not None)
     if len(indices) % parts:
         spec[axis] = None
     where = (*(slice(None) for _ in range(axis)), indices)

@@ -95,7 +95,7 @@ def fact_after(eqn: Any, known: Sequence[Fact], results: Sequence[Axes]) -> Fact
         counts = (results[0][eqn.params["dimension"]],)
     elif name not in _COUNTS or not (made or _offsets(eqn)):
         counts = ()
-    return Fact(made, _folded(eqn, [fact.value for fact in known]), counts)
+    return Fact(made, _fold_constants(eqn, [fact.value for fact in known]), counts)
 
 
 def _offsets(eqn: Any) -> bool:
@@ -106,14 +106,14 @@ def _offsets(eqn: Any) -> bool:
     return integer and moves
 
 
-def compared(eqn: Any, known: Sequence[Fact]) -> tuple[Axis, ...]:
+def list_compared(eqn: Any, known: Sequence[Fact]) -> tuple[Axis, ...]:
     """List the axes whose positions an equation compares with values that fn is given."""
     if eqn.primitive.name not in _COMPARES or all(fact.made for fact in known):
         return ()
     return tuple(axis for fact in known for axis in fact.counts)
 
 
-def _folded(eqn: Any, known: Sequence[np.ndarray | None]) -> np.ndarray | None:
+def _fold_constants(eqn: Any, known: Sequence[np.ndarray | None]) -> np.ndarray | None:
     """Evaluate an equation on small integers that are known."""
     if eqn.primitive.name not in _FOLDED or any(value is None for value in known):
         return None

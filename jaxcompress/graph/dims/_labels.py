@@ -7,7 +7,7 @@ merging axes and found by splitting them, so the whole is first-order unificatio
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import TypeAlias
 
 import numpy as np
@@ -48,11 +48,12 @@ class Labels:
         other.frozen, other.frozen_else = list(self.frozen), list(self.frozen_else)
         return other
 
-    def fresh(self, size: int) -> Axis:
-        """Make labels that are known of nothing."""
-        if size == 1:
-            return np.zeros(1, np.int32)
-        return self._new(size)
+    def fresh(self, size: int, *, frozen: str | None = None) -> Axis:
+        """Make labels that are known of nothing; `frozen` says why none may be removed."""
+        axis = np.zeros(1, np.int32) if size == 1 else self._new(size)
+        if frozen is not None:
+            self.freeze(axis, frozen)
+        return axis
 
     def _new(self, size: int) -> Axis:
         end = self._count + size
@@ -70,6 +71,11 @@ class Labels:
         """Say that no index of an axis may be removed; `otherwise`: if nothing else says it."""
         if len(axis) > 1 or axis.any():
             (self.frozen_else if otherwise else self.frozen).append((axis, reason))
+
+    def freeze_all(self, axes: Iterable[Axis], reason: str, *, otherwise: bool = False) -> None:
+        """Say it of several axes."""
+        for axis in axes:
+            self.freeze(axis, reason, otherwise=otherwise)
 
     # --- classes --------------------------------------------------------------------------------
 
@@ -162,7 +168,7 @@ class Labels:
         for ka, kb in {(int(x), int(y)) for x, y in zip(arity_a, arity_b, strict=True)}:
             mine = (arity_a == ka) & (arity_b == kb)
             one, other = rows_a[mine, :ka], rows_b[mine, :kb]
-            segments = _aligned(one, other)
+            segments = _align_columns(one, other)
             if segments is None:
                 self._conflict(a[mine])
                 self._conflict(b[mine])
@@ -266,7 +272,9 @@ def _partition(rows: np.ndarray) -> np.ndarray:
     return order[inverse.reshape(-1)]
 
 
-def _aligned(a: np.ndarray, b: np.ndarray) -> list[tuple[tuple[int, int], tuple[int, int]]] | None:
+def _align_columns(
+    a: np.ndarray, b: np.ndarray
+) -> list[tuple[tuple[int, int], tuple[int, int]]] | None:
     """Find which columns of two descriptions of the same indices are the same.
 
     Returns:

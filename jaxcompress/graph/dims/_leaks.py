@@ -11,14 +11,14 @@ from jax import lax
 
 from jaxcompress import tree
 from jaxcompress.graph.dims._kept import Kept
-from jaxcompress.graph.dims._remask import Masker, filled, neutral_of, seen_at
+from jaxcompress.graph.dims._remask import Masker, fill_removed, neutral_of
 from jaxcompress.graph.dims._removed import KeepIndices, Removed, removed_by
 from jaxcompress.graph.dims._walk import dims
 from jaxcompress.graph.program import _compat
 from jaxcompress.graph.program._constructs import Cells
 from jaxcompress.graph.program._interpret import Position
 from jaxcompress.graph.program._run import Equation
-from jaxcompress.graph.sites._replay import execute
+from jaxcompress.graph.sites._replay import execute_plan
 from jaxcompress.graph.sites._trace import Traced, call_of
 
 
@@ -64,7 +64,7 @@ class _Opened(Masker):
             pairs = zip(operands, fill(0), strict=True)
             gaps = [jnp.max(jnp.abs(x - z), initial=0) for x, z in pairs if tree.is_floating(x)]
             seen = jnp.max(jnp.stack([jnp.float32(0), *map(jnp.float32, gaps)]))
-            return _compat.bind(equation.eqn, operands), {seen_at(here): seen}
+            return _compat.bind(equation.eqn, operands), {(here, "seen"): seen}
         flag = self._opened(self.places[here][0])
         clean = fill(neutral_of(equation.eqn))
         if flag is not None:
@@ -105,12 +105,12 @@ def leaks(
     """
     traced = call_of(fn, params, inputs, kwargs)
     removed = removed_by(dims(traced), removed_from)
-    args = (_zeroed(params, removed), inputs, kwargs)
+    args = (_set_zero(params, removed), inputs, kwargs)
     recorder = _Opened(removed)
-    record = jax.jit(lambda: execute(traced, recorder.plan, args, recorder.cells)[1])()
+    record = jax.jit(lambda: execute_plan(traced, recorder.plan, args, recorder.cells)[1])()
     places: dict[str, tuple[float, dict[str, None]]] = {}
     for here, (place, name) in recorder.places.items():
-        seen = float(np.max(record.get(seen_at(here), 0.0)))
+        seen = float(np.max(record.get((here, "seen"), 0.0)))
         if seen > 0:
             largest, names = places.get(place, (0.0, {}))
             places[place] = max(largest, seen), {**names, name: None}
@@ -121,7 +121,7 @@ def leaks(
     def outputs(flags: Any) -> list[Any]:
         opened = lambda place: flags[chosen.index(place)] if place in chosen else None
         masker = _Opened(removed, opened)
-        results, _ = execute(traced, masker.plan, args, masker.cells)
+        results, _ = execute_plan(traced, masker.plan, args, masker.cells)
         return [x for x in jax.tree.leaves(results) if tree.is_floating(x)]
 
     flags = np.concatenate([np.zeros((1, len(chosen)), bool), np.eye(len(chosen), dtype=bool)])
@@ -142,17 +142,13 @@ def leaks(
     return tuple(sorted(found, key=lambda leak: -leak.effect))
 
 
-def _zeroed(params: tree.Params, removed: Removed) -> tree.Params:
-    labelled = removed.dims
-
-    def zeroed(path: str, leaf: Any) -> Any:
-        for k, mask in enumerate(removed.masks(labelled.leaves[path])):
+def _set_zero(params: tree.Params, removed: Removed) -> tree.Params:
+    def set_leaf(path: str, leaf: Any) -> Any:
+        axes = removed.dims.leaves[path]
+        for k, mask in enumerate(removed.masks(axes)):
             if mask is not None:
-                level = None
-                if mask.ndim > 1:
-                    axes = labelled.leaves[path]
-                    level = labelled.layer_axis(axes, removed.level_of(axes[k]))
-                leaf = filled(leaf, mask, k, level, 0)
+                layer = None if mask.ndim == 1 else removed.place_layers(mask, axes, k, ())[1]
+                leaf = fill_removed(leaf, mask, k, layer, 0)
         return leaf
 
-    return tree.map_with_path(zeroed, params)
+    return tree.map_with_path(set_leaf, params)

@@ -16,12 +16,10 @@ class _Factorize:
         for axes in step.operands:
             for a, b in zip(batch, axes, strict=False):
                 step.labels.unify(a, b)
-            for axis in axes[count:]:
-                step.labels.freeze(axis, f"{step.name} needs the whole matrix")
+            step.labels.freeze_all(axes[count:], f"{step.name} needs the whole matrix")
         results = []
         for axes in step.fresh():
-            for axis in axes[count:]:
-                step.labels.freeze(axis, f"{step.name} makes it")
+            step.labels.freeze_all(axes[count:], f"{step.name} makes it")
             results.append((*batch, *axes[count:]))
         return results
 
@@ -37,7 +35,6 @@ class _Solve:
         for axes in matrix:
             for a, b in zip(right[:count], axes, strict=False):
                 step.labels.unify(a, b)
-            for axis in axes[count:]:
-                step.labels.freeze(axis, f"{step.name} needs the whole matrix")
+            step.labels.freeze_all(axes[count:], f"{step.name} needs the whole matrix")
         step.labels.freeze(right[solved], f"{step.name} solves along it")
         return [right]

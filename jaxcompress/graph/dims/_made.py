@@ -1,5 +1,6 @@
 """How labels go through what fn makes itself: iotas, random keys and random numbers."""
 
+import itertools
 from collections.abc import Sequence
 from typing import Any
 
@@ -31,12 +32,10 @@ class _Made:
 )  # fmt: skip
 class _Keys:
     def follow(self, step: Step) -> list[Axes]:
-        for axes in step.operands:
-            for axis in axes:
-                step.labels.freeze(axis, "random keys depend on it", otherwise=True)
-        results = step.fresh()
-        for axis in (axis for axes in results for axis in axes):
-            step.labels.freeze(axis, "it is an axis of random keys", otherwise=True)
+        results, made = step.fresh(), "it is an axis of random keys"
+        operands = itertools.chain(*step.operands)
+        step.labels.freeze_all(operands, "random keys depend on it", otherwise=True)
+        step.labels.freeze_all(itertools.chain(*results), made, otherwise=True)
         return results
 
 

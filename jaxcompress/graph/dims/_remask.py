@@ -5,22 +5,22 @@ removed index occurs. Widths that are written in fn as numbers, such as the divi
 """
 
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from jaxcompress import tree
-from jaxcompress.graph.dims._kept import Kept, Mask
+from jaxcompress.graph.dims._kept import Kept
 from jaxcompress.graph.dims._removed import KeepIndices, Removed, removed_by
 from jaxcompress.graph.dims._rule import Axes, dims_rule
 from jaxcompress.graph.dims._walk import dims
 from jaxcompress.graph.program import _compat
-from jaxcompress.graph.program._constructs import Cells, construct
+from jaxcompress.graph.program._constructs import Cells, construct, has_own_rule
 from jaxcompress.graph.program._interpret import Position
-from jaxcompress.graph.program._run import Equation, Plan, Visit, never, run
-from jaxcompress.graph.sites._replay import execute
+from jaxcompress.graph.program._run import Equation, Plan, Visit, never, run_program
+from jaxcompress.graph.sites._replay import execute_plan
 from jaxcompress.graph.sites._trace import Traced, call_of, wraps
 
 
@@ -28,12 +28,12 @@ class Masker:
     """Makes the plan by which a program runs at full size, with zeros where indices are gone."""
 
     def __init__(self, removed: Removed, *, fills: bool = False):
-        self._removed, self.cells = removed, dict[str, Any]()
+        self._removed, self.cells = removed, Cells()
         self.places: dict[Position, tuple[str, str]] = {}
         """Where each visited equation is, in JAX's names of modules, and its primitive."""
         self._layer_axes: dict[tuple[Position, str, int, int], int] = {}
         visits: dict[Position, Visit] = {}
-        keyed: dict[Position, tuple[str, ...]] = {}
+        keyed: dict[Position, tuple[Hashable, ...]] = {}
         around: dict[Position, str] = {}
         for prefix, (program, env) in removed.dims.programs.items():
             for number, eqn in enumerate(program.eqns):
@@ -42,60 +42,55 @@ class Masker:
                     continue
                 names = (around.get(prefix[:-1], ""), str(eqn.source_info.name_stack))
                 around[here] = "/".join(name for name in names if name)
-                if eqn.primitive.name in ("custom_jvp_call", "custom_vjp_call"):
+                if has_own_rule(eqn.primitive.name):
                     # Nothing here is differentiated, so that the body can stand in the open.
                     visits[here] = functools.partial(self._inline, here)
                     continue
-                of = functools.partial(self._of, env)
+                of = functools.partial(removed.masks_of, env)
                 kept = Kept(eqn, [*map(of, eqn.invars)], [*map(of, eqn.outvars)])
                 if construct(eqn.primitive.name) is None and self._takes(here, kept):
                     visits[here] = functools.partial(self._visit, here, kept)
                     self.places[here] = around[here], eqn.primitive.name
                     self._add_cell(here, kept, env, keyed)
         if fills:
-            keyed |= {here: (*keyed.get(here, ()), seen_at(here)) for here in visits}
+            keyed |= {here: (*keyed.get(here, ()), (here, "seen")) for here in visits}
         self.plan = Plan(visits, {}, never, fills=fills, keyed=keyed)
 
     def _takes(self, here: Position, kept: Kept) -> bool:
         """Tell whether an equation is visited."""
         return kept.changes
 
-    def _of(self, env: Mapping[Any, Axes], atom: Any) -> tuple[Mask, ...]:
-        return () if isinstance(atom, _compat.Literal) else self._removed.masks(env[atom])
-
     def _add_cell(
         self,
         here: Position,
         kept: Kept,
         env: Mapping[Any, Axes],
-        keyed: dict[Position, tuple[str, ...]],
+        keyed: dict[Position, tuple[Hashable, ...]],
     ) -> None:
         """Have masks that differ between layers sliced by the scans around, layer by layer."""
-        dims, scans = self._removed.dims, self._removed.dims.scans[here[:-1]]
-        cell: dict[str, Any] = {}
+        scans = self._removed.dims.scans[here[:-1]]
+        cell: dict[tuple[str, int, int], Any] = {}
         for side, masks, atoms in (("operand", kept.operand, kept.eqn.invars),
                                    ("result", kept.result, kept.eqn.outvars)):  # fmt: skip
             for number, atom in enumerate(atoms):
                 for k, mask in enumerate(masks(number)):
                     if mask is None or mask.ndim == 1:
                         continue
-                    level = self._removed.level_of(env[atom][k])
-                    if level in scans:
-                        cell[f"{side} {number} {k}"] = self._removed.spread(mask, scans, level)
+                    spread, layer = self._removed.place_layers(mask, env[atom], k, scans)
+                    if layer is None:
+                        cell[side, number, k] = spread
                     else:
-                        at = dims.layer_axis(env[atom], level)
-                        assert at is not None, "masks that differ stand beside their layers"
-                        self._layer_axes[here, side, number, k] = at
+                        self._layer_axes[here, side, number, k] = layer
         if cell:
-            keyed[here] = (str(here),)
-            self.cells[str(here)] = cell
+            keyed[here] = ((here, "masks"),)
+            self.cells[here, "masks"] = cell
 
     def _inline(
         self, here: Position, equation: Equation, operands: Sequence[Any], cells: Cells
     ) -> tuple[list, Cells]:
         rule: Any = construct(equation.primitive.name)
         (body,) = rule.bodies(equation.eqn)
-        return run(body.program, operands, self.plan, cells, (*here, 0))
+        return run_program(body.program, operands, self.plan, cells, (*here, 0))
 
     def _visit(
         self, here: Position, kept: Kept, equation: Equation, operands: Sequence[Any], cells: Cells
@@ -110,11 +105,11 @@ class Masker:
         self, here: Position, kept: Kept, cells: Cells, x: Any, side: str, number: int, value: Any
     ) -> Any:
         """Set the removed indices of an operand or result to a value."""
-        cell = cells.get(str(here), {})
+        cell = cells.get((here, "masks"), {})
         for k, mask in enumerate(getattr(kept, side)(number)):
-            mask = cell.get(f"{side} {number} {k}", mask)
+            mask = cell.get((side, number, k), mask)
             if mask is not None:
-                x = filled(x, mask, k, self._layer_axes.get((here, side, number, k)), value)
+                x = fill_removed(x, mask, k, self._layer_axes.get((here, side, number, k)), value)
         return x
 
 
@@ -122,11 +117,6 @@ def neutral_of(eqn: Any) -> Any:
     """Give what changes nothing when an equation reduces over it."""
     neutral = getattr(dims_rule(eqn.primitive.name), "neutral", 0)
     return neutral(eqn.invars[0].aval.dtype) if callable(neutral) else neutral
-
-
-def seen_at(here: Position) -> str:
-    """Name the cell of what is seen at an equation."""
-    return f"seen at {here}"
 
 
 def remask(fn: Callable[..., Any] | Traced, removed_from: KeepIndices) -> Callable[..., Any]:
@@ -157,12 +147,12 @@ def remask(fn: Callable[..., Any] | Traced, removed_from: KeepIndices) -> Callab
     def remasked(params: tree.Params, *inputs: Any, **kwargs: Any) -> Any:
         traced = call_of(fn, params, inputs, kwargs)
         masker = Masker(removed_by(dims(traced), removed_from))
-        return execute(traced, masker.plan, (params, inputs, kwargs), masker.cells)[0]
+        return execute_plan(traced, masker.plan, (params, inputs, kwargs), masker.cells)[0]
 
     return remasked
 
 
-def filled(x: Any, mask: Any, axis: int, layer_axis: int | None, value: Any) -> Any:
+def fill_removed(x: Any, mask: Any, axis: int, layer_axis: int | None, value: Any) -> Any:
     """Set removed indices of an axis to a value; of each layer its own, along another axis."""
     if jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
         return x

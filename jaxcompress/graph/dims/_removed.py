@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import numpy as np
 
@@ -11,6 +11,7 @@ from jaxcompress.graph.dims._found import Dims
 from jaxcompress.graph.dims._kept import Mask
 from jaxcompress.graph.dims._labels import Axis
 from jaxcompress.graph.dims._rule import Axes
+from jaxcompress.graph.program import Literal
 
 KeepIndices: TypeAlias = Mapping[str, Mapping[int, np.ndarray]]
 """`{path: {axis: indices to keep}}`, (K,), or (L, K) where L stacked layers differ."""
@@ -55,8 +56,23 @@ class Removed:
         (level,) = (k for k, flags in self.by_layer.items() if flags[:, rows].any())
         return level
 
-    def spread(self, x: np.ndarray, scans: Sequence[int], level: int) -> np.ndarray:
-        """Give (L, n) an axis for each scan around; it differs along one of them."""
+    def place_layers(
+        self, x: np.ndarray, axes: Axes, k: int, scans: Sequence[int]
+    ) -> tuple[np.ndarray, int | None]:
+        """Put what differs between layers along axis `k` of a variable, (L, n), beside these.
+
+        Returns:
+            It with an axis for each of the scans around, which slice it, and `None`; or itself,
+            and the axis of the variable that counts layers.
+        """
+        level = self.level_of(axes[k])
+        if level in scans:
+            return self._spread(x, scans, level), None
+        layer = self.dims.layer_axis(axes, level)
+        assert layer is not None, "masks that differ stand beside their layers"
+        return x, layer
+
+    def _spread(self, x: np.ndarray, scans: Sequence[int], level: int) -> np.ndarray:
         lengths = [self.dims.levels[k].length for k in scans]
         shape = [n if k == level else 1 for k, n in zip(scans, lengths, strict=True)]
         return np.broadcast_to(x.reshape((*shape, x.shape[1])), (*lengths, x.shape[1]))
@@ -64,6 +80,10 @@ class Removed:
     def masks(self, axes: Axes) -> tuple[Mask, ...]:
         """Say it for all axes of a variable."""
         return tuple(self.mask(axis) for axis in axes)
+
+    def masks_of(self, env: Mapping[Any, Axes], atom: Any) -> tuple[Mask, ...]:
+        """Say it for a variable, or for a literal, of which nothing is removed."""
+        return () if isinstance(atom, Literal) else self.masks(env[atom])
 
 
 def removed_by(dims: Dims, keep: KeepIndices) -> Removed:
@@ -83,7 +103,7 @@ def removed_by(dims: Dims, keep: KeepIndices) -> Removed:
                 else:
                     _add_layer(dims, by_layer, gone, layer, len(indices), path)
     removed = Removed(dims=dims, everywhere=everywhere, by_layer=by_layer)
-    _check(dims, removed, keep)
+    _check_frozen(dims, removed, keep)
     return removed
 
 
@@ -108,7 +128,7 @@ def _add_layer(
         flags[layer, gone[dims.layers[gone] == level]] = True
 
 
-def _check(dims: Dims, removed: Removed, keep: KeepIndices) -> None:
+def _check_frozen(dims: Dims, removed: Removed, keep: KeepIndices) -> None:
     gone = removed.everywhere.copy()
     for flags in removed.by_layer.values():
         gone |= flags.any(axis=0)
@@ -124,7 +144,8 @@ def _check(dims: Dims, removed: Removed, keep: KeepIndices) -> None:
                     fix="Keep the whole of a frozen axis; `structured.groups` says which are.",
                 )
             have, want = removed.mask(axis), keep.get(path, {}).get(k)
-            _check_tied(path, k, _mask(have, len(axis)), _mask_of(want, len(axis)))
+            have = mask_of(None, len(axis)) if have is None else have
+            _check_tied(path, k, have, mask_of(want, len(axis)))
 
 
 def _check_tied(path: str, axis: int, have: np.ndarray, want: np.ndarray) -> None:
@@ -140,11 +161,8 @@ def _check_tied(path: str, axis: int, have: np.ndarray, want: np.ndarray) -> Non
         )
 
 
-def _mask(mask: Mask, size: int) -> np.ndarray:
-    return np.ones(size, bool) if mask is None else mask
-
-
-def _mask_of(indices: np.ndarray | None, size: int) -> np.ndarray:
+def mask_of(indices: np.ndarray | None, size: int) -> np.ndarray:
+    """Flag the indices that are kept, of each layer where they differ; `None` keeps all."""
     if indices is None:
         return np.ones(size, bool)
     mask = np.zeros((*indices.shape[:-1], size), bool)

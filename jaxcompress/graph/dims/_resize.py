@@ -17,19 +17,19 @@ from jax.core import Tracer
 from jaxcompress import tree
 from jaxcompress.errors import ArgumentError, StructureError
 from jaxcompress.graph.dims._found import Dims
-from jaxcompress.graph.dims._kept import Kept, Mask, taken
+from jaxcompress.graph.dims._kept import Kept, Mask, take_kept
 from jaxcompress.graph.dims._known import fact_of_literal
 from jaxcompress.graph.dims._labels import Labels
 from jaxcompress.graph.dims._removed import KeepIndices, Removed, removed_by
 from jaxcompress.graph.dims._rule import Axes, dims_rule
-from jaxcompress.graph.dims._walk import Known, Labelling, dims
+from jaxcompress.graph.dims._walk import Labelled, Labelling, dims
 from jaxcompress.graph.program import _compat
 from jaxcompress.graph.program._calls import Calls
 from jaxcompress.graph.program._compat import Program
 from jaxcompress.graph.program._constructs import Cells, construct
 from jaxcompress.graph.program._interpret import Position
 from jaxcompress.graph.program._run import Equation, Plan, Visit, leave_out
-from jaxcompress.graph.sites._replay import execute
+from jaxcompress.graph.sites._replay import execute_plan
 from jaxcompress.graph.sites._trace import Traced, call_of, describe_array, wraps
 
 
@@ -38,7 +38,7 @@ class _Resizer:
 
     def __init__(self, removed: Removed):
         self._removed, self._dims = removed, removed.dims
-        self.cells: dict[str, Any] = {}
+        self.cells: Cells = {}
         """What is kept in each layer of what is made there, by equation."""
         self._laters: dict[Hashable, tuple[Program, Plan]] = {}
 
@@ -62,7 +62,7 @@ class _Resizer:
             entered=frozenset(around),
             consts=consts,
             derivative=self._derivative,
-            keyed={here: (str(here),) for here in visits if str(here) in self.cells},
+            keyed={here: (here,) for here in visits if here in self.cells},
             made=None if ends else {},
         )
 
@@ -78,13 +78,13 @@ class _Resizer:
         masks = [self._removed.masks(env[var]) for var in program.constvars]
         if any(mask is not None for one in masks for mask in one):
             pairs = zip(program.consts, masks, strict=True)
-            consts[prefix] = [_taken(value, one) for value, one in pairs]
+            consts[prefix] = [_take_constant(value, one) for value, one in pairs]
             entered.add(prefix)
         for number, eqn in enumerate(program.eqns):
             kept = Kept(
                 eqn,
-                [self._of(atom, env) for atom in eqn.invars],
-                [self._of(atom, env) for atom in eqn.outvars],
+                [self._removed.masks_of(env, atom) for atom in eqn.invars],
+                [self._removed.masks_of(env, atom) for atom in eqn.outvars],
             )
             here = (*prefix, number)
             if here in self._dims.dead:
@@ -99,12 +99,9 @@ class _Resizer:
             resize = getattr(rule, "resize", None)
             by_layer = getattr(rule, "by_layer", False)
             rows = self._rows(kept, env, self._dims.scans[prefix]) if by_layer else {}
-            if cell := {str(key): x for key, (x, layer) in rows.items() if layer is None}:
-                self.cells[str(here)] = cell
+            if cell := {key: x for key, (x, layer) in rows.items() if layer is None}:
+                self.cells[here] = cell
             visits[here] = functools.partial(self._visit, resize, kept, rows, here)
-
-    def _of(self, atom: Any, env: Mapping[Any, Axes]) -> tuple[Mask, ...]:
-        return () if isinstance(atom, _compat.Literal) else self._removed.masks(env[atom])
 
     def _rows(
         self, kept: Kept, env: Mapping[Any, Axes], scans: Sequence[int]
@@ -118,14 +115,8 @@ class _Resizer:
             for k, mask in enumerate(kept.result(number)):
                 if mask is None or mask.ndim == 1:
                     continue
-                level = self._removed.level_of(env[var][k])
                 indices = np.nonzero(mask)[1].reshape(len(mask), kept.count(mask))
-                if level in scans:
-                    rows[number, k] = self._removed.spread(indices, scans, level), None
-                else:
-                    layer = self._dims.layer_axis(env[var], level)
-                    assert layer is not None, "masks that differ stand beside their layers"
-                    rows[number, k] = indices, layer
+                rows[number, k] = self._removed.place_layers(indices, env[var], k, scans)
         return rows
 
     def _visit(
@@ -139,9 +130,8 @@ class _Resizer:
         cells: Cells,
     ) -> tuple[list, Cells]:
         if rows:
-            of_layer = lambda key: cells[str(here)][str(key)]
             kept = kept.within({
-                key: (of_layer(key) if layer is None else x, layer)
+                key: (cells[here][key] if layer is None else x, layer)
                 for key, (x, layer) in rows.items()
             })  # fmt: skip
         if resize is None:
@@ -156,10 +146,10 @@ class _Resizer:
         return self._later((position, None), program, lambda operands: operands[-count:])
 
     def _derivative(self, position: Position, program: Program, zeros: Sequence[bool]) -> Plan:
-        def given(operands: list[Known]) -> list[Known]:
+        def given(operands: list[Labelled]) -> list[Labelled]:
             primals = operands[len(operands) - len(zeros) :]
             pairs = zip(primals, zeros, strict=True)
-            return [*primals, *(Known(x.axes) for x, zero in pairs if not zero)]
+            return [*primals, *(Labelled(x.axes) for x, zero in pairs if not zero)]
 
         return self._later((position, tuple(zeros)), program, given)
 
@@ -167,7 +157,7 @@ class _Resizer:
         self,
         at: tuple[Position, Hashable],
         program: Program,
-        given: Callable[[list[Known]], list[Known]],
+        given: Callable[[list[Labelled]], list[Labelled]],
     ) -> Plan:
         """Label a program that comes to light under differentiation, and plan it likewise."""
         known = self._laters.get(at)
@@ -181,24 +171,24 @@ class _Resizer:
         return plan
 
 
-def _operands(dims: Dims, position: Position, labels: Labels) -> list[Known]:
+def _operands(dims: Dims, position: Position, labels: Labels) -> list[Labelled]:
     """Give the labels of an equation's operands, and what is known of them."""
     program, env = dims.programs[position[:-1]]
     facts = dims.facts[position[:-1]]
     return [
-        Known(tuple(labels.fresh(n) for n in np.shape(atom.val)), fact_of_literal(atom))
+        Labelled(tuple(labels.fresh(n) for n in np.shape(atom.val)), fact_of_literal(atom))
         if isinstance(atom, _compat.Literal)
-        else Known(env[atom], facts[atom])
+        else Labelled(env[atom], facts[atom])
         for atom in program.eqns[position[-1]].invars
     ]
 
 
-def _taken(constant: Any, masks: Sequence[Mask]) -> Any:
+def _take_constant(constant: Any, masks: Sequence[Mask]) -> Any:
     """Take from a constant at once, whatever is traced around, unless it belongs to that."""
     if isinstance(constant, Tracer):
-        return taken(constant, masks)
+        return take_kept(constant, masks)
     with jax.ensure_compile_time_eval():
-        return taken(constant, masks)
+        return take_kept(constant, masks)
 
 
 def _is_same(known: Program, other: Program) -> bool:
@@ -208,7 +198,9 @@ def _is_same(known: Program, other: Program) -> bool:
     return all(a is b for a, b in zip(known.consts, other.consts, strict=True))
 
 
-def _extend(removed: Removed, labels: Labels, program: Program, args: Sequence[Known]) -> Removed:
+def _extend(
+    removed: Removed, labels: Labels, program: Program, args: Sequence[Labelled]
+) -> Removed:
     """Say which labels are gone in another program; `labels` is a copy that grows."""
     roots = np.flatnonzero(removed.everywhere)
     walked = Labelling(removed.dims.traced, labels, closed=True).walk(program, args)
@@ -278,7 +270,7 @@ def resize(
 
     def planned(params: tree.Params, inputs: Any, kwargs: Any) -> _Planned:
         dense = dense_like(params, shapes)
-        _check_shapes(params, keep, shapes)
+        _check_shrunk_shapes(params, keep, shapes)
         traced = call_of(fn, dense, inputs, kwargs)
         resizer = _Resizer(removed_by(dims(traced), keep))
         return _Planned(traced, resizer.plan(), resizer.cells)
@@ -287,7 +279,7 @@ def resize(
     def resized(params: tree.Params, *inputs: Any, **kwargs: Any) -> Any:
         args = params, inputs, kwargs
         call = calls.get(args, lambda: planned(*args), lambda call: call.plan.made is not None)
-        return execute(call.traced, call.plan, args, call.cells)[0]
+        return execute_plan(call.traced, call.plan, args, call.cells)[0]
 
     return resized
 
@@ -303,10 +295,10 @@ class _Planned(NamedTuple):
 
     traced: Traced
     plan: Plan
-    cells: dict[str, Any]
+    cells: Cells
 
 
-def _check_shapes(
+def _check_shrunk_shapes(
     params: tree.Params, keep: KeepIndices, shapes: Mapping[str, tuple[int, ...]]
 ) -> None:
     found = {path: tuple(leaf.shape) for path, leaf in tree.items(params)}

@@ -40,11 +40,9 @@ class _Bitcast:
 
     def follow(self, step: Step) -> list[Axes]:
         (axes,), shape = step.operands, step.shape()
-        for axis in axes[len(shape) :]:
-            step.labels.freeze(axis, "its entries are parts of one number")
-        extra = [step.labels.fresh(n) for n in shape[len(axes) :]]
-        for axis in extra:
-            step.labels.freeze(axis, "its entries are parts of one number")
+        reason = "its entries are parts of one number"
+        step.labels.freeze_all(axes[len(shape) :], reason)
+        extra = [step.labels.fresh(n, frozen=reason) for n in shape[len(axes) :]]
         return [(*axes[: len(shape)], *extra)]
 
 
@@ -62,12 +60,12 @@ class _Fft:
         result = list(axes[: len(axes) - count])
         for axis, n in zip(axes[len(result) :], step.shape()[len(result) :], strict=True):
             step.labels.freeze(axis, "it is transformed by fft")
-            result.append(step.labels.fresh(n))
-            step.labels.freeze(result[-1], "it counts frequencies or samples of fft")
+            made = "it counts frequencies or samples of fft"
+            result.append(step.labels.fresh(n, frozen=made))
         return [tuple(result)]
 
 
-@register_dims(*PASSES, "pmax", "pmin", "ppermute", "psum", "psum_invariant")
+@register_dims(*PASSES, "cumsum", "pmax", "pmin", "ppermute", "psum", "psum_invariant")
 class _Pass:
     def follow(self, step: Step) -> list[Axes]:
         return list(step.operands)
@@ -125,10 +123,8 @@ class _Reshape:
             return sources
         if math.prod(sizes) > _LARGEST:
             reason = "it is merged to an axis too long to be followed"
-            fresh = [labels.fresh(n) for n in sizes]
-            for axis in (*sources, *fresh):
-                labels.freeze(axis, reason)
-            return fresh
+            labels.freeze_all(sources, reason)
+            return [labels.fresh(n, frozen=reason) for n in sizes]
         return labels.split(labels.merge(sources), sizes)
 
     def resize(self, eqn: Any, operands: Sequence[Any], kept: Kept) -> list[Any]:
@@ -247,8 +243,7 @@ class _Stack:
             for a, b in zip(first, axes, strict=True):
                 step.labels.unify(a, b)
         at = step.params["axis"] % (len(first) + 1)
-        parts = step.labels.fresh(len(step.operands))
-        step.labels.freeze(parts, "it counts what is stacked")
+        parts = step.labels.fresh(len(step.operands), frozen="it counts what is stacked")
         return [(*first[:at], parts, *first[at:])]
 
 
@@ -278,8 +273,8 @@ class _Pad:
                 result.append(axis)
             elif inner or min(low, high) < 0 or len(axis) == 1:
                 step.labels.freeze(axis, "it is padded inside, or cropped")
-                result.append(step.labels.fresh(step.shape()[k]))
-                step.labels.freeze(result[-1], "it is made by padding")
+                made = "it is made by padding"
+                result.append(step.labels.fresh(step.shape()[k], frozen=made))
             else:
                 new = step.labels.fresh(low + high + 1)
                 step.cut(new[:low])
@@ -305,8 +300,8 @@ class _DynamicSlice:
         for axis, n in zip(step.operands[0], step.shape(), strict=True):
             if len(axis) != n:
                 step.labels.freeze(axis, "an index that depends on values picks from it")
-                axis = step.labels.fresh(n)
-                step.labels.freeze(axis, "it is a window at an index that depends on values")
+                made = "it is a window at an index that depends on values"
+                axis = step.labels.fresh(n, frozen=made)
             result.append(axis)
         return [tuple(result)]
 
@@ -321,24 +316,19 @@ class _DynamicUpdate:
             if len(axis) == len(part):
                 step.labels.unify(axis, part)
             else:
-                for one in (axis, part):
-                    step.labels.freeze(one, "it is written at an index that depends on values")
+                reason = "it is written at an index that depends on values"
+                step.labels.freeze_all((axis, part), reason)
         return [step.operands[0]]
 
 
 # --- Reductions -----------------------------------------------------------------------------------
 
 
-def _reducer(*names: str, neutral: Any = 0) -> None:
-    class Reduce:
-        neutral: Any
-
-        def follow(self, step: Step) -> list[Axes]:
-            gone = {k % len(step.operands[0]) for k in step.params["axes"]}
-            return [tuple(a for k, a in enumerate(step.operands[0]) if k not in gone)]
-
-    Reduce.neutral = staticmethod(neutral) if callable(neutral) else neutral
-    register_dims(*names)(Reduce)
+@register_dims("reduce_sum", "reduce_or", "reduce_xor")
+class _Reduce:
+    def follow(self, step: Step) -> list[Axes]:
+        gone = {k % len(step.operands[0]) for k in step.params["axes"]}
+        return [tuple(a for k, a in enumerate(step.operands[0]) if k not in gone)]
 
 
 def _lowest(dtype: Any) -> Any:
@@ -353,11 +343,34 @@ def _highest(dtype: Any) -> Any:
     return jnp.inf if jnp.issubdtype(dtype, jnp.inexact) else jnp.iinfo(dtype).max
 
 
-_reducer("reduce_sum", "reduce_or", "reduce_xor")
-_reducer("reduce_max", neutral=_lowest)
-_reducer("reduce_min", neutral=_highest)
-_reducer("reduce_prod", neutral=1)
-_reducer("reduce_and", neutral=_highest)
+@register_dims("reduce_max")
+class _ReduceMax(_Reduce):
+    neutral = staticmethod(_lowest)
+
+
+@register_dims("reduce_min", "reduce_and")
+class _ReduceMin(_Reduce):
+    neutral = staticmethod(_highest)
+
+
+@register_dims("reduce_prod")
+class _ReduceProduct(_Reduce):
+    neutral = 1
+
+
+@register_dims("cummax", "cumlogsumexp")
+class _AccumulateMax(_Pass):
+    neutral = staticmethod(_lowest)
+
+
+@register_dims("cummin")
+class _AccumulateMin(_Pass):
+    neutral = staticmethod(_highest)
+
+
+@register_dims("cumprod")
+class _AccumulateProduct(_Pass):
+    neutral = 1
 
 
 @register_dims("argmax", "argmin")
@@ -367,24 +380,6 @@ class _Positions:
         for k in gone:
             step.labels.freeze(step.operands[0][k], f"{step.name} gives positions along it")
         return [tuple(a for k, a in enumerate(step.operands[0]) if k not in gone)]
-
-
-def _accumulator(name: str, neutral: Any = 0) -> None:
-    class Accumulate:
-        neutral: Any
-
-        def follow(self, step: Step) -> list[Axes]:
-            return [step.operands[0]]
-
-    Accumulate.neutral = staticmethod(neutral) if callable(neutral) else neutral
-    register_dims(name)(Accumulate)
-
-
-_accumulator("cumsum")
-_accumulator("cumprod", 1)
-_accumulator("cummax", _lowest)
-_accumulator("cummin", _highest)
-_accumulator("cumlogsumexp", _lowest)
 
 
 @register_dims("sort")
@@ -432,6 +427,6 @@ class _Window:
                 result.append(axis)
                 continue
             step.labels.freeze(axis, "a window slides over it")
-            result.append(step.labels.fresh(concrete(step.shape())[k]))
-            step.labels.freeze(result[-1], "it counts positions of a window")
+            made = "it counts positions of a window"
+            result.append(step.labels.fresh(step.shape()[k], frozen=made))
         return [tuple(result)] * len(step.eqn.outvars)

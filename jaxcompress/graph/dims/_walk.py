@@ -5,6 +5,7 @@ rule per primitive says how those of its results follow from those of its operan
 not know is frozen, with a reason.
 """
 
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -15,15 +16,15 @@ from jaxcompress import tree
 from jaxcompress.graph.dims._found import Dims, Level, Product
 from jaxcompress.graph.dims._known import (
     Fact,
-    compared,
     fact_after,
     fact_of_constant,
     fact_of_literal,
+    list_compared,
 )
 from jaxcompress.graph.dims._labels import Axis, Labels
 from jaxcompress.graph.dims._rule import Axes, Step, concrete, dims_rule
 from jaxcompress.graph.program._compat import Program
-from jaxcompress.graph.program._constructs import Role
+from jaxcompress.graph.program._constructs import Role, construct
 from jaxcompress.graph.program._interpret import Domain, Frame, Place, Position, interpret
 from jaxcompress.graph.program._live import equation_steps, live, variables
 from jaxcompress.graph.sites._sites import contraction_flops
@@ -31,11 +32,9 @@ from jaxcompress.graph.sites._trace import Traced, capture
 
 _PASSES = 3
 """How often a program is walked at most."""
-_OPEN = frozenset({"cond", "jit", "remat2", "scan", "while"})
-"""Constructs that take cells in whole, whatever is differentiated."""
 
 
-class Known(NamedTuple):
+class Labelled(NamedTuple):
     """What the walk knows of a variable: the labels of its axes, and what it is before fn runs."""
 
     axes: Axes
@@ -71,7 +70,7 @@ def dims(
         'it is tied to axis 1 of input 0'
     """
     traced = capture(fn, params, *inputs, **kwargs)
-    return traced.derive("dims", lambda: _labelled(traced))
+    return traced.derive("dims", lambda: _label_call(traced))
 
 
 def state_outputs(traced: Traced) -> Mapping[int, str]:
@@ -87,7 +86,7 @@ def state_outputs(traced: Traced) -> Mapping[int, str]:
     return dims(traced).state if _mirrors(traced) else {}
 
 
-def _labelled(traced: Traced) -> Dims:
+def _label_call(traced: Traced) -> Dims:
     labels = Labels()
     leaves = {
         path: tuple(labels.fresh(n) for n in concrete(leaf.shape))
@@ -103,7 +102,7 @@ def _labelled(traced: Traced) -> Dims:
     return result
 
 
-class Labelling(Domain[Known]):
+class Labelling(Domain[Labelled]):
     """One pass over a program that gives labels.
 
     Args:
@@ -133,8 +132,7 @@ class Labelling(Domain[Known]):
             if not isinstance(leaf, tree.LeafNode):
                 args.append(leaves[path])
                 continue
-            for axis in leaves[path]:
-                labels.freeze(axis, "it is quantized: shrink before that")
+            labels.freeze_all(leaves[path], "it is quantized: shrink before that")
             for part in jax.tree.leaves(leaf):
                 args.append(self._outer(part.shape, f"{path} is quantized"))
         for path, var in zip(traced.inputs, program.invars[len(args) :], strict=True):
@@ -142,7 +140,7 @@ class Labelling(Domain[Known]):
             for k, axis in enumerate(axes):
                 labels.freeze(axis, f"it is tied to axis {k} of input {path}")
             args.append(axes)
-        walked = self.walk(program, [Known(axes) for axes in args])
+        walked = self.walk(program, [Labelled(axes) for axes in args])
         outs = walked.pop("results")
         # New state is made from the old: its indices are the leaf's by fn itself.
         alike = lambda axes, path: all(
@@ -157,7 +155,7 @@ class Labelling(Domain[Known]):
                 labels.freeze(axis, f"it is axis {k} of output {name}")
         return self._result(walked, leaves, state)
 
-    def walk(self, program: Program, args: Sequence[Known]) -> dict[str, Any]:
+    def walk(self, program: Program, args: Sequence[Labelled]) -> dict[str, Any]:
         """Label a program; gives what `Dims` says of its bodies, and the results."""
         walk = interpret(program, args, self)
         bodies = walk.bodies.items()
@@ -173,10 +171,7 @@ class Labelling(Domain[Known]):
         }
 
     def _outer(self, shape: Sequence[Any], reason: str | None) -> Axes:
-        axes = tuple(self._labels.fresh(n) for n in concrete(shape))
-        for axis in axes if reason else ():
-            self._labels.freeze(axis, str(reason))
-        return axes
+        return tuple(self._labels.fresh(n, frozen=reason) for n in concrete(shape))
 
     def _result(
         self, walked: dict[str, Any], leaves: Mapping[str, Axes], state: Mapping[int, str]
@@ -252,28 +247,28 @@ class Labelling(Domain[Known]):
         numbers = range(len(program.eqns))
         self._dead |= {(*place.position, k) for k in numbers if k not in alive}
 
-    def constant(self, var: Any, value: Any, place: Place) -> Known:
+    def constant(self, var: Any, value: Any, place: Place) -> Labelled:
         axes = self._outer(np.shape(value), None)
         self._uniform += axes
-        return Known(axes, fact_of_constant(value, axes))
+        return Labelled(axes, fact_of_constant(value, axes))
 
-    def literal(self, atom: Any) -> Known:
-        return Known(self._outer(np.shape(atom.val), None), fact_of_literal(atom))
+    def literal(self, atom: Any) -> Labelled:
+        return Labelled(self._outer(np.shape(atom.val), None), fact_of_literal(atom))
 
-    def enters(self, eqn: Any, operands: Sequence[Known], here: Position) -> bool:
+    def enters(self, eqn: Any, operands: Sequence[Labelled], here: Position) -> bool:
         return here not in self._dead
 
     def equation(
-        self, eqn: Any, operands: Sequence[Known], here: Position, place: Place
-    ) -> Sequence[Known]:
+        self, eqn: Any, operands: Sequence[Labelled], here: Position, place: Place
+    ) -> Sequence[Labelled]:
         if here in self._dead:  # only shapes of it were used
-            return [Known(self._outer(var.aval.shape, None)) for var in eqn.outvars]
+            return [Labelled(self._outer(var.aval.shape, None)) for var in eqn.outvars]
         if eqn.primitive.name == "broadcast_in_dim":
             self._spread.add(id(eqn.outvars[0]))
         facts = [x.fact for x in operands]
         results = self._follow(eqn, here, tuple(x.axes for x in operands), facts, place)
         after = fact_after(eqn, facts, results)
-        return [Known(axes, after) for axes in results]
+        return [Labelled(axes, after) for axes in results]
 
     def _follow(
         self,
@@ -289,13 +284,10 @@ class Labelling(Domain[Known]):
         rule = dims_rule(eqn.primitive.name)
         if rule is None:
             reason = f"{eqn.primitive.name} has no rule"
-            for axes in operands:
-                for axis in axes:
-                    self._labels.freeze(axis, reason)
+            self._labels.freeze_all(itertools.chain(*operands), reason)
             return step.fresh(frozen=reason)
         results = rule.follow(step)
-        for axis in compared(eqn, known):
-            self._labels.freeze(axis, "its positions are compared with values")
+        self._labels.freeze_all(list_compared(eqn, known), "its positions are compared with values")
         if flops := contraction_flops(eqn):
             self._contracts(eqn, here, operands, results[0], place, flops)
         elif eqn.primitive.name in ("add", "sub") and all(len(axes) for axes in operands):
@@ -337,18 +329,18 @@ class Labelling(Domain[Known]):
 
     # --- constructs -----------------------------------------------------------------------------
 
-    def enter(self, frame: Frame[Known]) -> None:
+    def enter(self, frame: Frame[Labelled]) -> None:
         name, at, outside = frame.eqn.primitive.name, frame.place.position, frame.here[:-1]
-        self._closed[at] = self._closed[outside] or name not in _OPEN or _is_condition(frame)
+        opens = getattr(construct(name), "takes_cells", False) and not _is_condition(frame)
+        self._closed[at] = self._closed[outside] or not opens
         self._scans[at] = self._scans[outside]
         if name == "scan":
             self._levels.append(self._level(frame))
             self._scans[at] = (*self._scans[outside], len(self._levels) - 1)
         if frame.body.branch:
-            for axis in frame.operands[0].axes:
-                self._labels.freeze(axis, "it chooses a branch")
+            self._labels.freeze_all(frame.operands[0].axes, "it chooses a branch")
 
-    def _level(self, frame: Frame[Known]) -> Level:
+    def _level(self, frame: Frame[Labelled]) -> Level:
         length = int(frame.eqn.params["length"])
         operands = [frame.operands[k].axes for k, role in frame.body.inputs if role == "slice"]
         sliced = [axes[0] for axes in operands if axes]
@@ -358,21 +350,21 @@ class Labelling(Domain[Known]):
         self._labels.freeze(axis, "a scan runs over it: drop_layers removes layers")
         return Level(axis=axis, length=length)
 
-    def feed(self, value: Known, k: int, role: Role, frame: Frame[Known]) -> Known:
+    def feed(self, value: Labelled, k: int, role: Role, frame: Frame[Labelled]) -> Labelled:
         axes = value.axes[1:] if role == "slice" else value.axes
         if role == "carry":
             self._carried += axes
         if _is_condition(frame):  # it sees no layers
             self._uniform += axes
         shape = frame.body.program.invars[k].aval.shape
-        return Known(self._fit(axes, shape, frame), value.fact.through(role))
+        return Labelled(self._fit(axes, shape, frame), value.fact.through(role))
 
-    def carry(self, before: Known, after: Known, frame: Frame[Known]) -> Known:
+    def carry(self, before: Labelled, after: Labelled, frame: Frame[Labelled]) -> Labelled:
         for a, b in zip(before.axes, after.axes, strict=True):
             self._labels.unify(a, b)
         return before
 
-    def give(self, value: Known, k: int, role: Role, frame: Frame[Known]) -> Known:
+    def give(self, value: Labelled, k: int, role: Role, frame: Frame[Labelled]) -> Labelled:
         fact = value.fact.through(role)._replace(value=None)
         if frame.body.branch:  # which of them it is depends on operand 0
             fact = fact.or_else(frame.operands[0].fact._replace(counts=()))
@@ -380,14 +372,14 @@ class Labelling(Domain[Known]):
         assert target is not None
         if role == "slice":
             axes = (self._levels[self._scans[frame.place.position][-1]].axis, *axes)
-        return Known(self._fit(axes, frame.eqn.outvars[target].aval.shape, frame), fact)
+        return Labelled(self._fit(axes, frame.eqn.outvars[target].aval.shape, frame), fact)
 
-    def join(self, earlier: Known, later: Known, frame: Frame[Known]) -> Known:
+    def join(self, earlier: Labelled, later: Labelled, frame: Frame[Labelled]) -> Labelled:
         for a, b in zip(earlier.axes, later.axes, strict=True):
             self._labels.unify(a, b)
-        return Known(later.axes, earlier.fact.or_else(later.fact))
+        return Labelled(later.axes, earlier.fact.or_else(later.fact))
 
-    def _fit(self, axes: Axes, shape: Sequence[Any], frame: Frame[Known]) -> Axes:
+    def _fit(self, axes: Axes, shape: Sequence[Any], frame: Frame[Labelled]) -> Axes:
         """Cut an axis off where a border changes its size: inside a `shard_map` it is a shard."""
         fitted = []
         for axis, n in zip(axes, concrete(shape), strict=True):
@@ -396,12 +388,11 @@ class Labelling(Domain[Known]):
                 continue
             reason = f"{frame.eqn.primitive.name} divides it among devices"
             self._labels.freeze(axis, reason)
-            fitted.append(self._labels.fresh(n))
-            self._labels.freeze(fitted[-1], reason)
+            fitted.append(self._labels.fresh(n, frozen=reason))
         return tuple(fitted)
 
 
-def _is_condition(frame: Frame[Known]) -> bool:
+def _is_condition(frame: Frame[Labelled]) -> bool:
     return all(target is None for target, _ in frame.body.results)
 
 

@@ -11,7 +11,7 @@ from jaxcompress import tree
 from jaxcompress.errors import JaxCompressError, SelectionError, StructureError
 from jaxcompress.graph.leaves._parted import Parted, follow_move, slice_node
 from jaxcompress.graph.program import CLOSED, Cells, Equation, Position, Visit
-from jaxcompress.graph.sites import SitesAt, capture_call, execute, make_plan
+from jaxcompress.graph.sites import SitesAt, capture_call, execute_plan, make_plan
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -170,18 +170,18 @@ def run_leaves(
          ('w#1', 'as an array', 'only x @ W is known'),
          (None, 'as an array', 'reduce_sum takes arrays')]
     """
-    run = _Run(kind)
+    run = _LeafCarrier(kind)
     started = run.start(params)
     try:
         traced = capture_call(fn, run.stand_ins(params, started), inputs, kwargs, prune=True)
     except JaxCompressError:
         raise
     except (TypeError, ValueError) as error:
-        raise _not_traced(error, kind, run.leaves) from error
+        raise _explain_untraced(error, kind, run.leaves) from error
     # Flat, so that other leaves of several arrays are passed as those.
     args = jax.tree.leaves((started, inputs, kwargs), is_leaf=lambda x: isinstance(x, Parted))
     plan = make_plan(traced, run.match, fills=kind.fills, carrier=run)
-    outputs, filled = execute(traced, plan, args, {})
+    outputs, filled = execute_plan(traced, plan, args, {})
     return LeafRun(outputs, filled, tuple(dict.fromkeys(run.uses)))
 
 
@@ -216,7 +216,7 @@ def list_uses(
 
 
 @dataclass
-class _Run:
+class _LeafCarrier:
     """One call: the carrier of its nodes, and a log of what was done with them."""
 
     kind: LeafKind
@@ -309,7 +309,7 @@ class _Run:
         return node.array()
 
 
-def _not_traced(error: Exception, kind: LeafKind, leaves: dict[str, Any]) -> StructureError:
+def _explain_untraced(error: Exception, kind: LeafKind, leaves: dict[str, Any]) -> StructureError:
     """Say that fn could not be run on params: they may be another model's."""
     shapes = [f"{path!r} {tuple(leaf.shape)}" for path, leaf in leaves.items()]
     name = kind.leaf_type.__name__

@@ -16,9 +16,10 @@ from typing import Any, Self, TypeVar
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
-from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from jax.sharding import NamedSharding, PartitionSpec
 
-from jaxcompress.graph.program import ARRANGES, PLACES, Equation, arrange
+from jaxcompress.graph.program import ARRANGES, PLACES, Equation, Rules, arrange
+from jaxcompress.meshes import find_explicit_mesh
 from jaxcompress.tree import LeafNode
 
 
@@ -56,7 +57,7 @@ class Parted(LeafNode):
 
     def placement(self) -> NamedSharding | None:
         """Say where the array at hand would live; `None` where there are no Explicit axes."""
-        found = [_placement(part, self.stored_axes) for part in jax.tree.leaves(self)]
+        found = [_find_placement(part, self.stored_axes) for part in jax.tree.leaves(self)]
         places = [place for place in found if place is not None]
         if not places:
             return None
@@ -121,16 +122,7 @@ def slice_node(node: Node) -> Node | None:
 _REPEATED = (-1,)
 """What stands for an axis along which entries are repeated."""
 _Rule = Callable[..., list[Any] | None]
-_RULES: dict[str, _Rule] = {}
-
-
-def _follows(*primitives: str) -> Callable[[_Rule], _Rule]:
-    def register(rule: _Rule) -> _Rule:
-        for name in primitives:
-            _RULES[name] = rule
-        return rule
-
-    return register
+_RULES: Rules[_Rule] = Rules()
 
 
 def follow_move(equation: Equation, operands: Sequence[Any]) -> list[Any] | None:
@@ -150,19 +142,19 @@ def follow_move(equation: Equation, operands: Sequence[Any]) -> list[Any] | None
     return rule(equation, node, *others)
 
 
-@_follows(*PLACES)
+@_RULES.register(*PLACES)
 def _as_it_is(equation: Equation, node: Parted) -> list[Any]:
     """Go on: the parts are placed as the leaf was."""
     return [node]
 
 
-@_follows("convert_element_type")
+@_RULES.register("convert_element_type")
 def _convert_parts(equation: Equation, node: Parted) -> list[Any] | None:
     dtype = jnp.dtype(equation.params["new_dtype"])
     return [node.cast(dtype)] if jnp.issubdtype(dtype, jnp.floating) else None
 
 
-@_follows(*ARRANGES)
+@_RULES.register(*ARRANGES)
 def _arrange_parts(equation: Equation, node: Parted) -> list[Any] | None:
     """Permute the lists of stored axes, or cut them anew; entries are not repeated."""
     if equation.primitive.name == "reshape":
@@ -212,7 +204,7 @@ def _reshape_parts(node: Parted, shape: Sequence[int]) -> list[Any] | None:
     return [node.moved(cut, split=tuple(split))]
 
 
-@_follows("slice")
+@_RULES.register("slice")
 def _slice_parts(equation: Equation, node: Parted) -> list[Any] | None:
     params = equation.params
     starts, limits = params["start_indices"], params["limit_indices"]
@@ -222,12 +214,12 @@ def _slice_parts(equation: Equation, node: Parted) -> list[Any] | None:
     return _cut(node, starts, sizes)
 
 
-@_follows("dynamic_slice")
+@_RULES.register("dynamic_slice")
 def _slice_parts_at(equation: Equation, node: Parted, *starts: Any) -> list[Any] | None:
     return _cut(node, starts, equation.params["slice_sizes"])
 
 
-@_follows("split")
+@_RULES.register("split")
 def _split_parts(equation: Equation, node: Parted) -> list[Any] | None:
     results, start, axis = [], 0, equation.params["axis"]
     for size in equation.params["sizes"]:
@@ -319,7 +311,7 @@ def _count_ways(mesh: Any, names: Any) -> int:
 # axes that the equation has in one piece, so it could not say; the equation can.
 
 
-def _placement(part: Any, axes: Sequence[Sequence[int]]) -> NamedSharding | None:
+def _find_placement(part: Any, axes: Sequence[Sequence[int]]) -> NamedSharding | None:
     """Say where an array lives that is stored in pieces.
 
     Args:
@@ -329,12 +321,12 @@ def _placement(part: Any, axes: Sequence[Sequence[int]]) -> NamedSharding | None
     Returns:
         The sharding, by the major pieces; `None` where there are no Explicit axes.
     """
-    sharding = getattr(jax.typeof(part), "sharding", None)
-    if sharding is None or AxisType.Explicit not in sharding.mesh.axis_types:
+    mesh = find_explicit_mesh(part)
+    if mesh is None:
         return None
-    names = (*sharding.spec, *(None,) * part.ndim)
+    names = (*jax.typeof(part).sharding.spec, *(None,) * part.ndim)
     spec = PartitionSpec(*(names[own[0]] if own else None for own in axes))
-    return NamedSharding(sharding.mesh, spec)
+    return NamedSharding(mesh, spec)
 
 
 def place_result(
@@ -362,5 +354,5 @@ def _describe_operand(x: Any) -> jax.ShapeDtypeStruct:
     if isinstance(x, Parted):
         where = x.placement()
     else:
-        where = _placement(x, [(k,) for k in range(jax.typeof(x).ndim)])
+        where = _find_placement(x, [(k,) for k in range(jax.typeof(x).ndim)])
     return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where)

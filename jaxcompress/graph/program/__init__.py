@@ -16,8 +16,9 @@ from jaxcompress.graph.program._constructs import Construct as Construct
 from jaxcompress.graph.program._constructs import Enter as Enter
 from jaxcompress.graph.program._constructs import Role as Role
 from jaxcompress.graph.program._constructs import construct as construct
+from jaxcompress.graph.program._constructs import has_own_rule as has_own_rule
+from jaxcompress.graph.program._constructs import is_call as is_call
 from jaxcompress.graph.program._constructs import register_construct as register_construct
-from jaxcompress.graph.program._interpret import INLINE as INLINE
 from jaxcompress.graph.program._interpret import Domain as Domain
 from jaxcompress.graph.program._interpret import Frame as Frame
 from jaxcompress.graph.program._interpret import Place as Place
@@ -26,7 +27,7 @@ from jaxcompress.graph.program._interpret import Walk as Walk
 from jaxcompress.graph.program._interpret import equations as equations
 from jaxcompress.graph.program._interpret import interpret as interpret
 from jaxcompress.graph.program._live import Live as Live
-from jaxcompress.graph.program._live import Step as Step
+from jaxcompress.graph.program._live import LiveStep as LiveStep
 from jaxcompress.graph.program._live import equation_steps as equation_steps
 from jaxcompress.graph.program._live import live as live
 from jaxcompress.graph.program._live import variables as variables
@@ -38,6 +39,7 @@ from jaxcompress.graph.program._primitives import MOVES as MOVES
 from jaxcompress.graph.program._primitives import PASSES as PASSES
 from jaxcompress.graph.program._primitives import PLACES as PLACES
 from jaxcompress.graph.program._primitives import arrange as arrange
+from jaxcompress.graph.program._rules import Rules as Rules
 from jaxcompress.graph.program._run import NOTHING as NOTHING
 from jaxcompress.graph.program._run import Carrier as Carrier
 from jaxcompress.graph.program._run import Entry as Entry
@@ -47,6 +49,6 @@ from jaxcompress.graph.program._run import Visit as Visit
 from jaxcompress.graph.program._run import leave_out as leave_out
 from jaxcompress.graph.program._run import never as never
 from jaxcompress.graph.program._run import pass_on as pass_on
-from jaxcompress.graph.program._run import rebuild as rebuild
+from jaxcompress.graph.program._run import rebuild_construct as rebuild_construct
 from jaxcompress.graph.program._run import reenter as reenter
-from jaxcompress.graph.program._run import run as run
+from jaxcompress.graph.program._run import run_program as run_program

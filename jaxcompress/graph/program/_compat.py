@@ -184,7 +184,7 @@ def bind_custom_jvp(
         if derivative is None:
             results = rule.call_wrapped(*primals_and_tangents)
         else:
-            results = _derived(eqn, primals_and_tangents, derivative)
+            results = _run_derivative(eqn, primals_and_tangents, derivative)
         tangents = results[len(results) // 2 :]
         return [*primal(*primals_and_tangents[:count]), *tangents]
 
@@ -195,7 +195,7 @@ def bind_custom_jvp(
         )
 
 
-def _derived(eqn: Any, values: Sequence[Any], derivative: Callable[..., Any]) -> list[Any]:
+def _run_derivative(eqn: Any, values: Sequence[Any], derivative: Callable[..., Any]) -> list[Any]:
     """Run the program of a `custom_jvp` rule, as JAX does, but by `derivative`."""
     half, skipped = len(values) // 2, eqn.params["num_consts"]
     primals, tangents = values[skipped:half], values[half + skipped :]
@@ -237,7 +237,7 @@ def bind_custom_vjp(
     """
     params = eqn.primitive.get_bind_params(eqn.params)
     thunk, skipped = eqn.params["fwd_jaxpr_thunk"], eqn.params["num_consts"]
-    backward = _fitted(params["subfuns"][2], [jax.typeof(x) for x in operands[skipped:]])
+    backward = _fit_backward(params["subfuns"][2], [jax.typeof(x) for x in operands[skipped:]])
 
     def fwd(*values_and_flags: Any) -> list[Any]:
         values, flags = values_and_flags[::2], values_and_flags[1::2]
@@ -250,7 +250,7 @@ def bind_custom_vjp(
         return list(eqn.primitive.bind(*operands, **{**params, "subfuns": subfuns}))
 
 
-def _fitted(backward: Any, avals: Sequence[Any]) -> Any:
+def _fit_backward(backward: Any, avals: Sequence[Any]) -> Any:
     """Have a backward rule expect cotangents of the operands that there are, not of fn's own."""
     fitted = lu.wrap_init(backward.f, debug_info=backward.debug_info)
     for transform, given in reversed(backward.transforms):
@@ -297,11 +297,11 @@ def jit_like(eqn: Any, body: Callable[..., Any]) -> Callable[..., Any]:
     unset = [UNSPECIFIED] * len(params["in_shardings"])
     if list(params["in_shardings"]) != unset or any(params["in_layouts"]):
         placed = zip(params["in_shardings"], params["in_layouts"], strict=True)
-        options["in_shardings"] = (UNSPECIFIED, *(_placement(*p) for p in placed))
+        options["in_shardings"] = (UNSPECIFIED, *(_add_layout(*p) for p in placed))
     unset = [UNSPECIFIED] * len(params["out_shardings"])
     if list(params["out_shardings"]) != unset or any(params["out_layouts"]):
         placed = zip(params["out_shardings"], params["out_layouts"], strict=True)
-        options["out_shardings"] = ([_placement(*p) for p in placed], UNSPECIFIED)
+        options["out_shardings"] = ([_add_layout(*p) for p in placed], UNSPECIFIED)
     return jax.jit(body, **options)
 
 
@@ -313,5 +313,5 @@ def is_placed(eqn: Any) -> bool:
     return bool(placed) or any(any(each) for each in layouts)
 
 
-def _placement(sharding: Any, layout: Any) -> Any:
+def _add_layout(sharding: Any, layout: Any) -> Any:
     return sharding if layout is None else Format(layout, sharding)

@@ -21,7 +21,8 @@ from jaxcompress.graph.program import _compat
 from jaxcompress.graph.program._compat import Program
 from jaxcompress.graph.program._rules import Rules
 
-Cells: TypeAlias = dict[str, Any]
+Cells: TypeAlias = dict[Any, Any]
+"""Values by the name of a site, or whatever else the visits of one plan call them by."""
 Role: TypeAlias = Literal["same", "carry", "slice"]
 """How a body's variable relates to the construct's: the same, carried, or cut along axis 0."""
 CLOSED = frozenset({"custom_jvp", "custom_vjp", "shard_map"})
@@ -105,7 +106,10 @@ class Construct(Protocol):
 
     Two optional attributes say what becomes of operands that are pytrees, such as quantized
     leaves: `holds_nodes`, whether `rebuild` takes them (where `Body.inputs` does not carry them),
-    and `returns_nodes`, whether it can return them too. Without, they are made arrays first.
+    and `returns_nodes`, whether it can return them too. Without, they are made arrays first. Of
+    the built-in ones `is_call` says that their one body has their operands and results, and
+    `has_own_rule` that it does, but for differentiation; `takes_cells` says that cells go in
+    whatever is differentiated.
     """
 
     def bodies(self, eqn: Any) -> list[Body]:
@@ -139,10 +143,19 @@ def construct(primitive: str) -> Construct | None:
     return _CONSTRUCTS.get(primitive)
 
 
+def is_call(primitive: str) -> bool:
+    """Tell whether a primitive is a plain call of one body: `jit` and `checkpoint`."""
+    return getattr(construct(primitive), "is_call", False)
+
+
+def has_own_rule(primitive: str) -> bool:
+    """Tell whether a primitive calls one body that has its own rule of differentiation."""
+    return getattr(construct(primitive), "has_own_rule", False)
+
+
 @register_construct("jit")
 class _Jit:
-    holds_nodes = True
-    returns_nodes = True
+    is_call = takes_cells = holds_nodes = returns_nodes = True
 
     def bodies(self, eqn: Any) -> list[Body]:
         return [Body.of(f"jit({eqn.params['name']})", eqn.params["jaxpr"])]
@@ -160,8 +173,7 @@ class _Jit:
 
 @register_construct("remat2")
 class _Remat:
-    holds_nodes = True
-    returns_nodes = True
+    is_call = takes_cells = holds_nodes = returns_nodes = True
 
     def bodies(self, eqn: Any) -> list[Body]:
         return [Body.of("remat", eqn.params["jaxpr"])]
@@ -178,6 +190,8 @@ class _Remat:
 
 @register_construct("custom_jvp_call")
 class _CustomJvp:
+    has_own_rule = True
+
     def bodies(self, eqn: Any) -> list[Body]:
         return [Body.of("custom_jvp", eqn.params["call_jaxpr"])]
 
@@ -192,6 +206,8 @@ class _CustomJvp:
 
 @register_construct("custom_vjp_call")
 class _CustomVjp:
+    has_own_rule = True
+
     def bodies(self, eqn: Any) -> list[Body]:
         return [Body.of("custom_vjp", eqn.params["call_jaxpr"])]
 
@@ -217,13 +233,13 @@ def _beside(eqn: Any, operands: Sequence[Any], cells: Cells, enter: Enter) -> tu
 
 @register_construct("scan")
 class _Scan:
-    holds_nodes = True
+    takes_cells = holds_nodes = True
 
     def bodies(self, eqn: Any) -> list[Body]:
         consts, carry = _compat.scan_counts(eqn)
         length, program = eqn.params["length"], _compat.normalize(eqn.params["jaxpr"])
-        roles = _roles(consts, carry, len(program.invars))
-        results = _roles(0, carry, len(program.outvars))
+        roles = _list_roles(consts, carry, len(program.invars))
+        results = _list_roles(0, carry, len(program.outvars))
         return [
             Body(
                 label="scan",
@@ -254,7 +270,7 @@ class _Scan:
         return [*carry, *stacked], filled
 
 
-def _roles(same: int, carry: int, total: int) -> list[Role]:
+def _list_roles(same: int, carry: int, total: int) -> list[Role]:
     first: list[Role] = ["same" for _ in range(same)]
     second: list[Role] = ["carry" for _ in range(carry)]
     third: list[Role] = ["slice" for _ in range(total - same - carry)]
@@ -263,7 +279,7 @@ def _roles(same: int, carry: int, total: int) -> list[Role]:
 
 @register_construct("while")
 class _While:
-    holds_nodes = True
+    takes_cells = holds_nodes = True
 
     def bodies(self, eqn: Any) -> list[Body]:
         n_cond, n_body = eqn.params["cond_nconsts"], eqn.params["body_nconsts"]
@@ -292,7 +308,7 @@ class _While:
         n_cond, n_body = eqn.params["cond_nconsts"], eqn.params["body_nconsts"]
         cond_consts, body_consts = operands[:n_cond], operands[n_cond : n_cond + n_body]
         start = list(operands[n_cond + n_body :])
-        carried = _filled_shapes(lambda: enter(0, [*body_consts, *start], cells)[1], enter)
+        carried = _find_filled(lambda: enter(0, [*body_consts, *start], cells)[1], enter)
         carried = {name: _or_zeros(cells, name, like) for name, like in carried.items()}
 
         def body(carry: tuple[list, Cells]) -> tuple[list, Cells]:
@@ -307,7 +323,7 @@ class _While:
 
 @register_construct("cond")
 class _Cond:
-    holds_nodes = True
+    takes_cells = holds_nodes = True
 
     def bodies(self, eqn: Any) -> list[Body]:
         bodies = []
@@ -331,7 +347,7 @@ class _Cond:
         count = len(eqn.params["branches"])
         shapes: Cells = {}
         for k in range(count):
-            shapes |= _filled_shapes(lambda k=k: enter(k, operands, cells)[1], enter)
+            shapes |= _find_filled(lambda k=k: enter(k, operands, cells)[1], enter)
         kept = {name: _or_zeros(cells, name, like) for name, like in shapes.items()}
 
         def branch(k: int) -> Callable[..., tuple[list, Cells]]:
@@ -385,7 +401,7 @@ class _ShardMap:
             )(list(operands), cells)
 
 
-def _filled_shapes(run: Callable[[], Cells], enter: Enter) -> Cells:
+def _find_filled(run: Callable[[], Cells], enter: Enter) -> Cells:
     """Find the shapes of the cells that a body fills, without running it."""
     return jax.eval_shape(run) if enter.fills else {}
 

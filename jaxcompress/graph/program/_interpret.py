@@ -17,8 +17,6 @@ from jaxcompress.graph.program._constructs import Body, Role, construct
 Value = TypeVar("Value")
 Position: TypeAlias = tuple[int, ...]
 """An equation's address: equation and body numbers in turn, from the outermost program in."""
-INLINE = frozenset({"jit", "remat2"})
-"""Constructs whose operands and results are those of their one body."""
 
 
 @dataclass(frozen=True)
@@ -200,11 +198,13 @@ def interpret(
         The values of all variables.
     """
     walk = Walk(domain)
-    walk.results = _walk(program, args, place or Place(), walk)
+    walk.results = _walk_body(program, args, place or Place(), walk)
     return walk
 
 
-def _walk(program: Program, args: Sequence[Value], place: Place, walk: Walk[Value]) -> list[Value]:
+def _walk_body(
+    program: Program, args: Sequence[Value], place: Place, walk: Walk[Value]
+) -> list[Value]:
     domain, values = walk.domain, dict[Any, Value](zip(program.invars, args, strict=True))
     walk.bodies[place.position] = Walked(program, values)
     domain.begin(program, place)
@@ -257,7 +257,7 @@ def _settle(frame: Frame[Value], walk: Walk[Value]) -> list[Value]:
     """Walk a body until what it carries round is what it was given; returns its results."""
     domain = walk.domain
     while True:
-        outs = _walk(frame.body.program, frame.args, frame.place, walk)
+        outs = _walk_body(frame.body.program, frame.args, frame.place, walk)
         settled = True
         for i, j in frame.carries:
             before = frame.args[i]

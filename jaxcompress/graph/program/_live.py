@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 from jaxcompress.graph.program import _compat
 
 
-class Step(NamedTuple):
+class LiveStep(NamedTuple):
     """A step of a program, as the pass sees it.
 
     Attributes:
@@ -34,7 +34,7 @@ class Live(NamedTuple):
 
 
 def live(
-    steps: Sequence[Step],
+    steps: Sequence[LiveStep],
     wanted: Iterable[Hashable],
     reads: Callable[[int, Live], Iterable[Hashable]] | None = None,
 ) -> Live:
@@ -65,6 +65,6 @@ def variables(atoms: Iterable[Any]) -> list[Any]:
     return [atom for atom in atoms if not isinstance(atom, _compat.Literal)]
 
 
-def equation_steps(program: _compat.Program) -> list[Step]:
+def equation_steps(program: _compat.Program) -> list[LiveStep]:
     """Describe the equations of a program as steps on its variables."""
-    return [Step(variables(e.invars), e.outvars, bool(e.effects)) for e in program.eqns]
+    return [LiveStep(variables(e.invars), e.outvars, bool(e.effects)) for e in program.eqns]

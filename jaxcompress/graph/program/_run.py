@@ -1,7 +1,7 @@
 """Running a program with chosen equations visited, and everything else bound as it is."""
 
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol, TypeAlias
 
@@ -11,7 +11,7 @@ from jaxcompress import tree
 from jaxcompress.errors import ArgumentError
 from jaxcompress.graph.program import _compat
 from jaxcompress.graph.program._compat import Primitive, Program
-from jaxcompress.graph.program._constructs import Cells, Construct, Enter, construct
+from jaxcompress.graph.program._constructs import Cells, Construct, construct
 from jaxcompress.graph.program._interpret import Position
 from jaxcompress.graph.program._live import equation_steps, live, variables
 
@@ -106,13 +106,13 @@ class Plan:
     entered: frozenset[Position] = frozenset()
     consts: Mapping[Position, Sequence[Any]] = field(default_factory=dict)
     derivative: Callable[[Position, Program, Sequence[bool]], "Plan"] | None = None
-    keyed: Mapping[Position, tuple[str, ...]] = field(default_factory=dict)
+    keyed: Mapping[Position, tuple[Hashable, ...]] = field(default_factory=dict)
     made: dict[Position, Any] | None = None
 
     @functools.cached_property
-    def cells(self) -> Mapping[Position, frozenset[str]]:
+    def cells(self) -> Mapping[Position, frozenset[Any]]:
         """The names of the cells of what is visited below each prefix of a visited position."""
-        below: dict[Position, set[str]] = {}
+        below: dict[Position, set[Any]] = {}
         for position in self.visits:
             names = {site.name for site in self.sites.get(position, ())}
             names.update(self.keyed.get(position, ()))
@@ -139,7 +139,7 @@ class Entry:
     def __call__(self, body: int, operands: Sequence[Any], cells: Cells) -> tuple[list, Cells]:
         position = (*self._position, body)
         program, plan, keep = self._programs[body], self._plan, self._returns_nodes
-        return run(program, operands, plan, cells, position, keep_nodes=keep)
+        return run_program(program, operands, plan, cells, position, keep_nodes=keep)
 
     def once(self, make: Callable[[], Any]) -> Any:
         """Make something for the construct, or give what an earlier run of the plan made."""
@@ -160,7 +160,7 @@ class Entry:
                 expected="equations that run with and without differentiation",
                 fix="Leave it out of the handlers, or handle the primitive that the rule uses.",
             )
-        return run(program, operands, plan, {})[0]
+        return run_program(program, operands, plan, {})[0]
 
     def derivative(self) -> Callable[..., list] | None:
         """Give what runs the program of a `custom_jvp` rule under the same plan."""
@@ -169,12 +169,12 @@ class Entry:
             return None
 
         def derived(program: Program, zeros: Sequence[bool], *operands: Any) -> list:
-            return run(program, operands, make(self._position, program, zeros), {})[0]
+            return run_program(program, operands, make(self._position, program, zeros), {})[0]
 
         return derived
 
 
-def run(
+def run_program(
     program: Program,
     args: Sequence[Any],
     plan: Plan,
@@ -205,9 +205,9 @@ def run(
         elif rule is not None and (
             here in plan.cells or here in plan.entered or (nodes and _passes(eqn, rule))
         ):
-            operands = _entering(eqn, rule, operands, plan.carrier) if nodes else operands
+            operands = _prepare_nodes(eqn, rule, operands, plan.carrier) if nodes else operands
             passes = _passes(eqn, rule)
-            results, new = rebuild(plan, here, eqn, operands, cells, returns_nodes=passes)
+            results, new = rebuild_construct(plan, here, eqn, operands, cells, returns_nodes=passes)
             filled |= new
         else:
             results = None
@@ -252,16 +252,16 @@ def reenter(
     plan: Plan, position: Position, equation: Equation, operands: Sequence[Any], cells: Cells
 ) -> tuple[list, Cells]:
     """Visit a construct by entering it, though nothing in it may be visited."""
-    return rebuild(plan, position, equation.eqn, operands, cells)
+    return rebuild_construct(plan, position, equation.eqn, operands, cells)
 
 
-def rebuild(
+def rebuild_construct(
     plan: Plan,
     position: Position,
     eqn: Any,
     operands: Sequence[Any],
     cells: Cells,
-    around: Callable[[Entry], Enter] = lambda enter: enter,
+    entry: Callable[..., Entry] = Entry,
     *,
     returns_nodes: bool = False,
 ) -> tuple[list, Cells]:
@@ -273,7 +273,7 @@ def rebuild(
         eqn: The construct, its parameters perhaps changed.
         operands: Its operands.
         cells: The cells that are there.
-        around: Wraps what runs the bodies.
+        entry: Makes what runs the bodies: `Entry`, or a subclass.
         returns_nodes: Whether results may be nodes.
 
     Returns:
@@ -284,8 +284,8 @@ def rebuild(
     names = sorted(plan.cells.get(position, ()))
     inside = {name: cells[name] for name in names if name in cells}
     bodies = functools.partial(rule.bodies, eqn)
-    enter = Entry(bodies, plan, position, returns_nodes=returns_nodes)
-    return rule.rebuild(eqn, operands, inside, around(enter))
+    enter = entry(bodies, plan, position, returns_nodes=returns_nodes)
+    return rule.rebuild(eqn, operands, inside, enter)
 
 
 def _dense(x: Any, carrier: Carrier | None, why: str) -> Any:
@@ -300,7 +300,7 @@ def _passes(eqn: Any, rule: Construct) -> bool:
     return getattr(rule, "returns_nodes", False) and not _compat.is_placed(eqn)
 
 
-def _entering(
+def _prepare_nodes(
     eqn: Any, rule: Construct, operands: Sequence[Any], carrier: Carrier | None
 ) -> list[Any]:
     """Prepare nodes for a construct: whole, as slices, or as arrays where they cannot enter."""

@@ -6,17 +6,15 @@ lead axes are those that tell matrices apart: stacked layers, experts, feature g
 
 import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
-from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from jaxcompress.graph.sites._sites import Axes, Site
+from jaxcompress.meshes import call_with_auto_axes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,7 +59,7 @@ class Form:
         Returns:
             `(*matrices, in, out)`; with Explicit mesh axes, on every device.
         """
-        return replicated(self._to_matrices, leaf)
+        return call_with_auto_axes(self._to_matrices, leaf)
 
     def _to_matrices(self, leaf: Array) -> Array:
         x = jnp.transpose(leaf, (*self.lead, *self.inner, *self.outer))
@@ -82,7 +80,7 @@ class Form:
             An array of the leaf's shape, with 1 where the matrices had it; with Explicit mesh
             axes, on every device.
         """
-        return replicated(functools.partial(self._to_leaf, ones=ones), matrices)
+        return call_with_auto_axes(functools.partial(self._to_leaf, ones=ones), matrices)
 
     def _to_leaf(self, matrices: Array, *, ones: bool) -> Array:
         if self.feature_groups > 1:
@@ -173,21 +171,3 @@ def form_at(shape: Sequence[int], sites: Sequence[Site]) -> Form:
     contracting = [site for site in sites if not site.axes.lookup]
     main = max(contracting, key=lambda site: site.flops) if contracting else sites[0]
     return form_of(shape, main.axes, main.feature_groups)
-
-
-def replicated(f: Callable[[Any], Any], x: Any) -> Any:
-    """Call `f(x)`, with automatic axes and a result that is on every device, if there are Explicit.
-
-    Args:
-        f: What to call; it may reshape freely.
-        x: An array.
-
-    Returns:
-        `f(x)`.
-    """
-    sharding = getattr(jax.typeof(x), "sharding", None)
-    if sharding is None or AxisType.Explicit not in sharding.mesh.axis_types:
-        return f(x)
-    out = NamedSharding(sharding.mesh, PartitionSpec())
-    automatic: Callable[[Any], Any] = jax.sharding.auto_axes(f, out_sharding=out)
-    return automatic(x)

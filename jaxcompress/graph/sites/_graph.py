@@ -125,7 +125,7 @@ class Graph:
         return self._by_name[name]
 
 
-def stored(leaf: Any) -> str:
+def describe_stored(leaf: Any) -> str:
     """Say in which dtypes a leaf is kept, `int4 + float32` for codes and scales."""
     parts = jax.tree.leaves(leaf) if isinstance(leaf, tree.LeafNode) else [leaf]
     return " + ".join(str(part.dtype) for part in parts)

@@ -11,9 +11,9 @@ from typing import Any, NamedTuple, TypeAlias
 from jaxcompress import tree
 from jaxcompress.graph.program._constructs import Cells
 from jaxcompress.graph.program._interpret import Position
-from jaxcompress.graph.program._run import Equation, Visit
-from jaxcompress.graph.sites._replay import SitesAt, execute, make_plan
-from jaxcompress.graph.sites._select import check_states, named_sites, refuse_inside
+from jaxcompress.graph.program._run import Equation, Plan, Visit
+from jaxcompress.graph.sites._replay import SitesAt, execute_plan, make_plan
+from jaxcompress.graph.sites._select import CONDITION, check_states, find_named, refuse_inside
 from jaxcompress.graph.sites._sites import Site
 from jaxcompress.graph.sites._trace import Traced, call_of, wraps
 
@@ -23,7 +23,7 @@ Around: TypeAlias = Callable[[Equation, Site, Go, list[Any], Cells], tuple[list[
 """`(equation, site, go, operands, cells) -> (results, filled cells)`."""
 
 
-class Layer(NamedTuple):
+class SiteLayer(NamedTuple):
     """What is done around the equation of a site.
 
     Attributes:
@@ -35,14 +35,14 @@ class Layer(NamedTuple):
     reads: tuple[str, ...] = ()
 
 
-UNREACHABLE = ("while condition", "custom_jvp", "custom_vjp")
+UNREACHABLE = (*CONDITION, "custom_jvp", "custom_vjp")
 """Constructs (as `Site.scope` names them) at whose sites nothing can be intercepted."""
 
 
 def run_layers(
     traced: Traced,
     args: Any,
-    layers: Mapping[str, Sequence[Layer]],
+    layers: Mapping[str, Sequence[SiteLayer]],
     cells: Cells,
     *,
     fills: bool,
@@ -59,22 +59,28 @@ def run_layers(
     Returns:
         fn's outputs and the cells that were filled.
     """
+    return execute_plan(traced, plan_layers(traced, layers, fills=fills), args, cells)
+
+
+def plan_layers(traced: Traced, layers: Mapping[str, Sequence[SiteLayer]], *, fills: bool) -> Plan:
+    """Plan a run of a captured call with layers around its sites; see `run_layers`."""
 
     def match(program: Any, sites: SitesAt) -> dict[Position, Visit]:
-        visit = functools.partial(_visit, layers)
+        visit = functools.partial(visit_layers, layers)
         return {p: visit for p, found in sites.items() if any(s.name in layers for s in found)}
 
     reads = {name: [cell for one in mine for cell in one.reads] for name, mine in layers.items()}
-    plan = make_plan(traced, match, fills=fills, reads=reads)
-    return execute(traced, plan, args, cells)
+    return make_plan(traced, match, fills=fills, reads=reads)
 
 
-def _visit(
-    layers: Mapping[str, Sequence[Layer]],
+def visit_layers(
+    layers: Mapping[str, Sequence[SiteLayer]],
     equation: Equation,
     operands: Sequence[Any],
     cells: Cells,
 ) -> tuple[list[Any], Cells]:
+    """Run an equation with the layers around its sites; gives results and filled cells."""
+
     def bind(operands: list[Any], cells: Cells) -> tuple[list[Any], Cells]:
         result = equation.bind(*operands)
         return (list(result) if equation.primitive.multiple_results else [result]), {}
@@ -146,7 +152,7 @@ def intercept(
         chosen = decide(traced.sites)
         if not chosen:
             return run_layers(traced, args, {}, {}, fills=False)
-        names = named_sites(traced, chosen, "decide")
+        names = find_named(traced, chosen, "decide")
         refuse_inside(traced, names, UNREACHABLE, "states and gradients do not reach inside")
         states = {name: chosen[name].state for name in names}
         check_states(traced, states, names)
@@ -154,14 +160,14 @@ def intercept(
         for found in traced.record.sites:
             if found.site.name in names:
                 first.setdefault(found.position, found.site.name)
-        layers = {name: [_handling(chosen[name].handler)] for name in first.values()}
+        layers = {name: [_make_handler_layer(chosen[name].handler)] for name in first.values()}
         outputs, filled = run_layers(traced, args, layers, states, fills=True)
         return outputs, {name: filled.get(name, states[name]) for name in names}
 
     return intercepted
 
 
-def _handling(handler: Callable[..., tuple[Any, Any]]) -> Layer:
+def _make_handler_layer(handler: Callable[..., tuple[Any, Any]]) -> SiteLayer:
     """Make a layer that a handler takes the place of the equation in."""
 
     def around(
@@ -170,4 +176,4 @@ def _handling(handler: Callable[..., tuple[Any, Any]]) -> Layer:
         result, state = handler(equation, cells[site.name], *operands)
         return list(result) if equation.primitive.multiple_results else [result], {site.name: state}
 
-    return Layer(around)
+    return SiteLayer(around)

@@ -1,13 +1,13 @@
 """`observe`: a state for each of chosen sites, updated as the function runs."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any, TypeAlias
 
 from jaxcompress import tree
 from jaxcompress.graph.program._constructs import Cells
 from jaxcompress.graph.program._run import Equation
-from jaxcompress.graph.sites._intercept import Go, Layer, run_layers
-from jaxcompress.graph.sites._select import CONDITION, check_states, named_sites, refuse_inside
+from jaxcompress.graph.sites._intercept import Go, SiteLayer, run_layers
+from jaxcompress.graph.sites._select import CONDITION, check_states, find_named, refuse_inside
 from jaxcompress.graph.sites._sites import Site
 from jaxcompress.graph.sites._trace import Traced, call_of
 
@@ -51,7 +51,7 @@ def observe(
     ) -> tuple[Any, dict[str, Any]]:
         traced = call_of(fn, params, inputs, kwargs)
         names = check_observers(traced, observers, states)
-        layers = {name: [observing(observers[name])] for name in names}
+        layers = {name: [make_observe_layer(observers[name])] for name in names}
         args = params, inputs, kwargs
         outputs, filled = run_layers(traced, args, layers, dict(states), fills=True)
         return outputs, {name: filled[name] for name in names}
@@ -63,28 +63,23 @@ def check_observers(
     traced: Traced, observers: Mapping[str, Observer], states: Mapping[str, Any]
 ) -> list[str]:
     """Check that observers are at sites and have states; lists their names in fn's order."""
-    names = named_sites(traced, observers, "observers")
+    names = find_named(traced, observers, "observers")
     refuse_inside(traced, names, CONDITION, "nothing can leave the condition of a loop")
     check_states(traced, states, names)
     return names
 
 
-def observing(observer: Observer) -> Layer:
+def make_observe_layer(observer: Observer) -> SiteLayer:
     """Make a layer that updates the cell of its site."""
 
     def around(
         equation: Equation, site: Site, go: Go, operands: list[Any], cells: Cells
     ) -> tuple[list[Any], Cells]:
         results, filled = go(operands, cells)
-        activation, output = observed_arrays(site, operands, results[0])
-        state = observer(site, cells[site.name], activation, output)
+        layout, output = site.layout, results[0]
+        if layout.observed_output is not None:
+            output = layout.observed_output(operands, output)
+        state = observer(site, cells[site.name], layout.observed(operands), output)
         return results, {**filled, site.name: state}
 
-    return Layer(around)
-
-
-def observed_arrays(site: Site, operands: Sequence[Any], result: Any) -> tuple[Any, Any]:
-    """Give the activation and the output that observers get."""
-    layout = site.layout
-    output = layout.observed_output
-    return layout.observed(operands), result if output is None else output(operands, result)
+    return SiteLayer(around)

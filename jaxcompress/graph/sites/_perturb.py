@@ -9,8 +9,8 @@ from jaxcompress import tree
 from jaxcompress.errors import StructureError
 from jaxcompress.graph.program._constructs import Cells
 from jaxcompress.graph.program._run import Equation
-from jaxcompress.graph.sites._intercept import UNREACHABLE, Go, Layer, run_layers
-from jaxcompress.graph.sites._select import Side, check_side, chosen_sites, refuse_inside
+from jaxcompress.graph.sites._intercept import UNREACHABLE, Go, SiteLayer, run_layers
+from jaxcompress.graph.sites._select import Side, check_side, choose_sites, refuse_inside
 from jaxcompress.graph.sites._sites import Site
 from jaxcompress.graph.sites._trace import Traced, call_of
 
@@ -51,7 +51,7 @@ def perturb(
         params: tree.Params, offsets: Mapping[str, Any], *inputs: Any, **kwargs: Any
     ) -> Any:
         traced = call_of(fn, params, inputs, kwargs)
-        names = chosen_sites(traced, where)
+        names = choose_sites(traced, where)
         unknown = sorted(set(offsets) - set(names))
         if unknown:
             raise StructureError(
@@ -62,14 +62,14 @@ def perturb(
             )
         refuse_inside(traced, sorted(offsets), UNREACHABLE, "gradients do not reach inside")
         _check_offsets(traced, offsets, at)
-        layers = {name: [perturbing(at, name)] for name in offsets}
+        layers = {name: [make_perturb_layer(at, name)] for name in offsets}
         args = params, inputs, kwargs
         return run_layers(traced, args, layers, dict(offsets), fills=False)[0]
 
     return perturbed
 
 
-def perturbing(at: Side, cell: str) -> Layer:
+def make_perturb_layer(at: Side, cell: str) -> SiteLayer:
     """Make a layer that adds a cell to one of a site's arrays."""
 
     def around(
@@ -82,7 +82,7 @@ def perturbing(at: Side, cell: str) -> Layer:
         results, filled = go(operands, cells)
         return [results[0] + cells[cell]], filled
 
-    return Layer(around, (cell,))
+    return SiteLayer(around, (cell,))
 
 
 def _check_offsets(traced: Traced, offsets: Mapping[str, Any], at: Side) -> None:

@@ -14,10 +14,10 @@ from jaxcompress.errors import ArgumentError, ArgumentTypeError, SelectionError
 from jaxcompress.graph.program._compat import Primitive, Program
 from jaxcompress.graph.program._constructs import Cells
 from jaxcompress.graph.program._interpret import Position, equations
-from jaxcompress.graph.program._run import NOTHING, Carrier, Equation, Plan, Visit, run
+from jaxcompress.graph.program._run import NOTHING, Carrier, Equation, Plan, Visit, run_program
 from jaxcompress.graph.sites._sites import Site
-from jaxcompress.graph.sites._trace import Traced, call_of, no_sites, wraps
-from jaxcompress.graph.sites._walk import Found
+from jaxcompress.graph.sites._trace import Traced, call_of, suggest_sites, wraps
+from jaxcompress.graph.sites._walk import FoundSite
 
 Handler: TypeAlias = Callable[..., Any]
 """`(equation, *operands) -> result`, or a list of results for a primitive that has several."""
@@ -25,20 +25,22 @@ Key: TypeAlias = Any
 """A `where` over leaf paths (glob or regex), a JAX primitive, or `(Equation) -> bool`."""
 
 
-def execute(traced: Traced, plan: Plan, args: Any, cells: Cells) -> tuple[Any, Cells]:
+def execute_plan(traced: Traced, plan: Plan, args: Any, cells: Cells) -> tuple[Any, Cells]:
     """Run a captured call under a plan; returns fn's outputs and the filled cells.
 
     With a carrier, a node among the arguments is the argument for the array it stands for.
     """
     is_leaf = None if plan.carrier is None else tree.is_leaf
-    results, filled = run(traced.program, jax.tree.leaves(args, is_leaf=is_leaf), plan, cells)
+    results, filled = run_program(
+        traced.program, jax.tree.leaves(args, is_leaf=is_leaf), plan, cells
+    )
     results = [x if isinstance(x, jax.Array) else jnp.asarray(x) for x in results]
     return jax.tree.unflatten(jax.tree.structure(traced.outputs), results), filled
 
 
 def call(traced: Traced, params: tree.Params, inputs: Any, kwargs: Any) -> Any:
     """Run a captured call on other arguments of the same types; returns fn's outputs."""
-    return execute(traced, NOTHING, (params, inputs, kwargs), {})[0]
+    return execute_plan(traced, NOTHING, (params, inputs, kwargs), {})[0]
 
 
 SitesAt: TypeAlias = Mapping[Position, tuple[Site, ...]]
@@ -89,12 +91,12 @@ def make_plan(
     return Plan(visits, sites, forward, fills, carrier, keyed=keyed)
 
 
-def _same_sites(found: list[Found], known: list[Site]) -> list[Found]:
+def _same_sites(found: list[FoundSite], known: list[Site]) -> list[FoundSite]:
     """Give the sites of a forward program the names and places they have in the primal one."""
     left = list(known)
     named = []
     for number, one in enumerate(found):
-        alike = [s for s in left if _form(s) == _form(one.site)]
+        alike = [s for s in left if _describe_site(s) == _describe_site(one.site)]
         if alike:
             left.remove(alike[0])
             places = ("name", "stack", "layers", "scope", "repeats", "upstream", "beside")
@@ -105,7 +107,7 @@ def _same_sites(found: list[Found], known: list[Site]) -> list[Found]:
     return named
 
 
-def _form(site: Site) -> tuple[Any, ...]:
+def _describe_site(site: Site) -> tuple[Any, ...]:
     return site.path, site.primitive, site.axes, site.weight.shape, site.activation.shape
 
 
@@ -165,15 +167,12 @@ def _call(
     return results, {}
 
 
-def _nothing_taken(key: Key, traced: Traced) -> Exception:
-    known = {site.path: traced.leaves[site.path] for site in traced.sites}
+def _explain_nothing_taken(key: Key, traced: Traced) -> Exception:
     return SelectionError(
         "handlers",
         got=f"the key {key!r}, which takes no equation of fn (or only such as an earlier key has)",
         expected="keys that each take at least one equation",
-        fix=f"The leaves with sites are: {tree.shorten(sorted(known))}."
-        if known
-        else no_sites(traced.record),
+        fix=suggest_sites(traced),
     )
 
 
@@ -225,8 +224,8 @@ def replay(
         plan = make_plan(traced, _Matcher(pairs, traced.leaves, taken))
         for k, (key, _) in enumerate(pairs):
             if k not in taken:
-                raise _nothing_taken(key, traced)
-        results, _ = execute(traced, plan, (params, inputs, kwargs), {})
+                raise _explain_nothing_taken(key, traced)
+        results, _ = execute_plan(traced, plan, (params, inputs, kwargs), {})
         return results
 
     return replayed

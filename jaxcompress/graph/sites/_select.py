@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from jaxcompress import tree
 from jaxcompress.errors import ArgumentError, SelectionError, StructureError
-from jaxcompress.graph.sites._trace import Traced, no_sites
+from jaxcompress.graph.sites._trace import Traced, suggest_sites
 
 Side: TypeAlias = Literal["input", "output"]
 """Which of a site's arrays: the activation that goes in, or the result of the contraction."""
@@ -16,24 +16,21 @@ CONDITION = ("while condition",)
 """Where nothing can leave or enter, as `Site.scope` names it."""
 
 
-def chosen_sites(traced: Traced, where: tree.Where) -> list[str]:
+def choose_sites(traced: Traced, where: tree.Where) -> list[str]:
     """List the names of the sites of the leaves that `where` selects."""
     sites = traced.sites
     names = [s.name for s in sites if tree.matches(where, s.path, traced.leaves[s.path])]
     if not names:
-        known = list(dict.fromkeys(site.path for site in sites))
         raise SelectionError(
             "where",
             got=f"{where!r}, which selects no leaf that fn contracts or looks up",
             expected="a `where` that selects at least one site",
-            fix=f"The leaves with sites are: {tree.shorten(known)}."
-            if known
-            else no_sites(traced.record),
+            fix=suggest_sites(traced),
         )
     return names
 
 
-def named_sites(traced: Traced, names: Mapping[str, Any], argument: str) -> list[str]:
+def find_named(traced: Traced, names: Mapping[str, Any], argument: str) -> list[str]:
     known = [site.name for site in traced.sites]
     unknown = [name for name in names if name not in known]
     if unknown or not names:
@@ -41,7 +38,7 @@ def named_sites(traced: Traced, names: Mapping[str, Any], argument: str) -> list
             argument,
             got=f"{tree.shorten(unknown)}, which fn has no site of" if unknown else "none",
             expected="names of sites",
-            fix=f"The sites are: {tree.shorten(known)}." if known else no_sites(traced.record),
+            fix=f"The sites are: {tree.shorten(known)}." if known else suggest_sites(traced),
         )
     return [name for name in known if name in names]
 
@@ -81,6 +78,7 @@ def check_states(traced: Traced, states: Mapping[str, Any], names: Sequence[str]
 
 
 def check_side(at: Any) -> None:
+    """Refuse what names neither side of a site."""
     if at not in ("input", "output"):
         raise ArgumentError(
             "at", got=repr(at), expected='"input" or "output"', fix="Choose one of the two."

@@ -226,7 +226,7 @@ class _Group(NamedTuple):
     factors: Sequence[AxisFactors] = ()
 
 
-def _arranged(batch: Sequence[int], *groups: _Group) -> Callable[[Array], Array]:
+def _make_arrange(batch: Sequence[int], *groups: _Group) -> Callable[[Array], Array]:
     """Transpose to the batch axes, then merge each group of axes to one."""
 
     def arrange(x: Array) -> Array:
@@ -243,16 +243,12 @@ def _arranged(batch: Sequence[int], *groups: _Group) -> Callable[[Array], Array]
             start = len(split)
             split += [piece.size for piece in pieces]
             # Within a leaf axis the larger stride is the major part.
-            by_leaf = sorted(range(len(pieces)), key=lambda i: _in_leaf(pieces[i]))
+            by_leaf = sorted(range(len(pieces)), key=lambda i: (pieces[i].axes, -pieces[i].stride))
             order += [start + i for i in by_leaf]
             merged.append(math.prod(piece.size for piece in pieces))
         return x.reshape(split).transpose(order).reshape(merged)  # (*batch, *groups)
 
     return arrange
-
-
-def _in_leaf(factor: Factor) -> tuple[tuple[int, ...], int]:
-    return factor.axes, -factor.stride
 
 
 @register_site("dot_general")
@@ -271,8 +267,8 @@ def _dot_general(eqn: Any, operand: int, view: View, varies: Sequence[bool]) -> 
     first, second = list(range(len(batch), after_first)), list(range(after_first, result_rank))
     out_w, out_x = (first, second) if operand == 0 else (second, first)
     shown = lambda axes: [view.axes[k] for k in axes]
-    rows = _arranged(x_batch, _Group(x_free), _Group(x_contract, shown(w_contract)))
-    output_rows = _arranged(batch, _Group(out_x), _Group(out_w, shown(w_free)))
+    rows = _make_arrange(x_batch, _Group(x_free), _Group(x_contract, shown(w_contract)))
+    output_rows = _make_arrange(batch, _Group(out_x), _Group(out_w, shown(w_free)))
     return Layout(
         axes=Axes(
             contract=view.leaf_axes(w_contract),
@@ -289,49 +285,46 @@ def _dot_general(eqn: Any, operand: int, view: View, varies: Sequence[bool]) -> 
     )
 
 
-def _leaf_key(view: View, axis: int) -> tuple[int, ...]:
-    return tuple(k for factor in view.axes[axis] for k in factor.axes)
+def _split_groups(x: Array, groups: int, rest: Sequence[int]) -> Array:
+    """Bring (tokens, C, *rest), its last axes reordered, to (groups,) tokens, features."""
+    x = x.reshape(x.shape[0], groups, x.shape[1] // groups, *x.shape[2:])
+    x = jnp.transpose(x, (1, 0, *[2 + k for k in rest]))
+    x = x.reshape(groups, x.shape[1], -1)
+    return x if groups > 1 else x[0]
+
+
+def _flatten_positions(x: Array, spec: Sequence[int]) -> Array:
+    x = jnp.transpose(x, (spec[0], *spec[2:], spec[1]))  # (N, *spatial, C)
+    return x.reshape(-1, x.shape[-1])
+
+
+def _extract_patches(eqn: Any, x: Array) -> Array:
+    """Give what a convolution's window sees at each position: (tokens, C, *window)."""
+    numbers = eqn.params["dimension_numbers"]
+    window = [eqn.invars[1].aval.shape[k] for k in numbers.rhs_spec[2:]]
+    names = ("window_strides", "padding", "lhs_dilation", "rhs_dilation")
+    patches = lax.conv_general_dilated_patches(
+        x,
+        filter_shape=window,
+        **{name: eqn.params[name] for name in names},
+        dimension_numbers=lax.ConvDimensionNumbers(
+            numbers.lhs_spec, numbers.rhs_spec, numbers.out_spec
+        ),
+        precision=lax.Precision.HIGHEST,  # a copy, not an approximation of one
+    )
+    flat = _flatten_positions(patches, numbers.out_spec)  # (tokens, C * window)
+    return flat.reshape(flat.shape[0], -1, *window)
 
 
 @register_site("conv_general_dilated")
-def _conv(eqn: Any, operand: int, view: View, varies: Sequence[bool]) -> Layout | None:
+def _lay_out_conv(eqn: Any, operand: int, view: View, varies: Sequence[bool]) -> Layout | None:
     if operand != 1 or eqn.params["batch_group_count"] != 1:
         return None
     numbers, groups = eqn.params["dimension_numbers"], eqn.params["feature_group_count"]
     out, inside, *spatial = numbers.rhs_spec
-    rank = len(numbers.rhs_spec)
-
-    def grouped(x: Array, last: Sequence[int]) -> Array:
-        # (tokens, C, *rest) -> (groups,) tokens, features
-        x = x.reshape(x.shape[0], groups, x.shape[1] // groups, *x.shape[2:])
-        x = jnp.transpose(x, (1, 0, *[2 + k for k in last]))
-        x = x.reshape(groups, x.shape[1], -1)
-        return x if groups > 1 else x[0]
-
-    def channel_second(x: Array, spec: Sequence[int]) -> Array:
-        x = jnp.transpose(x, (spec[0], *spec[2:], spec[1]))  # (N, *spatial, C)
-        return x.reshape(-1, x.shape[-1])
-
-    def rows(x: Array) -> Array:
-        window = [eqn.invars[1].aval.shape[k] for k in spatial]
-        patches = lax.conv_general_dilated_patches(
-            x,
-            filter_shape=window,
-            window_strides=eqn.params["window_strides"],
-            padding=eqn.params["padding"],
-            lhs_dilation=eqn.params["lhs_dilation"],
-            rhs_dilation=eqn.params["rhs_dilation"],
-            dimension_numbers=lax.ConvDimensionNumbers(
-                numbers.lhs_spec, numbers.rhs_spec, numbers.out_spec
-            ),
-            precision=lax.Precision.HIGHEST,  # a copy, not an approximation of one
-        )
-        flat = channel_second(patches, numbers.out_spec)  # (tokens, C * window)
-        flat = flat.reshape(flat.shape[0], -1, *window)  # (tokens, C, *window)
-        weight_axes = [inside, *spatial]
-        order = sorted(range(rank - 1), key=lambda k: _leaf_key(view, weight_axes[k]))
-        return grouped(flat, order)
-
+    held = [tuple(k for f in view.axes[axis] for k in f.axes) for axis in (inside, *spatial)]
+    order = sorted(range(len(held)), key=lambda k: held[k])
+    flatten = lambda x, spec: _split_groups(_flatten_positions(x, spec), groups, [0])
     return Layout(
         axes=Axes(
             contract=view.leaf_axes([inside]),
@@ -341,16 +334,16 @@ def _conv(eqn: Any, operand: int, view: View, varies: Sequence[bool]) -> Layout 
             stacked=view.stacked,
         ),
         flops=contraction_flops(eqn),
-        rows=rows,
-        channels=lambda x: grouped(channel_second(x, numbers.lhs_spec), [0]),
-        output_rows=lambda y: grouped(channel_second(y, numbers.out_spec), [0]),
+        rows=lambda x: _split_groups(_extract_patches(eqn, x), groups, order),
+        channels=lambda x: flatten(x, numbers.lhs_spec),
+        output_rows=lambda y: flatten(y, numbers.out_spec),
         observed=lambda operands: operands[0],
         feature_groups=groups,
     )
 
 
 @register_site("gather")
-def _gather(eqn: Any, operand: int, view: View, varies: Sequence[bool]) -> Layout | None:
+def _lay_out_gather(eqn: Any, operand: int, view: View, varies: Sequence[bool]) -> Layout | None:
     if operand != 0 or not varies[1]:
         return None  # constant indices only rearrange the leaf
     numbers = eqn.params["dimension_numbers"]
@@ -371,7 +364,7 @@ def _gather(eqn: Any, operand: int, view: View, varies: Sequence[bool]) -> Layou
         flops=0,
         rows=lambda indices: indices.reshape(-1, indices.shape[-1]),
         channels=lambda indices: indices.reshape(-1, indices.shape[-1]),
-        output_rows=_arranged((), _Group(tokens), _Group(numbers.offset_dims)),
+        output_rows=_make_arrange((), _Group(tokens), _Group(numbers.offset_dims)),
         observed=lambda operands: operands[1],
     )
 
@@ -396,7 +389,7 @@ def _dynamic_slice(eqn: Any, operand: int, view: View, varies: Sequence[bool]) -
         flops=0,
         rows=rows,
         channels=rows,
-        output_rows=_arranged((), _Group([axis]), _Group(kept)),
+        output_rows=_make_arrange((), _Group([axis]), _Group(kept)),
         observed=lambda operands: operands[1 + axis],
     )
 
@@ -410,7 +403,7 @@ def _ragged_dot(eqn: Any, operand: int, view: View, varies: Sequence[bool]) -> L
         return None  # only `jax.lax.ragged_dot` itself: tokens sorted by group
     w_free = [k for k in range(3) if k not in (group, *w_contract)]
     count = eqn.invars[1].aval.shape[group]
-    token = _arranged((), _Group([ragged]), _Group(x_contract))
+    token = _make_arrange((), _Group([ragged]), _Group(x_contract))
 
     def by_expert(rows: Array, sizes: Array) -> Array:
         # (tokens, features) -> (experts, tokens, features), zero for tokens of other experts

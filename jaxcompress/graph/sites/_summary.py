@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING, Any
 
 from jaxcompress import tree
 from jaxcompress.errors import ArgumentError
-from jaxcompress.graph.sites._graph import Graph, stored
+from jaxcompress.graph.sites._graph import Graph, describe_stored
 from jaxcompress.graph.sites._sites import Axes
 from jaxcompress.graph.sites._trace import Traced, trace
-from jaxcompress.text import grid, plain, scaled
+from jaxcompress.text import grid, render_plain, write_scaled
 
 if TYPE_CHECKING:
     import rich.table
@@ -78,7 +78,9 @@ class Summary:
         totals = {key: getattr(self, key) for key in ("params", "param_bytes", "flops", "bytes")}
         rows = []
         for row in self.rows:
-            shares = {f"{key}_share": _share(getattr(row, key), totals[key]) for key in _SHARED}
+            shares = {
+                f"{key}_share": _find_fraction(getattr(row, key), totals[key]) for key in _SHARED
+            }
             rows.append({**vars(row), "shape": list(row.shape), **shares})
         return {**totals, "rows": rows}
 
@@ -94,21 +96,21 @@ class Summary:
             cells += ["×".join(map(str, row.shape)), row.dtype, str(row.repeats)]
             for key in _SHARED:
                 value, whole = getattr(row, key), getattr(self, key)
-                cells += [scaled(value, ""), f"{100 * _share(value, whole):.1f} %"]
+                cells += [write_scaled(value, ""), f"{100 * _find_fraction(value, whole):.1f} %"]
             table.add_row(*cells)
         table.add_section()
-        totals = [cell for key in _SHARED for cell in (scaled(getattr(self, key), ""), "")]
+        totals = [cell for key in _SHARED for cell in (write_scaled(getattr(self, key), ""), "")]
         table.add_row("all", *[""] * 5, *totals)
         return table
 
     def __str__(self) -> str:
-        return plain(self)
+        return render_plain(self)
 
 
 _SHARED = ("params", "flops", "bytes")
 
 
-def _share(part: int, whole: int) -> float:
+def _find_fraction(part: int, whole: int) -> float:
     return part / whole if whole else 0.0
 
 
@@ -160,7 +162,7 @@ def summary(
             )
         )
     return Summary(
-        rows=tuple(rows if depth is None else _folded(rows, depth)),
+        rows=tuple(rows if depth is None else _fold_prefixes(rows, depth)),
         params=tree.count(params),
         param_bytes=tree.nbytes(params),
         flops=graph.flops,
@@ -174,7 +176,7 @@ def _rows(graph: Graph, path: str, leaf: Any) -> list[Row]:
         name=path,
         what=_use(graph, path),
         shape=tuple(leaf.shape),
-        dtype=stored(leaf),
+        dtype=describe_stored(leaf),
         params=math.prod(leaf.shape),
         param_bytes=tree.nbytes(leaf),
         bytes=tree.nbytes(leaf) if path not in graph.unreached else 0,
@@ -188,7 +190,7 @@ def _rows(graph: Graph, path: str, leaf: Any) -> list[Row]:
             leaf_row,
             name=site.name,
             what=site.primitive,
-            axes=_axes(site.axes),
+            axes=_write_axes(site.axes),
             params=0 if k else leaf_row.params,
             param_bytes=0 if k else leaf_row.param_bytes,
             flops=site.flops,
@@ -205,7 +207,7 @@ def _use(graph: Graph, path: str) -> str:
     return "returned" if path in graph.returned else "not read"
 
 
-def _axes(axes: Axes) -> str:
+def _write_axes(axes: Axes) -> str:
     """Write axes by role, `s0 k0,1 1 -> 2`: letters for stacked, batch, window and lookup."""
 
     def listed(letter: str, several: tuple[int, ...]) -> list[str]:
@@ -221,15 +223,15 @@ def _axes(axes: Axes) -> str:
     return " ".join([*inside, "->", *listed("", axes.output)])
 
 
-def _folded(rows: Iterable[Row], depth: int) -> list[Row]:
+def _fold_prefixes(rows: Iterable[Row], depth: int) -> list[Row]:
     """Sum up the rows of each prefix of so many path segments."""
     under: dict[str, list[Row]] = {}
     for row in rows:
         under.setdefault("/".join(row.name.split("/")[:depth]), []).append(row)
-    return [_sum(prefix, several) for prefix, several in under.items()]
+    return [_sum_rows(prefix, several) for prefix, several in under.items()]
 
 
-def _sum(prefix: str, rows: Sequence[Row]) -> Row:
+def _sum_rows(prefix: str, rows: Sequence[Row]) -> Row:
     if len(rows) == 1:
         return rows[0]
     dtypes = {row.dtype for row in rows}

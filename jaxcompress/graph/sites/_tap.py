@@ -8,8 +8,8 @@ from jaxtyping import Array
 from jaxcompress import tree
 from jaxcompress.graph.program._constructs import Cells
 from jaxcompress.graph.program._run import Equation
-from jaxcompress.graph.sites._intercept import Go, Layer, run_layers
-from jaxcompress.graph.sites._select import CONDITION, Side, check_side, chosen_sites, refuse_inside
+from jaxcompress.graph.sites._intercept import Go, SiteLayer, run_layers
+from jaxcompress.graph.sites._select import CONDITION, Side, check_side, choose_sites, refuse_inside
 from jaxcompress.graph.sites._sites import Site
 from jaxcompress.graph.sites._trace import Traced, call_of, wraps
 
@@ -48,15 +48,15 @@ def tap(
     @wraps(fn)
     def tapped(params: tree.Params, *inputs: Any, **kwargs: Any) -> tuple[Any, dict[str, Array]]:
         traced = call_of(fn, params, inputs, kwargs)
-        names = chosen_sites(traced, where)
+        names = choose_sites(traced, where)
         refuse_inside(traced, names, CONDITION, "nothing can leave the condition of a loop")
-        layers = {name: [tapping(at, name)] for name in names}
+        layers = {name: [make_tap_layer(at, name)] for name in names}
         return run_layers(traced, (params, inputs, kwargs), layers, {}, fills=True)
 
     return tapped
 
 
-def tapping(at: Side, cell: str) -> Layer:
+def make_tap_layer(at: Side, cell: str) -> SiteLayer:
     """Make a layer that fills a cell with one of a site's arrays."""
 
     def around(
@@ -66,4 +66,4 @@ def tapping(at: Side, cell: str) -> Layer:
         tapped = results[0] if at == "output" else operands[site.layout.activation]
         return results, {**filled, cell: tapped}
 
-    return Layer(around)
+    return SiteLayer(around)

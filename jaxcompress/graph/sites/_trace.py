@@ -18,7 +18,7 @@ from jaxcompress.graph.program._interpret import Walk
 from jaxcompress.graph.sites._graph import Graph, Use
 from jaxcompress.graph.sites._sites import Site
 from jaxcompress.graph.sites._views import parts_of
-from jaxcompress.graph.sites._walk import Found, Record, Sites, Value, costliest
+from jaxcompress.graph.sites._walk import FoundSite, Record, Sites, Value, costliest
 
 T = TypeVar("T")
 
@@ -56,6 +56,11 @@ class Traced:
     def sites(self) -> tuple[Site, ...]:
         """The sites, in the order in which fn runs them."""
         return tuple(found.site for found in self.record.sites)
+
+    @property
+    def part_paths(self) -> list[str]:
+        """The path of the leaf of each of the first arguments: a `LeafNode` has several parts."""
+        return [path for path, leaf in self.leaves.items() for _ in jax.tree.leaves(leaf)]
 
     @property
     def domain(self) -> Sites:
@@ -156,7 +161,7 @@ def capture_call(
     fn: Callable[..., Any], params: Any, inputs: Any, kwargs: Any, *, prune: bool = False
 ) -> Traced:
     """Trace a call of fn; `prune` leaves out what no result depends on."""
-    leaves = _checked_leaves(params)
+    leaves = _check_leaves(params)
     _check_inputs(inputs, kwargs)
     _check_call(fn, params, inputs, kwargs)
     try:
@@ -181,7 +186,7 @@ def capture_call(
     ]
     args += [Value((), True, domain.fresh()) for _ in program.invars[len(args) :]]
     record, walk = domain.walk(program, args)
-    record.sites = _named(record, domain)
+    record.sites = _name_sites(record, domain)
     named = jax.tree_util.tree_flatten_with_path((inputs, kwargs))[0]
     return Traced(
         fn=fn,
@@ -247,7 +252,7 @@ def _check_call(fn: Callable[..., Any], params: Any, inputs: Any, kwargs: Any) -
         ) from error
 
 
-def _checked_leaves(params: Any) -> dict[str, Any]:
+def _check_leaves(params: Any) -> dict[str, Any]:
     leaves: dict[str, Any] = {}
     for path, leaf in tree.items(params):
         for part in jax.tree.leaves(leaf):
@@ -269,7 +274,7 @@ def _checked_leaves(params: Any) -> dict[str, Any]:
     return leaves
 
 
-def _named(record: Record, domain: Sites) -> list[Found]:
+def _name_sites(record: Record, domain: Sites) -> list[FoundSite]:
     """Give sites unique names: the leaf's path, then `path#1`, `path#2`, ..."""
     count: dict[str, int] = {}
     names: dict[int, str] = {}
@@ -293,9 +298,12 @@ def _named(record: Record, domain: Sites) -> list[Found]:
     ]
 
 
-def no_sites(record: Record) -> str:
-    """Say why there is nothing to select, for a message."""
-    inside = list(dict.fromkeys(scope[-1] for _, scope in record.opaque))
+def suggest_sites(traced: Traced) -> str:
+    """Say which leaves have sites, or why there are none, for a message."""
+    if traced.sites:
+        known = list(dict.fromkeys(site.path for site in traced.sites))
+        return f"The leaves with sites are: {tree.shorten(known)}."
+    inside = list(dict.fromkeys(scope[-1] for _, scope in traced.record.opaque))
     if inside:
         return f"fn has no sites; what {', '.join(inside)} contracts inside cannot be seen."
     return "fn has no sites: it contracts none of its params."

@@ -147,23 +147,23 @@ def view_rule(primitive: str) -> ViewRule | None:
     return _RULES.get(primitive)
 
 
-def _shape(atom: Any) -> tuple[int, ...]:
+def _shape_of(atom: Any) -> tuple[int, ...]:
     return tuple(atom.aval.shape)
 
 
 @register_view(*ELEMENTWISE, "bitcast_convert_type")
 def _elementwise(eqn: Any, views: Sequence[View | None], k: int) -> list[View | None]:
     """Follow operands of full shape; what only scales or shifts them is used here, and ends."""
-    shape = _shape(eqn.outvars[k])
+    shape = _shape_of(eqn.outvars[k])
     full = [
         view is not None
-        and _shape(atom) == shape
+        and _shape_of(atom) == shape
         and all(f.axes for axis in view.axes for f in axis)
         for atom, view in zip(eqn.invars, views, strict=True)
     ]
     if not any(full):  # nothing outranks a broadcast operand
         full = [
-            view is not None and _shape(atom) == shape
+            view is not None and _shape_of(atom) == shape
             for atom, view in zip(eqn.invars, views, strict=True)
         ]
     return [
@@ -173,26 +173,29 @@ def _elementwise(eqn: Any, views: Sequence[View | None], k: int) -> list[View | 
 
 
 @register_view("select_n")
-def _select(eqn: Any, views: Sequence[View | None], k: int) -> list[View | None]:
+def _follow_select(eqn: Any, views: Sequence[View | None], k: int) -> list[View | None]:
     """Follow the cases; what chooses among them is used here, and ends."""
     return list(_elementwise(eqn, [None, *views[1:]], k))
 
 
 def _single(
-    rule: Callable[[Any, View], Sequence[AxisFactors] | None],
+    rule: Callable[[Any, View, tuple[int, ...]], Sequence[AxisFactors] | None],
 ) -> ViewRule:
-    """Make a rule from one for the first operand; a leaf among the others (an index) ends."""
+    """Make a rule from one for the first operand; a leaf among the others (an index) ends.
+
+    The latter gets the equation, the view and the shape of a result, and gives its axes.
+    """
 
     def apply(eqn: Any, views: Sequence[View | None], k: int) -> list[View | None]:
         first, *rest = views
-        axes = None if first is None else rule(eqn, first)
+        axes = None if first is None else rule(eqn, first, _shape_of(eqn.outvars[k]))
         shown = None if first is None or axes is None else first.passed(eqn.primitive.name, axes)
         return [shown, *([None] * len(rest))]
 
     return apply
 
 
-def resized(axis: AxisFactors, size: int) -> AxisFactors:
+def resize_axis(axis: AxisFactors, size: int) -> AxisFactors:
     """Describe part of an axis, or a longer axis of which it is part."""
     if size == math.prod(f.size for f in axis):
         return axis
@@ -200,7 +203,7 @@ def resized(axis: AxisFactors, size: int) -> AxisFactors:
     return (Factor(held, size, exact=False),)
 
 
-def fitted(view: View, shape: Sequence[int]) -> View:
+def fit_view(view: View, shape: Sequence[int]) -> View:
     """View a part, or a whole, of what a view shows: a shard, from inside a `shard_map`.
 
     Args:
@@ -210,17 +213,17 @@ def fitted(view: View, shape: Sequence[int]) -> View:
     Returns:
         The view with axes of these sizes.
     """
-    axes = tuple(resized(axis, n) for axis, n in zip(view.axes, shape, strict=True))
+    axes = tuple(resize_axis(axis, n) for axis, n in zip(view.axes, shape, strict=True))
     return view if axes == view.axes else replace(view, axes=axes)
 
 
-def _arrange(eqn: Any, view: View) -> Sequence[AxisFactors] | None:
+def _arrange_axes(eqn: Any, view: View, shape: tuple[int, ...]) -> Sequence[AxisFactors] | None:
     return arrange(eqn, view.axes, lambda n: () if n == 1 else (Factor((), n),))
 
 
-def _reshape(eqn: Any, view: View) -> list[AxisFactors] | None:
+def _reshape(eqn: Any, view: View, shape: tuple[int, ...]) -> list[AxisFactors] | None:
     order = eqn.params.get("dimensions") or range(len(view.axes))
-    return split_factors([f for k in order for f in view.axes[k]], _shape(eqn.outvars[0]))
+    return split_factors([f for k in order for f in view.axes[k]], shape)
 
 
 def split_factors(factors: Sequence[Factor], shape: Sequence[int]) -> list[AxisFactors] | None:
@@ -251,51 +254,69 @@ def split_factors(factors: Sequence[Factor], shape: Sequence[int]) -> list[AxisF
     return axes
 
 
-def _same_rank(eqn: Any, view: View) -> list[AxisFactors]:
-    shape = _shape(eqn.outvars[0])
-    return [resized(axis, n) for axis, n in zip(view.axes, shape, strict=True)]
+def _resize_axes(eqn: Any, view: View, shape: tuple[int, ...]) -> list[AxisFactors]:
+    return [resize_axis(axis, n) for axis, n in zip(view.axes, shape, strict=True)]
 
 
 def _inexact(axis: AxisFactors) -> AxisFactors:
     return tuple(factor._replace(exact=False) for factor in axis)
 
 
-def _reversed(eqn: Any, view: View) -> list[AxisFactors]:
+def _flip_axes(eqn: Any, view: View, shape: tuple[int, ...]) -> list[AxisFactors]:
     flipped = eqn.params["dimensions"]
     return [_inexact(axis) if k in flipped else axis for k, axis in enumerate(view.axes)]
 
 
-def _all_gather(eqn: Any, view: View) -> list[AxisFactors]:
+def _all_gather(eqn: Any, view: View, shape: tuple[int, ...]) -> list[AxisFactors]:
     if eqn.params["tiled"]:
-        return _same_rank(eqn, view)
+        return _resize_axes(eqn, view, shape)
     axes, shards = list(view.axes), Factor((), eqn.params["axis_size"])
     axes.insert(eqn.params["all_gather_dimension"], (shards,))
     return axes
 
 
-def _reduce(eqn: Any, view: View) -> list[AxisFactors]:
-    return [axis for k, axis in enumerate(view.axes) if k not in eqn.params["axes"]]
+def _drop_axes(eqn: Any, view: View, shape: tuple[int, ...]) -> list[AxisFactors]:
+    gone = eqn.params["axes"] if "axes" in eqn.params else (eqn.params["axis"],)
+    return [axis for k, axis in enumerate(view.axes) if k not in gone]
 
 
-register_view("broadcast_in_dim", "squeeze", "transpose")(_single(_arrange))
+def _repeat_axes(eqn: Any, view: View, shape: tuple[int, ...]) -> list[AxisFactors]:
+    """Follow the copies of a leaf: a copied axis has a factor that enumerates them."""
+    pairs = zip(eqn.params["reps"], view.axes, strict=True)
+    return [(Factor((), n), *axis) if n > 1 else axis for n, axis in pairs]
+
+
+def _pick(eqn: Any, view: View, shape: tuple[int, ...]) -> list[AxisFactors]:
+    """Follow a leaf picked from by constant indices; picked axes merge into the index axes."""
+    numbers = eqn.params["dimension_numbers"]
+    gone = {*numbers.collapsed_slice_dims, *numbers.operand_batching_dims}
+    kept = [axis for k, axis in enumerate(view.axes) if k not in gone]
+    picked = view.leaf_axes(sorted(gone))
+    axes: list[AxisFactors] = [(Factor(picked, n, exact=False),) for n in shape]
+    for target, axis in zip(numbers.offset_dims, kept, strict=True):
+        axes[target] = resize_axis(axis, shape[target])
+    return axes
+
+
+register_view("broadcast_in_dim", "squeeze", "transpose")(_single(_arrange_axes))
 register_view("reshape")(_single(_reshape))
-register_view("slice", "dynamic_slice", "pad")(_single(_same_rank))
-register_view("rev")(_single(_reversed))
+register_view("slice", "dynamic_slice", "pad", "split")(_single(_resize_axes))
+register_view("rev")(_single(_flip_axes))
 register_view("all_gather")(_single(_all_gather))
 register_view("reduce_sum", "reduce_max", "reduce_min", "reduce_prod", "reduce_and", "reduce_or")(
-    _single(_reduce)
+    _single(_drop_axes)
 )
+register_view("unstack")(_single(_drop_axes))
+register_view("tile")(_single(_repeat_axes))
+register_view("gather")(_single(_pick))
 
 
 @register_view("concatenate", "dynamic_update_slice")
-def _joined(eqn: Any, views: Sequence[View | None], k: int) -> list[View | None]:
+def _follow_join(eqn: Any, views: Sequence[View | None], k: int) -> list[View | None]:
     """Follow every part of what is put together; indices end."""
-    shape = _shape(eqn.outvars[k])
+    name, shape = eqn.primitive.name, _shape_of(eqn.outvars[k])
     return [
-        view.passed(
-            eqn.primitive.name,
-            [resized(axis, n) for axis, n in zip(view.axes, shape, strict=True)],
-        )
+        view.passed(name, _resize_axes(eqn, view, shape))
         if view is not None and len(view.axes) == len(shape)
         else None
         for view in views
@@ -303,7 +324,7 @@ def _joined(eqn: Any, views: Sequence[View | None], k: int) -> list[View | None]
 
 
 @register_view("stack")
-def _stack(eqn: Any, views: Sequence[View | None], k: int) -> list[View | None]:
+def _follow_stack(eqn: Any, views: Sequence[View | None], k: int) -> list[View | None]:
     """Follow every part of a stack: the new axis shows one index of each."""
     axis = eqn.params["axis"]
 
@@ -313,56 +334,6 @@ def _stack(eqn: Any, views: Sequence[View | None], k: int) -> list[View | None]:
         return view.passed("stack", axes)
 
     return [None if view is None else stacked(view) for view in views]
-
-
-@register_view("unstack")
-def _unstack(eqn: Any, views: Sequence[View | None], k: int) -> list[View | None]:
-    (view,) = views
-    if view is None:
-        return [None]
-    axes = [axis for i, axis in enumerate(view.axes) if i != eqn.params["axis"]]
-    return [view.passed("unstack", axes)]
-
-
-@register_view("tile")
-def _tile(eqn: Any, views: Sequence[View | None], k: int) -> list[View | None]:
-    """Follow the copies of a leaf: a copied axis has a factor that enumerates them."""
-    (view,) = views
-    if view is None:
-        return [None]
-    axes = [
-        (Factor((), n), *axis) if n > 1 else axis
-        for n, axis in zip(eqn.params["reps"], view.axes, strict=True)
-    ]
-    return [view.passed("tile", axes)]
-
-
-@register_view("gather")
-def _gather(eqn: Any, views: Sequence[View | None], k: int) -> list[View | None]:
-    """Follow a leaf picked from by constant indices; picked axes merge into the index axes."""
-    view, shape = views[0], _shape(eqn.outvars[k])
-    if view is None:
-        return [None, None]
-    numbers = eqn.params["dimension_numbers"]
-    gone = {*numbers.collapsed_slice_dims, *numbers.operand_batching_dims}
-    kept = [i for i in range(len(view.axes)) if i not in gone]
-    axes: list[AxisFactors] = [()] * len(shape)
-    for target, i in zip(numbers.offset_dims, kept, strict=True):
-        axes[target] = resized(view.axes[i], shape[target])
-    picked = view.leaf_axes(sorted(gone))
-    for target in sorted(set(range(len(shape))) - set(numbers.offset_dims)):
-        axes[target] = (Factor(picked, shape[target], exact=False),)
-    return [view.passed("gather", axes), None]
-
-
-@register_view("split")
-def _split(eqn: Any, views: Sequence[View | None], k: int) -> list[View | None]:
-    """Follow a leaf into its parts."""
-    (view,) = views
-    if view is None:
-        return [None]
-    sizes = zip(view.axes, _shape(eqn.outvars[k]), strict=True)
-    return [view.passed("split", [resized(axis, n) for axis, n in sizes])]
 
 
 def elements(shape: Sequence[Any]) -> int:

@@ -18,7 +18,7 @@ from jaxcompress.graph.program._interpret import Domain, Frame, Place, Position,
 from jaxcompress.graph.program._primitives import MOVES, PASSES
 from jaxcompress.graph.sites._graph import Contraction, Use
 from jaxcompress.graph.sites._sites import Axes, Layout, Site, contraction_flops, site_rule, struct
-from jaxcompress.graph.sites._views import View, elements, fitted, view_rule
+from jaxcompress.graph.sites._views import View, elements, fit_view, view_rule
 
 
 class Value(NamedTuple):
@@ -37,7 +37,7 @@ class Value(NamedTuple):
     after: int = 0
 
 
-class Found(NamedTuple):
+class FoundSite(NamedTuple):
     """A site, the position of its equation, and its number in the walk."""
 
     position: Position
@@ -57,7 +57,7 @@ class Record:
         flops: Of each contraction, with the branches that it is in.
     """
 
-    sites: list[Found] = field(default_factory=list)
+    sites: list[FoundSite] = field(default_factory=list)
     uses: list[tuple[Position, str, Use]] = field(default_factory=list)
     elsewhere: list[tuple[Position, Contraction]] = field(default_factory=list)
     opaque: list[tuple[Position, tuple[str, ...]]] = field(default_factory=list)
@@ -186,7 +186,7 @@ class Sites(Domain[Value]):
             after |= 1 << mine
             site = self._site(eqn, k, operands, view, layout, place)
             site = replace(site, flops=site.flops * share[0] // share[1])
-            self._record.sites.append(Found(here, site, mine))
+            self._record.sites.append(FoundSite(here, site, mine))
         self._record.flops.append((here, place.branch, flops * place.repeats))
         return found, after
 
@@ -234,7 +234,7 @@ class Sites(Domain[Value]):
             bounded=place.bounded,
             scope=place.scope,
             through=view.through,
-            aligned=_aligned(view, layout.axes, self._leaves[view.path].shape),
+            aligned=_runs_in_order(view, layout.axes, self._leaves[view.path].shape),
             flops=layout.flops * place.repeats,
             bytes=moved * place.repeats,
             feature_groups=layout.feature_groups,
@@ -290,7 +290,7 @@ class Sites(Domain[Value]):
     def feed(self, value: Value, k: int, role: Role, frame: Frame[Value]) -> Value:
         aval = frame.body.program.invars[k].aval
         if role == "same":
-            return value._replace(views=_fit(value.views, aval))
+            return value._replace(views=_fit_views(value.views, aval))
         if role == "carry":
             return value._replace(ident=self.fresh())
         depth = len(frame.place.stack) - 1
@@ -339,7 +339,7 @@ class Sites(Domain[Value]):
             value = value._replace(ident=self.fresh())
         target = frame.body.results[k][0]
         assert target is not None
-        value = value._replace(views=_fit(value.views, frame.eqn.outvars[target].aval))
+        value = value._replace(views=_fit_views(value.views, frame.eqn.outvars[target].aval))
         return _chosen(value, frame)
 
     def _handed_back(self, value: Value, k: int, role: Role, frame: Frame[Value]) -> int | None:
@@ -377,7 +377,7 @@ def _unseen(axes: Axes, shape: Sequence[int]) -> tuple[int, ...]:
     return tuple(k for k, n in enumerate(shape) if n > 1 and k not in named)
 
 
-def _aligned(view: View, axes: Axes, shape: Sequence[int]) -> bool:
+def _runs_in_order(view: View, axes: Axes, shape: Sequence[int]) -> bool:
     """Tell whether a view runs through the leaf axes that the site sees, in order and whole."""
     factors = [factor for axis in view.axes for factor in axis]
     if any(not factor.axes and factor.size > 1 for factor in factors):
@@ -394,9 +394,9 @@ def _union(values: Sequence[Value]) -> int:
     return functools.reduce(operator.or_, (value.after for value in values), 0)
 
 
-def _fit(views: Sequence[View], aval: Any) -> tuple[View, ...]:
+def _fit_views(views: Sequence[View], aval: Any) -> tuple[View, ...]:
     """Cut views to the size of a variable: inside a `shard_map` it is a shard."""
-    return tuple(fitted(view, aval.shape) for view in views)
+    return tuple(fit_view(view, aval.shape) for view in views)
 
 
 def _widest(views: Iterable[View]) -> tuple[View, ...]:

@@ -17,14 +17,13 @@ from jaxcompress.graph.program import (
     Program,
     capture_program,
     equation_steps,
+    has_own_rule,
     is_jaxpr,
     live,
     normalize,
     variables,
 )
-from jaxcompress.graph.program import run as run_program
-
-_CUSTOM = ("custom_jvp_call", "custom_vjp_call")
+from jaxcompress.graph.program import run_program as run_program
 
 
 class Same:
@@ -59,7 +58,7 @@ class Keys:
         known = self._seen.get(id(eqn))
         if known is None:
             params = eqn.params
-            if eqn.primitive.name in _CUSTOM:  # the rules matter under differentiation only
+            if has_own_rule(eqn.primitive.name):  # the rules matter under differentiation only
                 params = {"call_jaxpr": params["call_jaxpr"]}
             key = (
                 eqn.primitive,
@@ -131,7 +130,7 @@ class Op(NamedTuple):
     outputs: tuple[int, ...]
 
 
-class Compiled(NamedTuple):
+class CompiledSteps(NamedTuple):
     """A function that runs steps, and the variables it takes, in order."""
 
     function: Callable[..., list[Any]]
@@ -153,7 +152,7 @@ class Shared:
         *,
         donated: frozenset[int] = frozenset(),
         sharding: jax.sharding.Sharding | None = None,
-    ) -> Compiled:
+    ) -> CompiledSteps:
         """Make a jitted function of the variables that `ops` read and do not compute.
 
         Args:
@@ -191,9 +190,9 @@ class Shared:
             sharding,
         )
         if key not in self.functions:
-            stage = functools.partial(_run, rows, taken, results)
+            stage = functools.partial(_run_rows, rows, taken, results)
             self.functions[key] = jax.jit(stage, donate_argnums=donate, out_shardings=sharding)
-        return Compiled(self.functions[key], tuple(inputs))
+        return CompiledSteps(self.functions[key], tuple(inputs))
 
     def _ref(self, atom: Any) -> Hashable:
         return self.keys.literal(atom) if isinstance(atom, Literal) else atom
@@ -210,7 +209,7 @@ class Shared:
         return jax.tree.unflatten(jax.tree.structure(shapes), results)
 
 
-def _run(
+def _run_rows(
     rows: Sequence[tuple[Op, tuple, tuple]],
     taken: Sequence[int],
     results: Sequence[int],

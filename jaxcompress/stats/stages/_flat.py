@@ -22,19 +22,18 @@ from jaxcompress.graph.program import (
     Program,
     bind,
     construct,
+    has_own_rule,
+    is_call,
     normalize,
     scan_counts,
 )
 from jaxcompress.stats.stages._canonical import Keys, Op
 
-_INLINED = frozenset({"custom_jvp_call", "custom_vjp_call", "jit", "remat2"})
-
-
 Pick: TypeAlias = tuple[str, int, int]
 """A leaf's path, one of its axes, and the index that is used of it."""
 
 
-class Leaf(NamedTuple):
+class LeafPart(NamedTuple):
     """A variable that is part `number` of params, a `LeafNode` having several parts."""
 
     number: int
@@ -63,7 +62,7 @@ class Visit(NamedTuple):
 
 
 @dataclass
-class Stop:
+class FlatStop:
     """A stop in the list of steps.
 
     Attributes:
@@ -98,8 +97,8 @@ class Flat:
     """
 
     ops: list[Op] = field(default_factory=list)
-    stops: list[Stop] = field(default_factory=list)
-    base: dict[int, Leaf | Constant] = field(default_factory=dict)
+    stops: list[FlatStop] = field(default_factory=list)
+    base: dict[int, LeafPart | Constant] = field(default_factory=dict)
     inputs: list[int] = field(default_factory=list)
     avals: dict[int, Any] = field(default_factory=dict)
     maker: dict[int, int] = field(default_factory=dict)
@@ -119,7 +118,7 @@ class Flat:
         return found
 
 
-class _Frame(NamedTuple):
+class _UnrolledScans(NamedTuple):
     """Where the flattening is: iterations of unrolled scans, and what they pick from leaves."""
 
     iteration: tuple[tuple[Position, int], ...] = ()
@@ -130,12 +129,14 @@ def flatten(traced: Traced, names: Sequence[str], keys: Keys) -> Flat:
     """Flatten a captured call, with stops at the sites of the given names."""
     flattener = _Flattener(traced, frozenset(names), keys)
     flat, program = flattener.flat, traced.program
-    parts = sum(len(jax.tree.leaves(leaf)) for leaf in traced.leaves.values())
-    args = [flattener.add_base(Leaf(k), var.aval) for k, var in enumerate(program.invars[:parts])]
+    parts = len(traced.part_paths)
+    args = [
+        flattener.add_base(LeafPart(k), var.aval) for k, var in enumerate(program.invars[:parts])
+    ]
     for var in program.invars[parts:]:
         flat.inputs.append(flattener.add_variable(var.aval))
         flat.roots[flat.inputs[-1]] = frozenset(flat.inputs[-1:])
-    flattener.flatten(program, [*args, *flat.inputs], (), _Frame())
+    flattener.flatten(program, [*args, *flat.inputs], (), _UnrolledScans())
     return flat
 
 
@@ -154,10 +155,8 @@ class _Flattener:
         for position, sites in self._sites.items():
             for k in range(len(position)):
                 self._below.setdefault(position[:k], []).extend(sites)
-        self._parts = [
-            (path, leaf) for path, leaf in traced.leaves.items() for _ in jax.tree.leaves(leaf)
-        ]
-        self._groups: dict[Any, Stop] = {}
+        self._paths = traced.part_paths
+        self._groups: dict[Any, FlatStop] = {}
         self._slices: dict[int, frozenset[Pick]] = {}
         self._constants: dict[int, int] = {}
         self._indices: dict[int, int] = {}
@@ -169,7 +168,7 @@ class _Flattener:
         self.flat.avals[number] = aval
         return number
 
-    def add_base(self, base: Leaf | Constant, aval: Any) -> int:
+    def add_base(self, base: LeafPart | Constant, aval: Any) -> int:
         var = self.add_variable(aval)
         self.flat.base[var], self.flat.roots[var] = base, frozenset()
         return var
@@ -223,7 +222,7 @@ class _Flattener:
     # --- programs ------------------------------------------------------------------------------
 
     def flatten(
-        self, program: Program, args: Sequence[Any], position: Position, frame: _Frame
+        self, program: Program, args: Sequence[Any], position: Position, frame: _UnrolledScans
     ) -> list[Any]:
         """Flatten a program on the given operands; returns the atoms of its results."""
         env: dict[Any, Any] = dict(zip(program.invars, args, strict=True))
@@ -240,12 +239,11 @@ class _Flattener:
         return [read(atom) for atom in program.outvars]
 
     def _flatten_equation(
-        self, eqn: Any, here: Position, operands: list[Any], frame: _Frame
+        self, eqn: Any, here: Position, operands: list[Any], frame: _UnrolledScans
     ) -> Sequence[Any]:
         name = eqn.primitive.name
-        if name in _INLINED:
-            rule = construct(name)
-            assert rule is not None
+        rule = construct(name)
+        if rule is not None and (is_call(name) or has_own_rule(name)):
             (body,) = rule.bodies(eqn)
             return self.flatten(body.program, operands, (*here, 0), frame)
         if name == "scan" and here in self._below:
@@ -272,13 +270,13 @@ class _Flattener:
 
     # --- stops ---------------------------------------------------------------------------------
 
-    def _add_stop(self, frame: _Frame, *, whole: bool) -> Stop:
-        stop = Stop(len(self.flat.ops), tuple(i for _, i in frame.iteration), whole)
+    def _add_stop(self, frame: _UnrolledScans, *, whole: bool) -> FlatStop:
+        stop = FlatStop(len(self.flat.ops), tuple(i for _, i in frame.iteration), whole)
         self.flat.stops.append(stop)
         return stop
 
     def _stop_at_construct(
-        self, eqn: Any, here: Position, operands: Sequence[Any], frame: _Frame
+        self, eqn: Any, here: Position, operands: Sequence[Any], frame: _UnrolledScans
     ) -> None:
         stop = self._add_stop(frame, whole=True)
         stop.visits.append(Visit(eqn, here, tuple(operands), tuple(self._below[here])))
@@ -286,7 +284,7 @@ class _Flattener:
             _narrow(stop, site, frame.picks)
 
     def _stop_at_sites(
-        self, eqn: Any, here: Position, operands: Sequence[Any], frame: _Frame
+        self, eqn: Any, here: Position, operands: Sequence[Any], frame: _UnrolledScans
     ) -> None:
         """Stop at a site, or let it join an earlier stop with the same activation."""
         by_source: dict[int, list[Site]] = {}
@@ -306,7 +304,7 @@ class _Flattener:
             for site in sites:
                 _narrow(stop, site, (*frame.picks, *self._slices.get(operands[site.operand], ())))
 
-    def _is_ready(self, operands: Sequence[Any], stop: Stop) -> bool:
+    def _is_ready(self, operands: Sequence[Any], stop: FlatStop) -> bool:
         """Tell whether all that depends on inputs is computed before an earlier stop."""
         maker = self.flat.maker
         return all(maker.get(var, -1) < stop.index for var in self.flat.roots_of(operands))
@@ -318,9 +316,10 @@ class _Flattener:
             if not isinstance(atom, Literal):
                 found |= self._slices.get(atom, frozenset())
         base = None if isinstance(operands[0], Literal) else self.flat.base.get(operands[0])
-        if eqn.primitive.name == "slice" and isinstance(base, Leaf):
+        if eqn.primitive.name == "slice" and isinstance(base, LeafPart):
             start, limit = eqn.params["start_indices"], eqn.params["limit_indices"]
-            path, leaf = self._parts[base.number]
+            path = self._paths[base.number]
+            leaf = self._traced.leaves[path]
             for axis, n in enumerate(eqn.invars[0].aval.shape):
                 if limit[axis] - start[axis] == 1 < n and not isinstance(leaf, tree.LeafNode):
                     found.add((path, axis, start[axis]))
@@ -356,7 +355,7 @@ class _Flattener:
         eqn: Any,
         here: Position,
         operands: list[Any],
-        frame: _Frame,
+        frame: _UnrolledScans,
         cuts: Mapping[int, Sequence[tuple[str, int]]],
     ) -> list[Any]:
         """Write a scan out, iteration by iteration."""
@@ -368,7 +367,7 @@ class _Flattener:
         collected: list[list[Any]] = [[None] * length for _ in body.outvars[n_carry:]]
         for i in steps:
             picks = [(path, axis, i) for leaves in cuts.values() for path, axis in leaves]
-            inside = _Frame((*frame.iteration, (here, i)), (*frame.picks, *picks))
+            inside = _UnrolledScans((*frame.iteration, (here, i)), (*frame.picks, *picks))
             slots = zip(body.invars[n_consts:n_xs], body.outvars, strict=False)
             carry = [
                 atom if entry is left else self._keep_carry(atom, entry.aval)
@@ -391,7 +390,7 @@ class _Flattener:
         """Keep a carry, even one of params only: its history would grow with each iteration."""
 
         def run(values: Sequence[Any]) -> list[Any]:
-            return [_to_array(values[0], aval)]
+            return [_literal_to_array(values[0], aval)]
 
         return self._emit(self._keys.number(("carry", aval)), run, [atom], [aval], kept=True)[0]
 
@@ -405,17 +404,17 @@ class _Flattener:
 
     def _stack(self, atoms: Sequence[Any], aval: Any) -> int:
         def run(values: Sequence[Any]) -> list[Any]:
-            return [jnp.stack([_to_array(x, aval) for x in values])]
+            return [jnp.stack([_literal_to_array(x, aval) for x in values])]
 
         return self._emit(self._keys.number(("stack", aval)), run, atoms, [aval])[0]
 
 
-def _to_array(x: Any, aval: Any) -> jax.Array:
+def _literal_to_array(x: Any, aval: Any) -> jax.Array:
     """Make an array of a literal."""
     return x if isinstance(x, jax.Array) else jnp.asarray(x, aval.dtype)
 
 
-def _narrow(stop: Stop, site: Site, picks: Iterable[Pick]) -> None:
+def _narrow(stop: FlatStop, site: Site, picks: Iterable[Pick]) -> None:
     """Note what a site reads of its leaf; a stop has the slice that all its sites share."""
     cut = {*site.axes.stacked, *site.axes.sliced}
     mine = {(axis, i) for path, axis, i in picks if path == site.path and axis in cut}

@@ -18,17 +18,26 @@ import numpy as np
 
 from jaxcompress import tree
 from jaxcompress.graph import Axes, Equation, Site, Traced
-from jaxcompress.graph.program import Cells, Literal, Program, capture_program, construct, rebuild
+from jaxcompress.graph.program import (
+    Cells,
+    Literal,
+    Program,
+    capture_program,
+    construct,
+    rebuild_construct,
+)
 from jaxcompress.graph.sites import (
     CONDITION,
     Observer,
     call_of,
-    chosen_sites,
-    make_plan,
+    choose_sites,
+    make_observe_layer,
+    plan_layers,
     refuse_inside,
+    visit_layers,
 )
-from jaxcompress.stats.stages._canonical import Compiled, Keys, Op, Shared, program_op
-from jaxcompress.stats.stages._flat import Constant, Flat, Leaf, Stop, Visit, flatten
+from jaxcompress.stats.stages._canonical import CompiledSteps, Keys, Op, Shared, program_op
+from jaxcompress.stats.stages._flat import Constant, Flat, FlatStop, LeafPart, Visit, flatten
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,7 +59,7 @@ class Boundary:
 class _Stage(NamedTuple):
     """What leads to a stop: a compiled function, its results, and what stays after the stop."""
 
-    compiled: Compiled | None
+    compiled: CompiledSteps | None
     outputs: tuple[int, ...]
     kept: frozenset[int]
 
@@ -58,7 +67,7 @@ class _Stage(NamedTuple):
 class _Update(NamedTuple):
     """An update of cells: the compiled function, and where its cells stand."""
 
-    compiled: Compiled
+    compiled: CompiledSteps
     names: tuple[str, ...]
     cells: Mapping[int, int]  # variable -> number of the flat cell
 
@@ -100,7 +109,7 @@ class Stages:
         key = structure, tuple(jax.typeof(x) for x in leaves)
         if key not in self._pipelines:
             traced = call_of(self._fn, params, tuple(inputs), {})
-            names = chosen_sites(traced, self._where)
+            names = choose_sites(traced, self._where)
             refuse_inside(traced, names, CONDITION, "nothing can leave the condition of a loop")
             self._pipelines[key] = Pipeline(
                 traced, names, self._shared, host=self._host, sharding=self._sharding
@@ -170,7 +179,7 @@ class Pipeline:
         further: Sequence[Op],
         outputs: Sequence[int],
         avals: Mapping[int, Any] | None = None,
-    ) -> Compiled:
+    ) -> CompiledSteps:
         """Compile steps with the recomputed ones that they read."""
         flat, needed = self._flat, set(numbers)
         left = [a for n in numbers for a in flat.ops[n].inputs]
@@ -213,7 +222,7 @@ class Pipeline:
         key = visit.position, tuple((name, observers[name]) for name in cells)
         variables = [a for a in visit.operands if not isinstance(a, Literal)]
         if key not in self._programs:  # iterations of a scan share it
-            observe = functools.partial(_observe, self.traced, visit, observers)
+            observe = functools.partial(_observe_visit, self.traced, visit, observers)
             shapes = [_struct(self._flat.avals[v]) for v in variables]
             program, _ = capture_program(observe, (cells, shapes))
             self._programs[key] = program, jax.tree.leaves(cells)
@@ -226,7 +235,7 @@ class Pipeline:
         return _Update(compiled, tuple(cells), {v: k for k, v in enumerate(states)})
 
 
-def _observe(
+def _observe_visit(
     traced: Traced,
     visit: Visit,
     observers: Mapping[str, Observer],
@@ -237,24 +246,13 @@ def _observe(
     given = iter(variables)
     operands = [a.val if isinstance(a, Literal) else next(given) for a in visit.operands]
 
-    def run(equation: Equation, operands: Sequence[Any], cells: Cells) -> tuple[list, Cells]:
-        results, filled = equation.bind(*operands), {}
-        results = list(results) if equation.primitive.multiple_results else [results]
-        for site in equation.sites:
-            if site.name in cells:
-                seen = site.layout.observed(operands)
-                filled[site.name] = observers[site.name](site, cells[site.name], seen, results[0])
-        return results, filled
-
+    layers = {name: [make_observe_layer(observers[name])] for name in cells}
     eqn = visit.eqn
-    rule = construct(eqn.primitive.name)
-    if rule is None:
-        return run(Equation(eqn.primitive, eqn.params, visit.sites, eqn), operands, cells)[1]
-    match = lambda program, sites: {
-        p: run for p, found in sites.items() if any(s.name in cells for s in found)
-    }
-    plan = make_plan(traced, match, fills=True)
-    return rebuild(plan, visit.position, eqn, operands, cells)[1]
+    if construct(eqn.primitive.name) is None:
+        equation = Equation(eqn.primitive, eqn.params, visit.sites, eqn)
+        return visit_layers(layers, equation, operands, cells)[1]
+    plan = plan_layers(traced, layers, fills=True)
+    return rebuild_construct(plan, visit.position, eqn, operands, cells)[1]
 
 
 class BatchRun:
@@ -283,7 +281,7 @@ class BatchRun:
         def value(var: int) -> Any:
             if var not in arrays:
                 base = pipeline._flat.base.get(var)
-                if isinstance(base, Leaf):
+                if isinstance(base, LeafPart):
                     arrays[var] = leaves[base.number]
                 elif isinstance(base, Constant):
                     arrays[var] = base.value
@@ -336,7 +334,7 @@ def _load(x: Any) -> Any:
     return jax.device_put(x.value, x.sharding)
 
 
-def _roots_at(flat: Flat, stop: Stop) -> set[int]:
+def _roots_at(flat: Flat, stop: FlatStop) -> set[int]:
     return set().union(*(flat.roots_of(visit.operands) for visit in stop.visits))
 
 
@@ -344,7 +342,7 @@ def _struct(aval: Any) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(aval.shape, aval.dtype, weak_type=aval.weak_type)
 
 
-def _describe_boundary(stop: Stop) -> Boundary:
+def _describe_boundary(stop: FlatStop) -> Boundary:
     sites = [site for visit in stop.visits for site in visit.sites]
     depth = len(stop.iteration)
     return Boundary(

@@ -5,9 +5,10 @@ from typing import Any
 
 import jax
 
-from jaxcompress import graph, tree
+from jaxcompress import tree
 from jaxcompress.budget import Budget, Bytes, Flops, Params, Seconds, fewest_steps
 from jaxcompress.errors import ArgumentError, ArgumentTypeError
+from jaxcompress.structured._sizes import measure_call
 from jaxcompress.structured.depth._blocks import Analysis, abstract, analyse
 from jaxcompress.structured.depth._drop import decide, rebuild_layers
 from jaxcompress.structured.depth._dropped import collect_chosen, find_emptied
@@ -74,7 +75,9 @@ def choose_layers(
 
     def cost(count: int) -> float:
         if count not in costs:
-            costs[count] = _cost(fn, shapes, analysis, order[:count], inputs, kwargs, budget)
+            costs[count] = _measure_cost(
+                fn, shapes, analysis, order[:count], inputs, kwargs, budget
+            )
         return costs[count]
 
     limit = budget.limit(cost(0)) if budget.is_fraction else budget.amount
@@ -99,7 +102,7 @@ def _order(analysis: Analysis, scores: Mapping[str, float]) -> list[str]:
     return order
 
 
-def _cost(
+def _measure_cost(
     fn: Callable[..., Any],
     params: tree.Params,
     analysis: Analysis,
@@ -112,25 +115,8 @@ def _cost(
     if names:
         dropped, _ = decide(analysis, names)
         fn, params = rebuild_layers(fn, dropped, params), dropped.apply(params)
-    if isinstance(budget, Params):
-        return tree.count(params)
-    if isinstance(budget, Bytes):
-        return tree.nbytes(params)
-    if isinstance(budget, Flops):
-        return graph.trace(fn, params, *inputs, **kwargs).flops
-    return _seconds(fn, params, inputs, kwargs, budget.target)
-
-
-def _seconds(fn: Callable[..., Any], params: Any, inputs: Any, kwargs: Any, target: str) -> float:
-    shapes = jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype) if hasattr(x, "shape") else x, inputs
-    )
-    seconds = graph.cost(fn, params, *shapes, target=target, **kwargs).seconds
-    if seconds is None:
-        raise ArgumentError(
-            "budget",
-            got=f"Seconds for {target!r}, whose compiler gives no estimate here",
-            expected='a target that graph.cost knows the seconds of, such as "tpu-v5e"',
-            fix="Install its plugin, or give a budget in Params, Flops or Bytes.",
+    if isinstance(budget, Seconds):  # on the target, wherever the arrays are
+        inputs = jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype) if hasattr(x, "shape") else x, inputs
         )
-    return seconds
+    return measure_call(fn, params, inputs, kwargs, budget)

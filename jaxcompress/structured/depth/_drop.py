@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jaxcompress import tree
 from jaxcompress.errors import ArgumentError
 from jaxcompress.graph import capture
-from jaxcompress.graph.program import Calls, Position, run
+from jaxcompress.graph.program import Calls, Position, run_program
 from jaxcompress.graph.sites import call as run_call
 from jaxcompress.graph.sites import describe_array
 from jaxcompress.structured._certificate import (
@@ -23,10 +23,16 @@ from jaxcompress.structured._certificate import (
     tolerance_of,
 )
 from jaxcompress.structured.depth._blocks import Analysis, abstract, analyse
-from jaxcompress.structured.depth._dropped import Chosen, Dropped, choose, describe, set_zero
+from jaxcompress.structured.depth._dropped import (
+    Chosen,
+    Dropped,
+    choose_dropped,
+    describe_type,
+    set_zero,
+)
 from jaxcompress.structured.depth._flow import Flow
 from jaxcompress.structured.depth._gated import run_gated
-from jaxcompress.structured.depth._surgery import Kept, Surgery, operate, plan_of, take
+from jaxcompress.structured.depth._surgery import Kept, Surgery, operate, plan_of, take_rows
 from jaxcompress.structured.depth._without import GONE, drop_marked
 
 
@@ -90,7 +96,7 @@ def drop_layers(
         dropped, surgery = decide(analysis, blocks)
         fewer, smaller = dropped.apply(params), rebuild_layers(fn, dropped, params)
         whole = _Smaller(analysis, surgery)
-        certificate = _certify(smaller, params, fewer, (inputs, kwargs), whole)
+        certificate = _certify_drop(smaller, params, fewer, (inputs, kwargs), whole)
     return smaller, fewer, certificate
 
 
@@ -167,7 +173,7 @@ class _Smaller:
             absent = [None] * len(jax.tree.leaves(like))
             flat += jax.tree.leaves(given[path]) if path in given else absent
         flat += jax.tree.leaves((inputs, kwargs))
-        return self.cut(run(self.traced.program, flat, self._plan, {})[0])
+        return self.cut(run_program(self.traced.program, flat, self._plan, {})[0])
 
     def cut(self, results: Sequence[Any]) -> Any:
         """Make outputs of results, without those that mirror leaves of what is gone."""
@@ -185,13 +191,13 @@ class _Smaller:
         """Take out of fn's outputs at full size what is not returned any more."""
         results = jax.tree.leaves(outputs)
         for k, (axis, scan) in self.surgery.short_outputs.items():
-            results[k] = take(results[k], axis, self.surgery.kept[scan])
+            results[k] = take_rows(results[k], axis, self.surgery.kept[scan])
         return self.cut(results)
 
 
 def decide(analysis: Analysis, blocks: Chosen) -> tuple[Dropped, Surgery]:
     """Work out what goes with chosen blocks and layers."""
-    names, iterations = choose(analysis, blocks)
+    names, iterations = choose_dropped(analysis, blocks)
     kept = _list_kept(analysis, iterations)
     chosen = [analysis.blocks[name] for name in names]
     surgery = operate(analysis.traced, analysis.residuals.flow, chosen, kept)
@@ -201,7 +207,7 @@ def decide(analysis: Analysis, blocks: Chosen) -> tuple[Dropped, Surgery]:
         iterations=iterations,
         removed=surgery.removed,
         rows={path: (axis, kept[surgery.row_of[path]]) for path, axis in surgery.rows.items()},
-        leaves={path: describe(leaf) for path, leaf in analysis.traced.leaves.items()},
+        leaves={path: describe_type(leaf) for path, leaf in analysis.traced.leaves.items()},
     )
     return dropped, surgery
 
@@ -230,7 +236,7 @@ def _decide_again(analysis: Analysis, dropped: Dropped) -> Surgery:
     kept = _list_kept(analysis, dropped.iterations)
     flow = analysis.residuals.flow
     surgery = operate(analysis.traced, flow, chosen, kept, shorter=dropped.rows)
-    paths = [path for path, leaf in analysis.traced.leaves.items() for _ in jax.tree.leaves(leaf)]
+    paths = analysis.traced.part_paths
     read = {p for v, p in zip(flow.inputs, paths, strict=False) if v in surgery.live.values[()]}
     missing = [p for p in dropped.removed if p in read]
     missing += [p for p in dropped.rows if p in read and p not in surgery.rows]
@@ -273,7 +279,7 @@ def _innermost(position: Position, nodes: set[Position]) -> Position:
 # --- the certificate ------------------------------------------------------------------------------
 
 
-def _certify(
+def _certify_drop(
     smaller: Any, params: tree.Params, fewer: tree.Params, given: Any, whole: _Smaller
 ) -> Certificate:
     """Compare fn' with the captured call at full size; `given` are its inputs."""

@@ -22,7 +22,7 @@ from jaxcompress.errors import (
 )
 from jaxcompress.structured.depth._blocks import Analysis, Block, Layer
 from jaxcompress.structured.depth._residuals import find_closest
-from jaxcompress.structured.depth._surgery import take
+from jaxcompress.structured.depth._surgery import take_rows
 from jaxcompress.structured.depth._without import GONE, drop_marked
 
 Chosen: TypeAlias = (
@@ -68,7 +68,7 @@ class Dropped:
         def cut(path: str, leaf: Any) -> Any:
             if path in self.removed:
                 return GONE
-            return take(leaf, *self.rows[path]) if path in self.rows else leaf
+            return take_rows(leaf, *self.rows[path]) if path in self.rows else leaf
 
         return drop_marked(tree.map_with_path(cut, params))
 
@@ -181,14 +181,16 @@ def check_leaves(
     return given
 
 
-def describe(leaf: Any) -> tuple[tuple[int, ...], str]:
+def describe_type(leaf: Any) -> tuple[tuple[int, ...], str]:
     return tuple(leaf.shape), str(leaf.dtype)
 
 
 # --- choosing -------------------------------------------------------------------------------------
 
 
-def choose(analysis: Analysis, chosen: Chosen) -> tuple[list[str], dict[str, tuple[int, ...]]]:
+def choose_dropped(
+    analysis: Analysis, chosen: Chosen
+) -> tuple[list[str], dict[str, tuple[int, ...]]]:
     """Find what is meant: names of blocks, and the layers of stacks that go.
 
     Raises:
@@ -223,7 +225,7 @@ Item: TypeAlias = tuple[str, tuple[int, ...] | None]
 
 def _items(chosen: Chosen) -> list[Item]:
     if isinstance(chosen, Mapping):
-        return [(str(name), _indices(indices)) for name, indices in chosen.items()]
+        return [(str(name), _to_indices(indices)) for name, indices in chosen.items()]
     several = [chosen] if isinstance(chosen, str | Block | Layer) else chosen
     if not isinstance(several, Sequence) or not all(
         isinstance(one, str | Block | Layer) for one in several
@@ -244,7 +246,7 @@ def _items(chosen: Chosen) -> list[Item]:
     return [(one if isinstance(one, str) else one.name, None) for one in several]
 
 
-def _indices(given: Any) -> tuple[int, ...]:
+def _to_indices(given: Any) -> tuple[int, ...]:
     several = given if isinstance(given, Iterable) else (given,)
     try:
         return tuple(operator.index(i) for i in several)

@@ -10,23 +10,22 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
 
 from jaxcompress.graph import Traced
 from jaxcompress.graph.program import (
     IDENTITIES,
-    INLINE,
     Domain,
     Frame,
     Live,
+    LiveStep,
     Place,
     Position,
     Program,
     Role,
-    Step,
     construct,
     interpret,
+    is_call,
     live,
     scan_counts,
 )
@@ -152,14 +151,12 @@ def _flow_of(traced: Traced) -> Flow:
     for number, found in enumerate(traced.record.sites):
         for k in range(1, len(found.position) + 1, 2):
             sites.setdefault(found.position[:k], []).append(number)
-    paths = [
-        frozenset({path}) for path, leaf in traced.leaves.items() for _ in jax.tree.leaves(leaf)
-    ]
+    paths = [frozenset({path}) for path in traced.part_paths]
     inputs = len(traced.program.invars) - len(paths)
-    return _read(traced.program, (), [*paths, *[None] * inputs], sites)
+    return _read_flow(traced.program, (), [*paths, *[None] * inputs], sites)
 
 
-def _read(
+def _read_flow(
     program: Program,
     position: Position,
     args: Sequence[frozenset[str] | None],
@@ -169,7 +166,7 @@ def _read(
     flow = Flow(position, program)
     values = []
     for var, paths in zip(program.invars, args, strict=True):
-        value = flow._add(0, _shape(var))
+        value = flow._add(0, _find_shape(var))
         if paths is None:
             flow.varying |= 1 << value
         else:
@@ -188,13 +185,13 @@ class _Flowing(Domain[int]):
         self._flow, self._sites = flow, sites
 
     def constant(self, var: Any, value: Any, place: Place) -> int:
-        return self._flow._add(0, _shape(var))
+        return self._flow._add(0, _find_shape(var))
 
     def literal(self, atom: Any) -> int:
         return NO_VALUE
 
     def enters(self, eqn: Any, operands: Sequence[int], here: Position) -> bool:
-        return eqn.primitive.name in INLINE
+        return is_call(eqn.primitive.name)
 
     def feed(self, value: int, k: int, role: Role, frame: Frame[int]) -> int:
         return self._flow._add(0, ()) if value == NO_VALUE else value
@@ -214,7 +211,7 @@ class _Flowing(Domain[int]):
         flow, read = self._flow, [v for v in operands if v != NO_VALUE]
         above = functools.reduce(operator.or_, (flow.above[v] for v in read), 0)
         varies = any(flow.varies(v) for v in read)
-        results = tuple(flow._add(above, _shape(var)) for var in eqn.outvars)
+        results = tuple(flow._add(above, _find_shape(var)) for var in eqn.outvars)
         inside = self._scan_body(eqn, operands, here) if eqn.primitive.name == "scan" else None
         sites = tuple(self._sites.get(here, ()))
         node = Node(here, eqn, tuple(operands), results, inside, sites)
@@ -239,10 +236,10 @@ class _Flowing(Domain[int]):
             value = operands[k]
             known = frozenset[str]() if value == NO_VALUE else self._flow.paths[value]
             args.append(None if role == "carry" or self._flow.varies(value) else known)
-        return _read(body.program, (*here, 0), args, self._sites)
+        return _read_flow(body.program, (*here, 0), args, self._sites)
 
 
-def _shape(var: Any) -> tuple[int, ...]:
+def _find_shape(var: Any) -> tuple[int, ...]:
     return getattr(var.aval, "shape", ())
 
 
@@ -317,7 +314,7 @@ def _find_needed(
             if value in inside or consts <= k < consts + carry
         ]
 
-    steps = [Step(node.operands, node.results, bool(node.eqn.effects)) for node in flow.nodes]
+    steps = [LiveStep(node.operands, node.results, bool(node.eqn.effects)) for node in flow.nodes]
     needed = frozenset(live(steps, set(roots) - {NO_VALUE}, reads).last)
     values[flow.position] = needed
     return needed

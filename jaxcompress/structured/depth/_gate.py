@@ -16,6 +16,7 @@ from jaxcompress.structured.depth._dropped import check_leaves
 from jaxcompress.structured.depth._gated import run_gated
 from jaxcompress.structured.depth._influence import check_scores
 from jaxcompress.structured.depth._units import Level, block_gates, gate_shapes, units_of
+from jaxcompress.structured.regularize._penalties import require_params
 
 
 def gate(
@@ -163,13 +164,7 @@ def sparse_gates(
     def update(
         updates: Any, state: Any, params: tree.Params | None = None
     ) -> tuple[Any, SparseGatesState]:
-        if params is None:
-            raise ArgumentError(
-                "params",
-                got="None",
-                expected="params beside the updates",
-                fix="Call tx.update(grads, state, params).",
-            )
+        params = require_params(params)
         off = strength(state.step) if callable(strength) else strength
 
         def shrink(path: str, p: Any, u: Any) -> Any:

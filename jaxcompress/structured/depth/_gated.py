@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 from jaxcompress.graph import Equation
 from jaxcompress.graph.program import Cells
-from jaxcompress.graph.sites import execute
+from jaxcompress.graph.sites import execute_plan
 from jaxcompress.structured.depth._blocks import Analysis
 from jaxcompress.structured.depth._surgery import add_step, new_plan
 
@@ -35,25 +35,25 @@ def run_gated(
         fn's outputs.
     """
     layers = layers or {}
-    cells: Cells = {f"block {name}": gate for name, gate in gates.items()}
-    cells |= {f"layer {name}": gate for name, gate in layers.items()}
-    labels = {analysis.blocks[name].node.position: frozenset({f"block {name}"}) for name in gates}
-    labels |= {analysis.stacks[name].node.position: frozenset({f"layer {name}"}) for name in layers}
-    plan, visits = new_plan(labels=labels)
-    for name in gates:
-        one = analysis.blocks[name]
-        visits[one.node.position] = functools.partial(_gate, f"block {name}", one.skip)
-    for name in layers:
-        position = analysis.stacks[name].node.position
-        visits[position] = add_step(plan, position, f"layer {name}", _select)
-    return execute(analysis.traced, plan, args, cells)[0]
+    blocks = {("block", name): analysis.blocks[name] for name in gates}
+    stacks = {("layer", name): analysis.stacks[name] for name in layers}
+    cells: Cells = {cell: gates[cell[1]] for cell in blocks}
+    cells |= {cell: layers[cell[1]] for cell in stacks}
+    keyed = {one.node.position: [cell] for cell, one in (blocks | stacks).items()}
+    plan, visits = new_plan(keyed=keyed)
+    for cell, block in blocks.items():
+        visits[block.node.position] = functools.partial(_gate, cell, block.skip)
+    for cell, stack in stacks.items():
+        position = stack.node.position
+        visits[position] = add_step(plan, position, cell, _choose_result)
+    return execute_plan(analysis.traced, plan, args, cells)[0]
 
 
 def _gate(
-    label: str, skip: int, equation: Equation, operands: Sequence[Any], cells: Cells
+    cell: Any, skip: int, equation: Equation, operands: Sequence[Any], cells: Cells
 ) -> tuple[list, Cells]:
     """Add the gated branch; in the order of the operands, so that a gate of 1 changes nothing."""
-    branch, gate = operands[1 - skip], cells[label]
+    branch, gate = operands[1 - skip], cells[cell]
     if jnp.issubdtype(gate.dtype, jnp.bool_):
         gated = jnp.where(gate, branch, jnp.zeros_like(branch))
     else:
@@ -62,5 +62,7 @@ def _gate(
     return [equation.bind(*both)], {}
 
 
-def _select(before: Sequence[Any], after: Sequence[Any], keep: Any) -> tuple[list[Any], Cells]:
+def _choose_result(
+    before: Sequence[Any], after: Sequence[Any], keep: Any
+) -> tuple[list[Any], Cells]:
     return jax.tree.map(lambda x, y: jnp.where(keep, y, x), list(before), list(after)), {}

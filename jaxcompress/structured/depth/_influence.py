@@ -17,16 +17,18 @@ from jaxcompress import tree
 from jaxcompress.batches import open_stream
 from jaxcompress.errors import ArgumentError, NonFiniteError
 from jaxcompress.graph import Equation
-from jaxcompress.graph.program import Cells, Position, run
-from jaxcompress.structured.depth._blocks import Analysis, Layer, analyse
+from jaxcompress.graph.program import Cells, Position, run_program
+from jaxcompress.structured.depth._blocks import Analysis, analyse
 from jaxcompress.structured.depth._gated import run_gated
+from jaxcompress.structured.depth._residuals import Stack
 from jaxcompress.structured.depth._surgery import add_step, new_plan
 from jaxcompress.structured.depth._units import (
+    DepthUnit,
     Level,
-    Unit,
     block_gates,
     by_unit,
     gate_shapes,
+    split_layer,
     units_of,
 )
 
@@ -114,7 +116,7 @@ def block_influence(
         Men et al., ShortGPT: Layers in large language models are more redundant than you expect,
         arXiv:2403.03853, equation 1.
     """
-    units: list[Unit] = []
+    units: list[DepthUnit] = []
 
     def see(params: tree.Params, batch: tuple[Any, ...]) -> dict[str, Seen]:
         analysis = analyse(fn, params, batch, {})
@@ -128,9 +130,7 @@ def block_influence(
         for base, pair in step(params, batch).items():
             # Sums of a batch are added in float64: tokens are many.
             new = [np.asarray(z, np.float64) for z in pair]
-            totals[base] = (
-                [a + b for a, b in zip(totals[base], new, strict=True)] if (base in totals) else new
-            )
+            totals[base] = [a + b for a, b in zip(totals.get(base, (0, 0)), new, strict=True)]
     return check_scores(by_unit(units, {base: s / n for base, (s, n) in totals.items()}))
 
 
@@ -148,54 +148,44 @@ def check_scores(scores: Mapping[str, float]) -> dict[str, float]:
 
 def _watch(analysis: Analysis, args: Any, level: Level, axis: int) -> dict[str, Seen]:
     """Run fn, and give what was seen at each unit, `(length,)` for a stack."""
-    visits_at: dict[Position, list[str]] = {}
-    filled: dict[str, tuple[str, ...]] = {}  # base -> labels of what is filled for it
-    stacks: dict[str, Layer] = {}
+    keyed: dict[Position, list[tuple[str, str]]] = {}
+    ends: dict[str, tuple[str, str]] = {}  # base -> its first and last block
+    stacks: dict[str, Stack] = {}
     for layer in analysis.layers.values():
         if level == "layer" and layer.length is not None:
-            stacks[layer.name] = layer
+            stacks[layer.name] = analysis.stacks[layer.name]
             continue
-        spans = [(layer.name, layer.blocks)]
-        if level == "block":
-            spans = [(block, (block,)) for block in layer.blocks]
-        for base, blocks in spans:
-            first, last = blocks[0], blocks[-1]
-            labels = (f"turn {base}",) if first == last else (f"in {base}", f"out {base}")
-            filled[base] = labels
-            for label, block in zip(labels, (first, last), strict=False):
-                visits_at.setdefault(analysis.blocks[block].node.position, []).append(label)
-    at = {p: frozenset(labels) for p, labels in visits_at.items()}
-    at |= {analysis.stacks[n].node.position: frozenset({f"layer {n}"}) for n in stacks}
-    plan, visits = new_plan(fills=True, labels=at)
+        for base, blocks in split_layer(layer, level):
+            first, last = ends[base] = blocks[0], blocks[-1]
+            kinds = (("turn", first),) if first == last else (("in", first), ("out", last))
+            for kind, block in kinds:
+                keyed.setdefault(analysis.blocks[block].node.position, []).append((kind, base))
+    at = {stack.node.position: [("layer", name)] for name, stack in stacks.items()}
+    plan, visits = new_plan(fills=True, keyed=keyed | at)
     skips = {one.node.position: one.skip for one in analysis.blocks.values()}
-    for position, labels in visits_at.items():
-        visits[position] = functools.partial(_see, labels, skips[position], axis)
-    for name in stacks:
-        stack = analysis.stacks[name]
-        step = functools.partial(_see_layer, f"layer {name}", stack.carry, axis)
-        visits[stack.node.position] = add_step(plan, stack.node.position, f"layer {name}", step)
-    found = run(analysis.traced.program, jax.tree.leaves(args), plan, {})[1]
-    result: dict[str, Seen] = {name: found[f"layer {name}"] for name in stacks}
-    for base, labels in filled.items():
-        if len(labels) == 2:
-            before, after = (found[label] for label in labels)
-            seen = _measure_turn(before, after, axis)
-        else:
-            seen = found[labels[0]]
+    for position, cells in keyed.items():
+        visits[position] = functools.partial(_see, cells, skips[position], axis)
+    for name, stack in stacks.items():
+        position, cell = stack.node.position, ("layer", name)
+        step = functools.partial(_see_layer, cell, stack.carry, axis)
+        visits[position] = add_step(plan, position, cell, step)
+    found = run_program(analysis.traced.program, jax.tree.leaves(args), plan, {})[1]
+    result: dict[str, Seen] = {name: found["layer", name] for name in stacks}
+    for base, (first, last) in ends.items():
+        seen = found.get(("turn", base))
+        if first != last:
+            seen = _measure_turn(found["in", base], found["out", base], axis)
         alone = base in analysis.blocks and (
             analysis.layers[analysis.layer_of(base)].length is not None
         )
-        result[base] = jax.tree.map(functools.partial(_total, leading=int(alone)), seen)
+        # Summed over the scans around a block but for that of its stack.
+        sum_scans = lambda x, alone=alone: jnp.sum(x, axis=tuple(range(int(alone), x.ndim)))
+        result[base] = jax.tree.map(sum_scans, seen)
     return result
 
 
-def _total(x: Array, leading: int) -> Array:
-    """Sum over the scans around a block but for that of its stack."""
-    return jnp.sum(x, axis=tuple(range(leading, x.ndim)))
-
-
 def _see(
-    labels: Sequence[str],
+    seen_here: Sequence[tuple[str, str]],
     skip: int,
     axis: int,
     equation: Equation,
@@ -204,16 +194,16 @@ def _see(
 ) -> tuple[list, Cells]:
     x, y = operands[skip], equation.bind(*operands)
     seen: Cells = {}
-    for label in labels:
-        kind = label.split(" ", 1)[0]
-        seen[label] = {"in": x, "out": y}[kind] if kind != "turn" else _measure_turn(x, y, axis)
+    for kind, base in seen_here:
+        array = x if kind == "in" else y
+        seen[kind, base] = _measure_turn(x, y, axis) if kind == "turn" else array
     return [y], seen
 
 
 def _see_layer(
-    label: str, carry: int, axis: int, before: Sequence[Any], after: Sequence[Any], cell: Any
+    cell: Any, carry: int, axis: int, before: Sequence[Any], after: Sequence[Any], value: Any
 ) -> tuple[Sequence[Any], Cells]:
-    return after, {label: _measure_turn(before[carry], after[carry], axis)}
+    return after, {cell: _measure_turn(before[carry], after[carry], axis)}
 
 
 def loss_change(
@@ -257,7 +247,7 @@ def loss_change(
     Reference:
         Men et al., ShortGPT, arXiv:2403.03853, section 3.1 (perplexity without a layer).
     """
-    units: list[Unit] = []
+    units: list[DepthUnit] = []
 
     def value(params: tree.Params, off: Array, batch: tuple[Any, ...]) -> Array:
         analysis = analyse(fn, params, batch[:inputs], {})
@@ -287,7 +277,9 @@ def loss_change(
     )
 
 
-def _run_without(analysis: Analysis, args: Any, units: list[Unit], off: Array, level: Level) -> Any:
+def _run_without(
+    analysis: Analysis, args: Any, units: list[DepthUnit], off: Array, level: Level
+) -> Any:
     """Run fn without unit number `off`; -1 for none."""
     shapes = gate_shapes(analysis, level)
     on = jnp.arange(len(units)) != off

@@ -86,11 +86,11 @@ def residuals_of(traced: Traced) -> Residuals:
     stacks: list[Stack] = []
     for one, scans in _flows(flow, ()):
         stack = tuple(scan.eqn.params["length"] for scan in scans)
-        mine = list(_sums(one, paths, stack, tuple(scan.position for scan in scans)))
+        mine = list(_find_residuals(one, paths, stack, tuple(scan.position for scan in scans)))
         found += mine
         inside = set().union(*(r.inner for r in mine))
         rejected += _find_lookalikes(one, paths, mine, inside)
-        if mine and len(scans) == 1 and (layers := _stack(flow, scans[0], mine[0])):
+        if mine and len(scans) == 1 and (layers := _describe_stack(flow, scans[0], mine[0])):
             stacks.append(layers)
     found.sort(key=lambda r: r.node.position)
     return Residuals(flow, tuple(found), tuple(rejected), tuple(stacks))
@@ -103,7 +103,7 @@ def _flows(flow: Flow, scans: tuple[Node, ...]) -> Iterator[tuple[Flow, tuple[No
             yield from _flows(node.body, (*scans, node))
 
 
-def _sums(
+def _find_residuals(
     flow: Flow, paths: Sequence[str], stack: tuple[int, ...], scans: tuple[Position, ...]
 ) -> Iterator[Residual]:
     """Find the sums of a flow one operand of which the other is computed from, by way of sites.
@@ -116,7 +116,7 @@ def _sums(
         if node.name != "add":
             continue
         for skip in (0, 1):
-            one = _sum(flow, node, skip, stream, paths, stack, scans)
+            one = _find_residual(flow, node, skip, stream, paths, stack, scans)
             if one is not None:
                 before = flow.root[node.operands[skip]]
                 stream[node.results[0]] = (before, *stream.get(before, ()))
@@ -124,7 +124,7 @@ def _sums(
                 break
 
 
-def _sum(
+def _find_residual(
     flow: Flow,
     node: Node,
     skip: int,
@@ -177,17 +177,15 @@ def _find_lookalikes(
         yield Rejected(tuple(leaves), reason)
 
 
-def _stack(flow: Flow, node: Node, first: Residual) -> Stack | None:
+def _describe_stack(flow: Flow, node: Node, first: Residual) -> Stack | None:
     """Describe a scan as a stack of layers, if each iteration reads rows of leaves."""
     body = node.body
     assert body is not None
     consts, carry = scan_counts(node.eqn)
     slots = range(consts + carry, len(node.operands))
+    read = {value for inner in body.nodes for value in inner.operands}
     paths = dict.fromkeys(
-        path
-        for k in slots
-        if body.inputs[k] in _list_read(body)
-        for path in sorted(body.paths[body.inputs[k]])
+        path for k in slots if body.inputs[k] in read for path in sorted(body.paths[body.inputs[k]])
     )
     carried = [
         k
@@ -198,10 +196,6 @@ def _stack(flow: Flow, node: Node, first: Residual) -> Stack | None:
     if not paths or not carried:
         return None
     return Stack(flow, node, node.eqn.params["length"], tuple(paths), carried[0])
-
-
-def _list_read(body: Flow) -> set[int]:
-    return {value for node in body.nodes for value in node.operands}
 
 
 # --- names ----------------------------------------------------------------------------------------

@@ -23,7 +23,7 @@ from jaxcompress.graph.program import (
     Visit,
     leave_out,
     pass_on,
-    rebuild,
+    rebuild_construct,
     reenter,
     scan_counts,
 )
@@ -94,7 +94,7 @@ def operate(
         ArgumentError: If a result stacked over the iterations of a scan is needed.
     """
     passes = {one.node.position: one.skip for one in dropped}
-    parts = _parts(traced)
+    parts = traced.part_paths
     state = state_outputs(traced)
     leaves = set(flow.inputs[: len(parts)])
     through = {k for k in state if flow.outputs[k] in leaves}
@@ -121,11 +121,6 @@ def operate(
         short_outputs=rows.outputs,
         row_of=rows.scans,
     )
-
-
-def _parts(traced: Traced) -> list[str]:
-    """List the path of the leaf of each of the first arguments."""
-    return [path for path, leaf in traced.leaves.items() for _ in jax.tree.leaves(leaf)]
 
 
 def _list_removed(paths: Sequence[str], before: set[str], after: set[str]) -> tuple[str, ...]:
@@ -165,7 +160,7 @@ class _Rows:
         self.scans: dict[str, Position] = {}
         self.small: set[int] = set()
         self.outputs: dict[int, tuple[int, Position]] = {}
-        parts, scans = _parts(traced), [n for n in flow.nodes if n.position in kept]
+        parts, scans = traced.part_paths, [n for n in flow.nodes if n.position in kept]
         values = {path: v for v, path in zip(flow.inputs, parts, strict=False)}
         for scan in scans:
             for path, axis in self._leaves(scan, parts, traced).items():
@@ -263,7 +258,7 @@ def _first_slice(node: Node) -> int:
 
 
 def new_plan(
-    *, fills: bool = False, labels: Mapping[Position, frozenset[str]] | None = None
+    *, fills: bool = False, keyed: Mapping[Position, Sequence[Any]] | None = None
 ) -> tuple[Plan, dict[Position, Visit]]:
     """Make a plan and the visits in it, to be filled in before it is run."""
     visits: dict[Position, Visit] = {}
@@ -271,8 +266,8 @@ def new_plan(
     def forward(position: Position, program: Program) -> Plan:
         return Plan({}, {}, forward)  # no rule of differentiation is entered
 
-    keyed = {position: tuple(sorted(names)) for position, names in (labels or {}).items()}
-    return Plan(visits, {}, forward, fills, keyed=keyed), visits
+    cells = {position: tuple(names) for position, names in (keyed or {}).items()}
+    return Plan(visits, {}, forward, fills, keyed=cells), visits
 
 
 def plan_of(flow: Flow, surgery: Surgery) -> Plan:
@@ -325,12 +320,13 @@ def _run_shorter(
     if kept is not None:
         eqn = eqn.replace(params={**eqn.params, "length": len(kept)})
         operands = [
-            take(x, 0, kept) if k in whole and x is not None else x for k, x in enumerate(operands)
+            take_rows(x, 0, kept) if k in whole and x is not None else x
+            for k, x in enumerate(operands)
         ]
-    return rebuild(plan, position, eqn, operands, {})
+    return rebuild_construct(plan, position, eqn, operands, {})
 
 
-def take(x: Any, axis: int, kept: Sequence[int]) -> Any:
+def take_rows(x: Any, axis: int, kept: Sequence[int]) -> Any:
     """Take rows of an array, of a shape only, or of a NumPy array, which stays one."""
     if isinstance(x, jax.ShapeDtypeStruct):
         shape = (*x.shape[:axis], len(kept), *x.shape[axis + 1 :])
@@ -345,36 +341,27 @@ Step = Callable[[Sequence[Any], Sequence[Any], Any], tuple[Sequence[Any], Cells]
 """`(carry before, carry after, cell) -> (carry, filled cells)` of one iteration of a scan."""
 
 
-class _Stepped:
+class _SteppedEntry(Entry):
     """Runs the body of a scan, then a step on what it carries."""
 
-    def __init__(self, enter: Entry, carried: slice, label: str, step: Step):
-        self._enter, self._carried, self._label, self._step = enter, carried, label, step
-        self.fills = enter.fills
+    def __init__(self, carried: slice, cell: Any, step: Step, *given: Any, **options: Any):
+        super().__init__(*given, **options)
+        self._carried, self._cell, self._step = carried, cell, step
 
     def __call__(self, body: int, operands: Sequence[Any], cells: Cells) -> tuple[list, Cells]:
-        results, filled = self._enter(body, operands, cells)
+        results, filled = super().__call__(body, operands, cells)
         before = operands[self._carried]
-        carry, more = self._step(before, results[: len(before)], cells.get(self._label))
+        carry, more = self._step(before, results[: len(before)], cells.get(self._cell))
         return [*carry, *results[len(before) :]], {**filled, **more}
 
-    def forward(self, program: Program, operands: Sequence[Any]) -> list:
-        return self._enter.forward(program, operands)
 
-    def once(self, make: Callable[[], Any]) -> Any:
-        return self._enter.once(make)
-
-    def derivative(self) -> Callable[..., list] | None:
-        return self._enter.derivative()
-
-
-def add_step(plan: Plan, position: Position, label: str, step: Step) -> Visit:
+def add_step(plan: Plan, position: Position, cell: Any, step: Step) -> Visit:
     """Make a visit that runs a scan with a step after each iteration."""
 
     def visit(equation: Equation, operands: Sequence[Any], cells: Cells) -> tuple[list, Cells]:
         consts, carry = scan_counts(equation.eqn)
         carried = slice(consts, consts + carry)
-        around = lambda enter: _Stepped(enter, carried, label, step)
-        return rebuild(plan, position, equation.eqn, operands, cells, around)
+        entry = functools.partial(_SteppedEntry, carried, cell, step)
+        return rebuild_construct(plan, position, equation.eqn, operands, cells, entry)
 
     return visit

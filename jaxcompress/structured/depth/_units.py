@@ -7,13 +7,13 @@ from typing import Any, Literal, TypeAlias
 import jax.numpy as jnp
 
 from jaxcompress.errors import ArgumentError
-from jaxcompress.structured.depth._blocks import Analysis
+from jaxcompress.structured.depth._blocks import Analysis, Layer
 
 Level: TypeAlias = Literal["layer", "block"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Unit:
+class DepthUnit:
     """What is scored as one.
 
     Attributes:
@@ -29,7 +29,7 @@ class Unit:
     blocks: tuple[str, ...]
 
 
-def units_of(analysis: Analysis, level: Level) -> list[Unit]:
+def units_of(analysis: Analysis, level: Level) -> list[DepthUnit]:
     """List the units of a function, in the order in which they run.
 
     Raises:
@@ -45,15 +45,19 @@ def units_of(analysis: Analysis, level: Level) -> list[Unit]:
         )
     found = []
     for layer in analysis.layers.values():
-        bases = [(layer.name, layer.blocks)]
-        if level == "block":
-            bases = [(block, (block,)) for block in layer.blocks]
-        for base, blocks in bases:
+        for base, blocks in split_layer(layer, level):
             if layer.length is None:
-                found.append(Unit(name=base, base=base, index=None, blocks=blocks))
+                found.append(DepthUnit(name=base, base=base, index=None, blocks=blocks))
             for i in range(layer.length or 0):
-                found.append(Unit(name=f"{base}[{i}]", base=base, index=i, blocks=blocks))
+                found.append(DepthUnit(name=f"{base}[{i}]", base=base, index=i, blocks=blocks))
     return found
+
+
+def split_layer(layer: Layer, level: Level) -> list[tuple[str, tuple[str, ...]]]:
+    """Split a layer into what is scored as one: base names, each with its blocks."""
+    if level == "layer":
+        return [(layer.name, layer.blocks)]
+    return [(block, (block,)) for block in layer.blocks]
 
 
 def check_level(level: str) -> None:
@@ -66,7 +70,7 @@ def check_level(level: str) -> None:
         )
 
 
-def by_unit(units: list[Unit], values: Mapping[str, Any]) -> dict[str, float]:
+def by_unit(units: list[DepthUnit], values: Mapping[str, Any]) -> dict[str, float]:
     """Read a number per unit from arrays by base name, `(length,)` for a stack."""
     found = {}
     for unit in units:
@@ -75,7 +79,7 @@ def by_unit(units: list[Unit], values: Mapping[str, Any]) -> dict[str, float]:
     return found
 
 
-def spread(gate: Any, stack: tuple[int, ...]) -> Any:
+def spread_gate(gate: Any, stack: tuple[int, ...]) -> Any:
     """Repeat a gate, `()` or `(length,)`, over the scans around a block."""
     gate = jnp.reshape(gate, gate.shape + (1,) * (len(stack) - gate.ndim))
     return jnp.broadcast_to(gate, stack)
@@ -85,9 +89,9 @@ def block_gates(analysis: Analysis, gates: Mapping[str, Any], level: Level) -> d
     """Give each block the gate of its unit."""
     found = {}
     for layer in analysis.layers.values():
-        for block in layer.blocks:
-            gate = gates[layer.name if level == "layer" else block]
-            found[block] = spread(gate, analysis.blocks[block].stack)
+        for base, blocks in split_layer(layer, level):
+            for block in blocks:
+                found[block] = spread_gate(gates[base], analysis.blocks[block].stack)
     return found
 
 
@@ -96,6 +100,5 @@ def gate_shapes(analysis: Analysis, level: Level) -> dict[str, tuple[int, ...]]:
     shapes = {}
     for layer in analysis.layers.values():
         shape = () if layer.length is None else (layer.length,)
-        names = [layer.name] if level == "layer" else layer.blocks
-        shapes |= dict.fromkeys(names, shape)
+        shapes |= {base: shape for base, _ in split_layer(layer, level)}
     return shapes

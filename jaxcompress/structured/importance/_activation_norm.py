@@ -10,6 +10,7 @@ from jaxtyping import ArrayLike
 from jaxcompress import graph, stats
 from jaxcompress.errors import ArgumentError
 from jaxcompress.graph import Site
+from jaxcompress.graph.sites import check_side
 from jaxcompress.structured._groups import Group, Member
 from jaxcompress.structured.importance._method import Given, Method
 from jaxcompress.structured.importance._seen import (
@@ -51,10 +52,7 @@ class ActivationNorm(Method):
     def __post_init__(self):
         if self.order not in (1, 2):
             raise ArgumentError("order", got=self.order, expected="1 or 2", fix="Use order=1.")
-        if self.at not in ("input", "output"):
-            raise ArgumentError(
-                "at", got=repr(self.at), expected='"input" or "output"', fix='Use at="input".'
-            )
+        check_side(self.at)
 
     def prepare(self, given: Given) -> Found:
         """Collect norms of channels."""

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import ArrayLike
 
-from jaxcompress.graph.sites import replicated
+from jaxcompress.meshes import call_with_auto_axes
 from jaxcompress.structured._groups import Group, Member
 from jaxcompress.structured.importance._method import Given, Method
 from jaxcompress.structured.importance._units import unit_entries
@@ -55,4 +55,4 @@ def _sum_distances(
     w: jax.Array, *, kept: tuple[int, ...], indices: tuple[tuple[int, ...], ...]
 ) -> jax.Array:
     by_unit = np.asarray(indices)
-    return replicated(lambda w: distances_to_others(unit_entries(w, kept, by_unit)), w)
+    return call_with_auto_axes(lambda w: distances_to_others(unit_entries(w, kept, by_unit)), w)

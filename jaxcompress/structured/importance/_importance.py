@@ -13,7 +13,7 @@ from jaxcompress.errors import ArgumentError, ArgumentTypeError, NonFiniteError
 from jaxcompress.structured._groups import Group
 from jaxcompress.structured.importance._magnitude import Magnitude
 from jaxcompress.structured.importance._method import Given, Method
-from jaxcompress.structured.importance._units import check_members, learned_members
+from jaxcompress.structured.importance._units import check_members, list_learned
 
 Normalize: TypeAlias = Literal["mean", "max", "sum"] | None
 """What the scores of a group are divided by, so that groups compare."""
@@ -80,7 +80,7 @@ def importance(
         Fang et al., DepGraph: Towards Any Structural Pruning, arXiv:2301.12900, section 3.3.
     """
     method = Magnitude() if method is None else method
-    _check_options(method, normalize, reduce)
+    _check_importance_options(method, normalize, reduce)
     leaves = dict(tree.items(params))
     check_members(groups, leaves)
     groups = {group.name: group for group in groups.values()}
@@ -88,7 +88,7 @@ def importance(
         groups=groups,
         params=params,
         leaves=leaves,
-        learned=learned_members(groups, params),
+        learned=list_learned(groups, params),
         fn=fn,
         batches=batches,
         loss=loss,
@@ -96,13 +96,13 @@ def importance(
     prepared = method.prepare(given)
     scores = {}
     for name, group in groups.items():
-        together = _reduce(method.parts(group, given, prepared), reduce)
-        _check_finite(together, group, given)
+        together = _reduce_parts(method.parts(group, given, prepared), reduce)
+        _check_scores(together, group, given)
         scores[name] = method.finish(jnp.asarray(_normalize(together, normalize)))
     return scores
 
 
-def _reduce(parts: list[ArrayLike], how: Reduce) -> np.ndarray:
+def _reduce_parts(parts: list[ArrayLike], how: Reduce) -> np.ndarray:
     stacked = np.stack([np.asarray(part, np.float32) for part in parts])
     return {"sum": np.sum, "mean": np.mean, "max": np.max}[how](stacked, axis=0)
 
@@ -114,7 +114,7 @@ def _normalize(scores: np.ndarray, how: Normalize) -> np.ndarray:
     return scores / np.where(whole > 0, whole, np.ones_like(whole))
 
 
-def _check_options(method: Any, normalize: Any, reduce: Any) -> None:
+def _check_importance_options(method: Any, normalize: Any, reduce: Any) -> None:
     if not isinstance(method, Method):
         raise ArgumentTypeError(
             "method",
@@ -140,7 +140,7 @@ def _check_options(method: Any, normalize: Any, reduce: Any) -> None:
         )
 
 
-def _check_finite(scores: np.ndarray, group: Group, given: Given) -> None:
+def _check_scores(scores: np.ndarray, group: Group, given: Given) -> None:
     if np.isfinite(scores).all():
         return
     bad = [m.path for m in group.members if not bool(jnp.isfinite(given.leaves[m.path]).all())]

@@ -10,7 +10,7 @@ from jaxtyping import ArrayLike
 from jaxcompress import stats
 from jaxcompress.structured._groups import Group, Member
 from jaxcompress.structured.importance._method import Given, Method
-from jaxcompress.structured.importance._seen import Found, Place, collect_seen, find_place
+from jaxcompress.structured.importance._seen import Found, LeafPlace, collect_seen, find_place
 from jaxcompress.structured.importance._units import unit_sums
 from jaxcompress.structured.importance._wanda import list_with_sites
 
@@ -56,10 +56,10 @@ def _scores(member: Member, given: Given, found: Found) -> ArrayLike:
 
 
 @functools.partial(jax.jit, static_argnames="places")
-def _diagonal(totals: tuple[jax.Array, ...], *, places: tuple[Place, ...]) -> jax.Array:
+def _diagonal(totals: tuple[jax.Array, ...], *, places: tuple[LeafPlace, ...]) -> jax.Array:
     """Add up what the sites of a leaf have seen of each entry, as an array like the leaf."""
 
-    def entries(total: jax.Array, place: Place) -> jax.Array:
+    def entries(total: jax.Array, place: LeafPlace) -> jax.Array:
         x = place.lead(total, tail=2)
         return place.form.to_leaf(jnp.broadcast_to(x, (*place.form.matrices, *x.shape[-2:])))
 

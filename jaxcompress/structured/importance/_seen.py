@@ -57,7 +57,7 @@ def collect_seen(
 # --- Beside leaves ----------------------------------------------------------------------------
 
 
-class Place(NamedTuple):
+class LeafPlace(NamedTuple):
     """Where what a site has seen belongs in a leaf; static to jit.
 
     Attributes:
@@ -88,14 +88,14 @@ class Place(NamedTuple):
         return sums.reshape(*sizes, *groups, *sums.shape[sums.ndim - tail :])
 
 
-def find_place(site: Site, shape: Sequence[int], *, window: bool = True) -> Place:
+def find_place(site: Site, shape: Sequence[int], *, window: bool = True) -> LeafPlace:
     """Find where a site's results belong; without `window`, as if convolutions had none."""
     sizes = [1 if k in site.axes.spatial and not window else n for k, n in enumerate(shape)]
     form = form_of(sizes, site.axes, site.feature_groups)
-    return Place(form, (*site.layers, *site.axes.batch))
+    return LeafPlace(form, (*site.layers, *site.axes.batch))
 
 
-def spread_inner(sums: ArrayLike, place: Place) -> np.ndarray:
+def spread_inner(sums: ArrayLike, place: LeafPlace) -> np.ndarray:
     """Write sums for each contracted entry, `(*lead, features)`, beside the leaf.
 
     Returns:
@@ -112,7 +112,7 @@ def spread_inner(sums: ArrayLike, place: Place) -> np.ndarray:
     return x.transpose(np.argsort((*form.lead, *form.inner, *form.outer)))
 
 
-def spread_outer(sums: ArrayLike, place: Place) -> np.ndarray:
+def spread_outer(sums: ArrayLike, place: LeafPlace) -> np.ndarray:
     """Write sums for each output, `(*lead, outputs)`, or row of a table likewise.
 
     Returns:

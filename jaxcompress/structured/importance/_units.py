@@ -11,7 +11,7 @@ from jax.core import Tracer
 
 from jaxcompress import adapters, tree
 from jaxcompress.errors import ArgumentError, ArgumentTypeError, StructureError
-from jaxcompress.graph.sites import replicated
+from jaxcompress.meshes import call_with_auto_axes
 from jaxcompress.structured._groups import Group, Member
 
 # --- One member -------------------------------------------------------------------------------
@@ -26,7 +26,7 @@ def unit_sums(member: Member, *arrays: Any, of: Callable[..., jax.Array] | None 
     sums = _axis_sums(arrays, kept=(*member.layers, member.axis), of=of)
     if not isinstance(sums, Tracer):
         return np.take(np.asarray(sums), member.indices, axis=-1).sum(-1)  # of (*layers, size, m)
-    return replicated(lambda x: jnp.take(x, member.indices, axis=-1).sum(-1), sums)
+    return call_with_auto_axes(lambda x: jnp.take(x, member.indices, axis=-1).sum(-1), sums)
 
 
 @functools.partial(jax.jit, static_argnames=("kept", "of"))
@@ -59,7 +59,9 @@ def unit_size(shape: Sequence[int], member: Member) -> int:
     return int(np.prod(rest)) * member.indices.shape[1]
 
 
-def spread(values: jax.Array, member: Member, shape: Sequence[int], *, fill: float) -> jax.Array:
+def spread_units(
+    values: jax.Array, member: Member, shape: Sequence[int], *, fill: float
+) -> jax.Array:
     """Write a value per unit, `(*layers, size)`, beside the leaf's entries.
 
     Returns:
@@ -78,9 +80,7 @@ def spread(values: jax.Array, member: Member, shape: Sequence[int], *, fill: flo
 # --- Members of groups ------------------------------------------------------------------------
 
 
-def learned_members(
-    groups: Mapping[str, Group], params: tree.Params
-) -> dict[str, tuple[Member, ...]]:
+def list_learned(groups: Mapping[str, Group], params: tree.Params) -> dict[str, tuple[Member, ...]]:
     """List the members of each group that training moves; statistics and counters are not.
 
     Leaves that params lacks (those that an optimizer does not see) are left out.
@@ -127,12 +127,12 @@ def check_members(
             if member.path not in leaves:
                 if partial:
                     continue
-                raise _misfit(name, f"no leaf {member.path!r}")
+                raise _explain_mismatch(name, f"no leaf {member.path!r}")
             leaf = leaves[member.path]
             shape = tuple(np.shape(leaf)) if not hasattr(leaf, "shape") else tuple(leaf.shape)
             problem = _problem(group, member, shape)
             if problem:
-                raise _misfit(name, f"{member.path!r} of shape {shape}, {problem}")
+                raise _explain_mismatch(name, f"{member.path!r} of shape {shape}, {problem}")
             if isinstance(leaf, tree.LeafNode):
                 raise ArgumentTypeError(
                     "params",
@@ -156,7 +156,7 @@ def _problem(group: Group, member: Member, shape: tuple[int, ...]) -> str:
     return ""
 
 
-def _misfit(name: str, got: str) -> StructureError:
+def _explain_mismatch(name: str, got: str) -> StructureError:
     return StructureError(
         "params",
         got=f"{got} (group {name!r})",

@@ -39,7 +39,9 @@ class Call:
 
     def __init__(self, build: Callable[..., Any]):
         partial = build if isinstance(build, functools.partial) else functools.partial(build)
-        self._bound = _signature(partial.func).bind_partial(*partial.args, **partial.keywords)
+        self._bound = _inspect_signature(partial.func).bind_partial(
+            *partial.args, **partial.keywords
+        )
         self._bound.apply_defaults()
         self._build = partial.func
         self.arguments = dict(self._bound.arguments)
@@ -57,7 +59,7 @@ class Call:
         return new
 
 
-def _signature(build: Callable[..., Any]) -> inspect.Signature:
+def _inspect_signature(build: Callable[..., Any]) -> inspect.Signature:
     # Asked of an NNX class itself, the answer is `(*args, **kwargs)`.
     if not isinstance(build, type):
         return inspect.signature(build)
@@ -144,7 +146,9 @@ def search(
     Yields:
         Settings with the paths of leaves that misfit: all that fit, and the best that does not.
     """
-    options = {place: choices for place, n in places.items() if (choices := _options(n, pairs))}
+    options = {
+        place: choices for place, n in places.items() if (choices := _list_options(n, pairs))
+    }
     names = sorted(options, key=str)
     guess = tuple(options[name][0] for name in names)
     tie = itertools.count()
@@ -185,7 +189,7 @@ def search(
         yield best[1], best[2]
 
 
-def _options(n: int, pairs: Sequence[tuple[int, int]]) -> list[int]:
+def _list_options(n: int, pairs: Sequence[tuple[int, int]]) -> list[int]:
     """List what a number may become, the likeliest first: a width itself, then parts of one."""
     choices = dict.fromkeys(new for old, new in pairs if old == n)
     if not choices:

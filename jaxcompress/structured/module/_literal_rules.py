@@ -9,7 +9,7 @@ from typing import Any, Literal, TypeAlias
 import jax.numpy as jnp
 import numpy as np
 
-from jaxcompress.graph.program import ARRANGES, CASTS, PLACES, Position
+from jaxcompress.graph.program import ARRANGES, CASTS, PLACES, Position, Rules
 
 Kind: TypeAlias = Literal[
     "number", "leaf", "sum", "mean", "deviation", "root", "norm", "output", "dot"
@@ -35,15 +35,7 @@ ARITHMETIC: dict[str, Callable[[float, float], float]] = {
     "add": operator.add, "sub": operator.sub, "mul": operator.mul, "div": operator.truediv
 }  # fmt: skip
 Rule: TypeAlias = Callable[..., "Tag | None"]
-RULES: dict[str, Rule] = {}
-
-
-def _rule(*names: str) -> Callable[[Rule], Rule]:
-    def register(rule: Rule) -> Rule:
-        RULES.update(dict.fromkeys(names, rule))
-        return rule
-
-    return register
+RULES: Rules[Rule] = Rules()
 
 
 def tag_of(literal: Any) -> Tag | None:
@@ -80,17 +72,17 @@ def _follow_linear(operands: Sequence[Tag | None]) -> Tag | None:
     return None
 
 
-@_rule(*ARRANGES, *CASTS, *PLACES)
+@RULES.register(*ARRANGES, *CASTS, *PLACES)
 def _pass(eqn: Any, x: Tag | None, *rest: Any) -> Tag | None:
     return x
 
 
-@_rule("add_any", "concatenate", "neg", "pad", "rev", "slice", "split")
+@RULES.register("add_any", "concatenate", "neg", "pad", "rev", "slice", "split")
 def _rearrange(eqn: Any, *operands: Tag | None) -> Tag | None:
     return _follow_linear(operands)
 
 
-@_rule("square", "integer_pow")
+@RULES.register("square", "integer_pow")
 def _raise_integer(eqn: Any, x: Tag | None) -> Tag | None:
     power = eqn.params.get("y", 2)
     if x and x.kind == "number":
@@ -100,7 +92,7 @@ def _raise_integer(eqn: Any, x: Tag | None) -> Tag | None:
     return x if x and power == 2 and x.kind in ("deviation", "mean") else None
 
 
-@_rule("sqrt", "rsqrt")
+@RULES.register("sqrt", "rsqrt")
 def _take_root(eqn: Any, x: Tag | None) -> Tag | None:
     inverse = eqn.primitive.name == "rsqrt"
     if x and x.kind == "number" and x.value > 0:
@@ -108,14 +100,14 @@ def _take_root(eqn: Any, x: Tag | None) -> Tag | None:
     return replace(x, kind="norm" if inverse else "root") if x and x.kind == "mean" else None
 
 
-@_rule("pow")
+@RULES.register("pow")
 def _raise(eqn: Any, x: Tag | None, y: Tag | None) -> Tag | None:
     if x and y and x.kind == "mean" and y.kind == "number" and abs(y.value) == 0.5:
         return replace(x, kind="norm" if y.value < 0 else "root")
     return None
 
 
-@_rule("div")
+@RULES.register("div")
 def _divide(eqn: Any, x: Tag | None, y: Tag | None) -> Tag | None:
     if x and y and x.kind == "sum" and y.kind == "number":
         return replace(x, kind="mean") if math.isclose(y.value, x.old, rel_tol=1e-3) else None
@@ -124,7 +116,7 @@ def _divide(eqn: Any, x: Tag | None, y: Tag | None) -> Tag | None:
     return _follow_linear([x]) if y is None or y.kind == "number" else None
 
 
-@_rule("mul")
+@RULES.register("mul")
 def _multiply(eqn: Any, x: Tag | None, y: Tag | None) -> Tag | None:
     kinds = {tag.kind: tag for tag in (x, y) if tag}
     if "sum" in kinds and "number" in kinds:
@@ -137,8 +129,8 @@ def _multiply(eqn: Any, x: Tag | None, y: Tag | None) -> Tag | None:
     return _follow_linear([x, y])
 
 
-@_rule("add")
-def _add(eqn: Any, x: Tag | None, y: Tag | None) -> Tag | None:
+@RULES.register("add")
+def _follow_sum(eqn: Any, x: Tag | None, y: Tag | None) -> Tag | None:
     kinds = {tag.kind: tag for tag in (x, y) if tag}
     number = kinds.get("number")
     for kind in ("mean", "leaf"):
@@ -149,21 +141,21 @@ def _add(eqn: Any, x: Tag | None, y: Tag | None) -> Tag | None:
     return _follow_linear([x, y]) if x and y else None
 
 
-@_rule("sub")
+@RULES.register("sub")
 def _subtract(eqn: Any, x: Tag | None, y: Tag | None) -> Tag | None:
     if y and y.kind == "mean":
         return replace(y, kind="mean" if x and x.kind == "mean" else "deviation", centred=True)
     return _follow_linear([x, y]) if x and y else None
 
 
-@_rule("select_n")
-def _select(eqn: Any, which: Any, *cases: Tag | None) -> Tag | None:
+@RULES.register("select_n")
+def _follow_cases(eqn: Any, which: Any, *cases: Tag | None) -> Tag | None:
     """Follow a mean that NaN stands in for where nothing was counted."""
     means = [tag for tag in cases if tag and tag.kind in ("mean", "sum")]
     others = [tag for tag in cases if tag not in means]
     return means[0] if means and all(tag and tag.kind == "number" for tag in others) else None
 
 
-@_rule("max")
+@RULES.register("max")
 def _take_maximum(eqn: Any, x: Tag | None, y: Tag | None) -> Tag | None:
     return next((tag for tag in (x, y) if tag and tag.kind == "mean"), None)

@@ -11,7 +11,6 @@ from dataclasses import dataclass, replace
 from typing import Any
 from typing import Literal as Choice
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -29,7 +28,7 @@ from jaxcompress.graph.program import (
     interpret,
     never,
 )
-from jaxcompress.graph.sites import capture_call, execute
+from jaxcompress.graph.sites import capture_call, execute_plan
 from jaxcompress.structured.module._literal_rules import (
     ARITHMETIC,
     RULES,
@@ -118,7 +117,7 @@ def set_epsilons(fn: Callable[..., Any], literals: Sequence[WidthLiteral]) -> Ca
     def run(params: Any, *inputs: Any) -> Any:
         traced = capture_call(fn, params, inputs, {})
         plan = Plan({at: functools.partial(visit, at) for at in wanted}, {}, never)
-        return execute(traced, plan, (params, inputs, {}), {})[0]
+        return execute_plan(traced, plan, (params, inputs, {}), {})[0]
 
     return run
 
@@ -134,12 +133,13 @@ class _Reader(Domain[Tag | None]):
 
     def run(self) -> None:
         program, _ = self._dims.programs[()]
-        args: list[Tag | None] = []
-        for path, leaf in self._dims.traced.leaves.items():
-            if isinstance(leaf, tree.LeafNode):
-                args += [None] * len(jax.tree.leaves(leaf))
-            else:
-                args.append(Tag(kind="leaf", leaves=frozenset([path])))
+        traced = self._dims.traced
+        args: list[Tag | None] = [
+            None
+            if isinstance(traced.leaves[path], tree.LeafNode)
+            else Tag(kind="leaf", leaves=frozenset([path]))
+            for path in traced.part_paths
+        ]
         args += [None] * (len(program.invars) - len(args))
         interpret(program, args, self)
 
@@ -201,7 +201,8 @@ class _Reader(Domain[Tag | None]):
             return Tag(kind="number", value=ARITHMETIC[name](a, b)) if known else None
         if name in ("mul", "div"):
             self._record_scores(name, operands, widths)
-        tag = RULES[name](eqn, *operands) if name in RULES else None
+        rule = RULES.get(name)
+        tag = rule(eqn, *operands) if rule is not None else None
         if name == "add" and tag is not None and tag.kind == "mean":
             side = next(k for k, x in enumerate(operands) if x and x.kind == "number")
             tag = replace(tag, added=(here, side))

@@ -149,7 +149,7 @@ def to_module(
     fn = builder.make_fn(builder.source, full)
     literals = width_literals(graph.dims(fn, full, *inputs), keep.leaves)
     reference = _Reference(rebuild(fn, keep), smaller, inputs)
-    best = _nearest(builder, keep, literals, smaller, reference)
+    best = _search_nearest(builder, keep, literals, smaller, reference)
     unfolded = best.distance is None and any(_is_inexact(literal) for literal in literals)
     if exact and (unfolded or (best.distance is not None and not best.agrees)):
         raise ArgumentError(
@@ -161,7 +161,7 @@ def to_module(
     return best
 
 
-def _nearest(
+def _search_nearest(
     builder: Builder,
     keep: Keep,
     literals: Sequence[WidthLiteral],
@@ -172,11 +172,12 @@ def _nearest(
     wanted = {path: keep.shape(path) for path in keep.shapes}
     places = {place: int(n) for place, n in numbers(builder.source, int)}
     best: Rebuilt | None = None
-    for settings, misfits in search(places, _pairs(keep), wanted, builder.shapes_of):
+    for settings, misfits in search(places, _list_changes(keep), wanted, builder.shapes_of):
         if misfits:
             _refuse_shapes(builder, settings, misfits, wanted)
         for candidate in _candidates(builder, settings, literals, smaller, reference):
-            best = candidate if best is None or _rank(candidate) < _rank(best) else best
+            if best is None or _judge_rebuilt(candidate) < _judge_rebuilt(best):
+                best = candidate
         # Where nothing can agree, the first is as good as any.
         if best is None or best.distance is None or best.agrees or any(map(_is_inexact, literals)):
             break
@@ -184,7 +185,7 @@ def _nearest(
     return best
 
 
-def _pairs(keep: Keep) -> list[tuple[int, int]]:
+def _list_changes(keep: Keep) -> list[tuple[int, int]]:
     """List all widths that change, of groups and of axes, each with what it becomes."""
     pairs = [(keep.sizes[name], keep[name].shape[-1]) for name in keep]
     for path, axes in keep.leaves.items():
@@ -225,11 +226,13 @@ def _is_inexact(literal: WidthLiteral) -> bool:
     return literal.centred or not literal.leaves
 
 
-def _rank(rebuilt: Rebuilt) -> tuple[bool, float]:
+def _judge_rebuilt(rebuilt: Rebuilt) -> tuple[bool, float]:
     return not rebuilt.agrees, 0.0 if rebuilt.distance is None else rebuilt.distance.relative
 
 
-def _fold(params: tree.Params, literals: Sequence[WidthLiteral]) -> tuple[tree.Params, dict]:
+def _fold_literals(
+    params: tree.Params, literals: Sequence[WidthLiteral]
+) -> tuple[tree.Params, dict]:
     by_leaf = {path: literal for literal in literals for path in literal.leaves}
 
     def scale(path: str, x: Any) -> Any:
@@ -257,7 +260,7 @@ def _candidates(
     fewer = [literal for literal in literals if not literal.centred]
     for chosen in [literals, fewer] if centred else [literals]:
         for floats in [epsilons, {}] if epsilons else [{}]:
-            folded, factors = _fold(smaller, chosen)
+            folded, factors = _fold_literals(smaller, chosen)
             covered = [known for known, _ in _changes(builder.source, floats).values()]
             open_norms = [x for x in norms if not any(is_near(x.epsilon, c) for c in covered)]
             module, unset = builder.make_module(replace_numbers(source, floats), open_norms)

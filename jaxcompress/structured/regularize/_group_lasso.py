@@ -10,7 +10,12 @@ from jaxtyping import Int
 
 from jaxcompress import linalg, tree
 from jaxcompress.structured._groups import Group, Member
-from jaxcompress.structured.importance._units import learned_members, spread, unit_size, unit_sums
+from jaxcompress.structured.importance._units import (
+    list_learned,
+    spread_units,
+    unit_size,
+    unit_sums,
+)
 from jaxcompress.structured.regularize._penalties import (
     Figure,
     check_figure,
@@ -92,7 +97,7 @@ def group_lasso(
     check_figure("learning_rate", learning_rate, fix="Use the optimizer's learning rate.")
 
     def init(params: tree.Params) -> Any:
-        learned_members(groups, params)
+        list_learned(groups, params)
         return GroupLassoState(step=jnp.zeros((), jnp.int32))
 
     def update(
@@ -103,9 +108,9 @@ def group_lasso(
         weight = figure_at(strength, state.step) * figure_at(learning_rate, state.step)
         before = dict(tree.items(params))
         given = dict(zip(before, tree.flatten_like(params, updates, name="updates"), strict=True))
-        members = learned_members(groups, params)
+        members = list_learned(groups, params)
         paths = dict.fromkeys(m.path for several in members.values() for m in several)
-        moved = {path: _sum(before[path], given[path]) for path in paths}
+        moved = {path: _add_widened(before[path], given[path]) for path in paths}
         for several in members.values():
             moved |= _shrink_units(moved, several, weight)
         steps = {path: moved[path] - before[path].astype(moved[path].dtype) for path in paths}
@@ -115,7 +120,7 @@ def group_lasso(
     return optax.GradientTransformationExtraArgs(init, update)
 
 
-def _sum(p: jax.Array, u: jax.Array) -> jax.Array:
+def _add_widened(p: jax.Array, u: jax.Array) -> jax.Array:
     """Add in float32 or wider."""
     p, u = linalg.widen(p), linalg.widen(u)
     dtype = linalg.common_float(p.dtype, u.dtype)
@@ -134,5 +139,5 @@ def _shrink_units(
     found: dict[str, jax.Array] = {}
     for m in members:
         x = found.get(m.path, leaves[m.path])
-        found[m.path] = x * spread(factors, m, x.shape, fill=1).astype(x.dtype)
+        found[m.path] = x * spread_units(factors, m, x.shape, fill=1).astype(x.dtype)
     return found

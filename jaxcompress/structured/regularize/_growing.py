@@ -12,7 +12,7 @@ from jaxtyping import ArrayLike, Int
 from jaxcompress import tree
 from jaxcompress.errors import ArgumentError, NonFiniteError, StructureError
 from jaxcompress.structured._groups import Group
-from jaxcompress.structured.importance._units import learned_members, spread
+from jaxcompress.structured.importance._units import list_learned, spread_units
 from jaxcompress.structured.regularize._penalties import add_penalty, check_figure, require_params
 
 
@@ -93,7 +93,7 @@ def growing_regularization(
     chosen = _choose_units(groups, scores, fraction)
 
     def init(params: tree.Params) -> Any:
-        learned_members(groups, params)
+        list_learned(groups, params)
         penalties = {name: jnp.zeros(units.shape, jnp.float32) for name, units in chosen.items()}
         return GrowingState(step=jnp.zeros((), jnp.int32), penalties=penalties)
 
@@ -109,9 +109,9 @@ def growing_regularization(
             for name, units in chosen.items()
         }
         total: dict[str, jax.Array] = {}
-        for name, members in learned_members(groups, params).items():
+        for name, members in list_learned(groups, params).items():
             for m in members:
-                beside = spread(grown[name], m, leaves[m.path].shape, fill=0)
+                beside = spread_units(grown[name], m, leaves[m.path].shape, fill=0)
                 total[m.path] = total[m.path] + beside if m.path in total else beside
         step = jnp.asarray(optax.safe_increment(state.step))
         penalised = add_penalty(updates, params, total, lambda p: p)

@@ -10,7 +10,7 @@ from jaxtyping import Int
 
 from jaxcompress import tree
 from jaxcompress.structured._groups import Group
-from jaxcompress.structured.importance._units import learned_members, spread
+from jaxcompress.structured.importance._units import list_learned, spread_units
 from jaxcompress.structured.regularize._penalties import (
     Figure,
     add_penalty,
@@ -74,7 +74,7 @@ def scale_l1(
     check_figure("strength", strength, fix="Use a small number, such as 1e-4.")
 
     def init(params: tree.Params) -> Any:
-        scale_members(learned_members(groups, params), where, dict(tree.items(params)))
+        scale_members(list_learned(groups, params), where, dict(tree.items(params)))
         return ScaleL1State(step=jnp.zeros((), jnp.int32))
 
     def update(
@@ -84,10 +84,10 @@ def scale_l1(
         params = require_params(params)
         leaves = dict(tree.items(params))
         weight, penalties = figure_at(strength, state.step), {}
-        for name, members in scale_members(learned_members(groups, params), where, leaves).items():
+        for name, members in scale_members(list_learned(groups, params), where, leaves).items():
             units = jnp.full((*groups[name].layers, groups[name].size), weight)
             for m in members:
-                more = spread(units, m, leaves[m.path].shape, fill=0)
+                more = spread_units(units, m, leaves[m.path].shape, fill=0)
                 # A scale that belongs to two groups is still penalised once.
                 penalties[m.path] = jnp.maximum(penalties.get(m.path, more), more)
         penalised = add_penalty(updates, params, penalties, jnp.sign)

@@ -11,7 +11,7 @@ from jaxcompress import graph, tree
 from jaxcompress.errors import ArgumentError
 from jaxcompress.structured._groups import Group, Member
 from jaxcompress.structured.importance._method import Given, Method
-from jaxcompress.structured.importance._units import learned_members, unit_sums
+from jaxcompress.structured.importance._units import list_learned, unit_sums
 
 _NAMES = ("scale", "gamma", "weight")
 
@@ -48,7 +48,7 @@ def scales(
         ('g',)
     """
     traced = graph.trace(fn, params, *inputs)
-    members = learned_members(groups, params)
+    members = list_learned(groups, params)
     paths = dict.fromkeys(m.path for several in members.values() for m in several)
 
     def multiplies(path: str) -> bool:
