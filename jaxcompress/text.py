@@ -19,8 +19,8 @@ def write_scaled(value: float, unit: str) -> str:
         Text such as `16.1 GB`.
 
     Example:
-        >>> scaled(16_060_522_496, "B"), scaled(1.83e-4, "s"), scaled(0, "FLOP")
-        ('16.1 GB', '183 µs', '0 FLOP')
+        >>> [write_scaled(*pair) for pair in ((16_060_522_496, "B"), (1.83e-4, "s"), (0, "FLOP"))]
+        ['16.1 GB', '183 µs', '0 FLOP']
     """
     if value == 0:
         return f"0 {unit}".strip()
