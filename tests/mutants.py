@@ -1,8 +1,8 @@
 """Do the tests notice when the library is wrong? A check that is run by hand, on Python 3.12.
 
-    python tests/mutants.py record             # which test executes which line (the whole suite)
-    python tests/mutants.py record tests/linalg  # again, where tests are new
-    python tests/mutants.py run --seed 0       # 60 mutants, a few seconds to minutes each
+    python tests/mutants.py record                # which test executes which line: the whole suite
+    python tests/mutants.py record tests/linalg   # again, where tests are new
+    python tests/mutants.py run --seed 0          # some 60 mutants, up to a few minutes each
     python tests/mutants.py run --seed 0 --again  # once more those that no test noticed
 
 A mutant is the library with one small mistake: another operator, comparison, number or flag. They
