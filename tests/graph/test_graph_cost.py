@@ -190,6 +190,17 @@ def test_loop_bodies_that_cannot_be_told_are_left_out():
     assert found == {"flops": 100.0 + 3 * 9 * 4.0}
 
 
+def test_each_token_of_a_ragged_product_meets_one_expert():
+    numbers = jax.lax.RaggedDotDimensionNumbers(
+        dot_dimension_numbers=(((1,), (2,)), ((), ())),  # kernels of (out, in)
+        lhs_ragged_dimensions=[0],
+        rhs_group_dimensions=[0],
+    )
+    sizes = jnp.array([2, 1, 3])
+    fn = lambda w, x: jax.lax.ragged_dot_general(x, w, sizes, numbers)
+    assert cost(fn, array(3, 5, 8), array(6, 8)).flops == 2 * 6 * 8 * 5
+
+
 def test_an_unbounded_loop_is_said():
     fn = lambda w, x: jax.lax.while_loop(lambda x: x.sum() < 1, lambda x: x @ w, x)
     found = cost(fn, array(4, 4), array(2, 4))
