@@ -74,6 +74,16 @@ def read_record(folder: pathlib.Path) -> list[Record]:
     ]
 
 
+def find_lines(mutant: Mutant) -> set[int]:
+    """The lines of which one is executed if the mutant matters to a test."""
+    first, last = mutant.body
+    return set(range(first, last + 1)) if mutant.at_import else {mutant.line}
+
+
+def is_executed(mutant: Mutant, records: list[Record]) -> bool:
+    return any(find_lines(mutant) & record.lines.get(mutant.file, set()) for record in records)
+
+
 def choose_tests(mutant: Mutant, records: list[Record], *, budget: float) -> list[str]:
     """Choose tests that add up to at most `budget` seconds, the likeliest to fail first.
 
@@ -81,13 +91,12 @@ def choose_tests(mutant: Mutant, records: list[Record], *, budget: float) -> lis
     these, one from each test file in turn, the quickest first.
     """
     body = set(range(mutant.body[0], mutant.body[1] + 1))
-    line = body if mutant.at_import else {mutant.line}
+    module = set[int]().union(*(record.lines.get(mutant.file, ()) for record in records))
     chosen: dict[str, float] = {}
-    for wanted in (line, body, None):
+    for wanted in (find_lines(mutant), body, module):
         by_file = collections.defaultdict(list)
         for record in records:
-            lines = record.lines.get(mutant.file, set())
-            if record.test not in chosen and (lines & wanted if wanted else lines):
+            if record.test not in chosen and wanted & record.lines.get(mutant.file, set()):
                 by_file[record.test.partition("::")[0]].append(record)
         for rows in by_file.values():
             rows.sort(key=lambda record: record.seconds)
@@ -103,7 +112,6 @@ class Runner:
 
     def __init__(self, folder: pathlib.Path) -> None:
         self.copy = folder / "project" / ROOT.name
-        self.folder = folder
         shutil.rmtree(self.copy.parent, ignore_errors=True)
         skipped = shutil.ignore_patterns(".*", "__pycache__", "*.png")
         shutil.copytree(ROOT, self.copy, ignore=skipped)
@@ -198,10 +206,11 @@ def run_mutants(options: argparse.Namespace) -> None:
             continue
         tests = choose_tests(mutant, records, budget=options.budget)
         noticed_by = runner.try_mutant(mutant, tests, limit=4 * options.budget + 120)
-        done[name] = {"mutant": name, "tests": len(tests), "noticed_by": noticed_by}
+        said = f"{len(tests)} tests" if is_executed(mutant, records) else "no test executes it"
+        done[name] = {"mutant": name, "tests": said, "noticed_by": noticed_by}
         with file.open("a") as out:
             out.write(json.dumps(done[name], ensure_ascii=False) + "\n")
-        print(f"{name}\n    {noticed_by or 'NOT NOTICED'} ({len(tests)} tests)", flush=True)
+        print(f"{name}\n    {noticed_by or 'NOT NOTICED'} ({said})", flush=True)
     report([done[name] for name in names], runner)
 
 
@@ -212,7 +221,7 @@ def report(rows: list[dict], runner: Runner) -> None:
     print(f"\n{len(noticed)} of {len(rows)} mutants noticed ({len(noticed) / len(rows):.0%})")
     for row in rows:
         if not row["noticed_by"]:
-            print(f"{row['mutant']} ({row['tests']} tests)")
+            print(f"{row['mutant']} ({row['tests']})")
     for test in runner.find_unsound(sorted(tests)):
         print(f"fails without a mutant: {test}")
 
