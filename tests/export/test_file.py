@@ -223,6 +223,14 @@ def test_minus_zero_in_a_pruned_place_comes_back_as_zero(path):
     same(export.load(path).params["w"], q)
 
 
+def test_codes_that_their_scale_makes_zero_come_back_as_zero(path):
+    q, alive = qarray("int8"), np.arange(6) % 2 == 0
+    dead = dataclasses.replace(q, scale=jnp.asarray(np.where(alive, q.scale, 0)))
+    export.save(path, {"w": dead}, mask={"w": np.tile(alive, (8, 1))})
+    loaded = numerics.dequantize(export.load(path).params["w"])
+    np.testing.assert_array_equal(loaded, numerics.dequantize(dead))
+
+
 def test_stacked_qarrays(path):
     """What vmap over layers gives: one more leading axis on values and scale."""
     parts = [qarray("int4 grouped", kept=KEPT) for _ in range(3)]

@@ -171,6 +171,16 @@ def test_copies_of_a_loop_body(length, unroll, expected):
     assert loops.copies(length, unroll) == expected
 
 
+def test_which_loops_are_counted_too_seldom():
+    def fn(x):
+        inner = lambda x, _: jax.lax.scan(lambda x, _: (x + 1, None), x, length=5)
+        x = jax.lax.scan(inner, x, length=6, unroll=2)[0]
+        return jax.lax.scan(inner, x, length=3, unroll=True)[0]
+
+    found = loops.loops(jax.make_jaxpr(fn)(1.0))
+    assert set(found) == {loops.Loop(6, 2, 1, 0), loops.Loop(5, 1, 6, 1), loops.Loop(5, 1, 3, 1)}
+
+
 def test_loop_bodies_that_cannot_be_told_are_left_out():
     loop = loops.Loop(length=10, unroll=1, outer=3, depth=1)
     found = loops.multiply_loops(
@@ -178,6 +188,17 @@ def test_loop_bodies_that_cannot_be_told_are_left_out():
         {loop: {"flops": 4.0, "bytes": -10.0}},
     )
     assert found == {"flops": 100.0 + 3 * 9 * 4.0}
+
+
+def test_each_token_of_a_ragged_product_meets_one_expert():
+    numbers = jax.lax.RaggedDotDimensionNumbers(
+        dot_dimension_numbers=(((1,), (2,)), ((), ())),  # kernels of (out, in)
+        lhs_ragged_dimensions=[0],
+        rhs_group_dimensions=[0],
+    )
+    sizes = jnp.array([2, 1, 3])
+    fn = lambda w, x: jax.lax.ragged_dot_general(x, w, sizes, numbers)
+    assert cost(fn, array(3, 5, 8), array(6, 8)).flops == 2 * 6 * 8 * 5
 
 
 def test_an_unbounded_loop_is_said():

@@ -22,6 +22,15 @@ def test_merging_and_splitting_are_inverse():
     assert labels.conflicts == 0
 
 
+def test_slices_of_one_index_are_not_tied_by_axes_of_size_one():
+    labels = Labels()
+    wide = labels.fresh(3)
+    for k in range(3):
+        labels.unify(wide[k : k + 1], labels.fresh(1))
+        labels.unify(labels.fresh(1), wide[k : k + 1])
+    assert len(np.unique(labels.rows(wide))) == 3 and labels.find(labels.fresh(1)) == 0
+
+
 def test_a_late_split_shows_in_what_was_tied_before():
     labels = Labels()
     first, second = labels.fresh(12), labels.fresh(12)

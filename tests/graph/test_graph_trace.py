@@ -391,6 +391,14 @@ def test_bad_input_is_named(fn, params, inputs, error, said):
         graph.trace(fn, params, *inputs)
 
 
+@pytest.mark.parametrize(("inputs", "named"), [((X,), {}), ((None, X), {}), ((), {"scale": 2.0})])
+def test_a_traced_call_takes_no_arguments(inputs, named):
+    call = lambda p, x, scale=1.0: x @ p["w"] * scale
+    traced = graph.capture(call, {"w": array(4, 5)}, X)
+    with pytest.raises(ArgumentError, match="a Traced, and arguments"):
+        graph.trace(traced, *inputs, **named)
+
+
 def test_an_output_that_ignores_params_leaves_them_unreached():
     found = graph.trace(lambda p, x: x + 1, {"w": array(4, 5)}, X)
     assert found.unreached == ("w",) and not found.sites and found.flops == 0

@@ -246,6 +246,14 @@ def test_no_factors_above_break_even():
     assert run <= dense + 2 * 8 * 8 * 8
 
 
+@pytest.mark.parametrize(("tokens", "by_factors"), [(19, True), (20, False)])
+def test_the_break_even_counts_the_product_of_the_factors(tokens, by_factors):
+    """By factors `T 5 (8 + 8)` multiply-adds; multiplied out `T 8 8`, and 8 8 5 before."""
+    f = factors((8, 8), (0,), (1,), rank=5)
+    found = places(lambda p, x: x @ p["w"], {"w": f}, draw(tokens, 8))
+    assert [place.by_factors for place in found] == [by_factors]
+
+
 def test_the_cheaper_order_is_run():
     """`x y^T` with a wide y: contracting from the thin side costs 2 * 2 * (8 + 100) a row."""
     f = factors((8, 100), (0,), (1,))

@@ -268,6 +268,7 @@ def test_what_other_backends_choose_computes_the_same(backend):
         "float8 in groups": PLAIN(
             format=Format(float8_e4m3fn, PerGroup(8)), act=float8, kernel="codes in groups"
         ),
+        "floats by groups": PLAIN(format=Format(int4, PerGroup(8)), kernel="weights in groups"),
         "int8": conv(format=Format(int8, PerChannel()), act=ASYMMETRIC, kernel="codes"),
         "float8 conv": conv(format=Format(float8_e4m3fn), act=float8, kernel="codes"),
         "feature groups": Case(
@@ -281,6 +282,19 @@ def test_what_other_backends_choose_computes_the_same(backend):
         ),
     }
     check(cases, backend=backend)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "rows", "apart"),
+    [("float32", 8, True), ("float32", 9, False), ("bfloat16", 4, True), ("bfloat16", 5, False)],
+)
+def test_gpus_sum_groups_apart_where_the_sums_are_smaller_than_the_weights(dtype, rows, apart):
+    """Groups of 8: `rows` sums of 4 bytes for each, against 8 weights of the activation's dtype."""
+    q = numerics.quantize(draw(32, 3), Format(int4, PerGroup(8)))
+    run = quantize.execute(lambda w, x: x @ w, backend="gpu")
+    jaxpr = jax.make_jaxpr(run)(dataclasses.replace(q, dtype=dtype), jnp.ones((rows, 32), dtype))
+    (dot,) = (e for e in jaxpr.eqns if e.primitive.name == "dot_general")
+    assert dot.outvars[0].aval.shape == ((4, rows, 3) if apart else (rows, 3))
 
 
 @pytest.mark.parametrize("act", [TOKEN, Format(int8, PerToken(), symmetric=False)])

@@ -2,6 +2,7 @@
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from jaxcompress import quantize, stats
@@ -71,6 +72,29 @@ def test_every_preset_takes_matrices_and_depthwise_kernels(name):
     assert min(leaf.weight_sqnr for leaf in result.report.leaves) > least
     shapes = jax.tree.map(lambda leaf: leaf.shape, quantize.unpack(result.params))
     assert shapes == {"w": (8, 8), "depthwise": (3, 3, 1, 4)}
+
+
+@pytest.mark.parametrize("layers", [1, 3])
+def test_biases_take_up_the_mean_error_of_their_own_layer(layers):
+    """The mean error of an output is the mean input of its layer times the error of its weights."""
+
+    def fn(params, x):
+        step = lambda x, layer: (jnp.tanh(x @ layer["w"] + layer["b"]), None)
+        return step(x, params)[0] if layers == 1 else jax.lax.scan(step, x, params)[0]
+
+    w, b = np.asarray(LAYERS[:layers]), np.asarray(LAYERS[:layers, 0])
+    params = {"w": w, "b": b} if layers > 1 else {"w": w[0], "b": b[0]}
+    rule = Rule(where="w", weights=Format(int4, PerChannel()), correct_bias=True)
+    result = quantize.ptq(fn, params, [X], Policy((rule,)))
+    assert not result.report["w"].notes
+    found = quantize.unpack(result.params)
+    w_hat, b_hat = np.reshape(found["w"], w.shape), np.reshape(found["b"], b.shape)
+    hidden = np.asarray(X)
+    for k in range(layers):
+        shift = hidden.mean(0) @ (w_hat[k] - w[k])
+        np.testing.assert_allclose(b_hat[k], b[k] - shift, rtol=1e-4, atol=1e-5)
+        assert np.abs(shift).max() > 1e-3
+        hidden = np.tanh(hidden @ w[k] + b[k])
 
 
 def test_a_leaf_contracted_both_ways_keeps_its_bias_and_says_so():

@@ -86,6 +86,23 @@ def test_labels_cover_neither_each_other_nor_points():
     assert all(frame.contains(b.x0, b.y0) and frame.contains(b.x1, b.y1) for b in boxes)
 
 
+def test_labels_leave_the_front_and_the_intervals_to_be_seen():
+    points = [
+        report.Point(label=f"{k} bits", bytes=10_000 * k, accuracy=y, interval=(y - 0.02, y + 0.02))
+        for k, y in ((2, 0.70), (3, 0.82), (4, 0.85), (8, 0.86))
+    ]
+    figure = drawn(report.plot_tradeoff(points))
+    (axes,) = figure.axes
+    at = [(p.bytes, 100 * p.accuracy) for p in points]
+    lines = [*itertools.pairwise(at), *([(x, y - 2), (x, y + 2)] for x, y in at)]
+    ends = [axes.transData.transform(line) for line in lines]
+    seen = [pixel for a, b in ends for pixel in np.linspace(a, b, 100)]
+    renderer = figure.canvas.get_renderer()
+    names = [text for text in axes.texts if isinstance(text, Annotation)]
+    boxes = [text.get_window_extent(renderer) for text in names]
+    assert len(boxes) == 4 and not any(box.contains(*pixel) for box in boxes for pixel in seen)
+
+
 def test_the_front_joins_what_nothing_beats():
     figure = drawn(report.plot_tradeoff(POINTS))
     front = next(line for line in figure.axes[0].lines if line.get_linestyle() == "--")

@@ -1,6 +1,7 @@
 """What the smaller function can do, what keeps are refused, and what certificates say."""
 
 import functools
+import pickle
 from typing import NamedTuple
 
 import jax
@@ -297,6 +298,13 @@ def test_keep_files_come_back(tmp_path):
         structured.rebuild(fn, again)(small, *inputs),
         structured.rebuild(fn, keep)(structured.slice_params(params, keep), *inputs),
     )
+
+
+def test_a_keep_is_shown_and_pickled_without_the_call():
+    keep = structured.keep(structured.groups(mlp, mlp_params(), X), KEEP)
+    again = pickle.loads(pickle.dumps(keep))
+    assert keep.traced is not None and again.traced is None
+    assert repr(again) == repr(keep) and again["up"].tolist() == [1, 2, 6]
 
 
 def test_a_file_of_another_kind(tmp_path):

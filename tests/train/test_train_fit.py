@@ -366,6 +366,17 @@ def test_early_stopping_keeps_mask_and_params_together():
         assert pruned == 0.75 if after else pruned < 0.75  # pruning hurts: the best is early
 
 
+def test_reports_up_to_after_neither_improve_nor_wait():
+    stopping = train.EarlyStopping(metric="loss", patience=2, after=5)
+    ledger, best, waited = Ledger(), [], []
+    for step, loss in ((4, 0.1), (5, 0.2), (6, 0.9), (7, 1.0), (8, 1.0)):
+        ledger, improved = ledger.report({"step": step, "loss": loss}, stopping)
+        best += [step] * improved
+        waited.append(ledger.waited)
+    assert best == [6] and ledger.best == 0.9 and waited == [0, 0, 0, 1, 2]
+    assert ledger.stops(stopping) and len(ledger.rows) == 5
+
+
 def test_reports_of_skipped_steps_keep_their_names(tmp_path):
     data = train.Batches(np.array([np.nan, np.nan, 1, 1], np.float32), batch_size=1, shuffle=False)
     tx = optax.sgd(0.1)
