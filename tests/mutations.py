@@ -75,7 +75,19 @@ class Mutant:
 
 
 class Finder(ast.NodeVisitor):
-    """Collects the mutants of one file; passes over annotations, decorators and messages."""
+    """Collects the mutants of one file; passes over annotations, decorators and messages.
+
+    >>> source = b"y = x - k < x.max(axis=0) and not x[:, -1]\\n"
+    >>> for mutant in Finder("some.py", source).found:
+    ...     print(mutant.apply(source).decode(), end="")
+    y = x - k < x.max(axis=0) or not x[:, -1]
+    y = x - k <= x.max(axis=0) and not x[:, -1]
+    y = x + k < x.max(axis=0) and not x[:, -1]
+    y = x - k < x.min(axis=0) and not x[:, -1]
+    y = x - k < x.max(axis=-1) and not x[:, -1]
+    y = x - k < x.max(axis=0) and x[:, -1]
+    y = x - k < x.max(axis=0) and not x[:, 0]
+    """
 
     def __init__(self, file: str, source: bytes) -> None:
         self.file, self.source, self.found = file, source, list[Mutant]()
