@@ -51,7 +51,7 @@ class Mutant:
     line: int
     function: str
     body: tuple[int, int]
-    """First and last line of the function; of the module for what is outside of functions."""
+    """First and last line of the function, class or module around it."""
     at_import: bool
     """Whether the line runs when the module is imported or the function is defined."""
 
@@ -128,8 +128,10 @@ class Finder(ast.NodeVisitor):
         self.function, self.body, self.at_import = outer
 
     def visit_ClassDef(self, node: ast.ClassDef) -> None:
+        outer, self.body = self.body, (node.lineno, node.end_lineno or 0)
         for statement in node.body:
             self.visit(statement)
+        self.body = outer
 
     def visit_AnnAssign(self, node: ast.AnnAssign) -> None:
         if node.value is not None:
