@@ -138,9 +138,11 @@ class Runner:
         try:
             output, _ = process.communicate(timeout=limit)
         except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
             return None, ""
+        finally:
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
         return process.returncode, output
 
     def try_mutant(self, mutant: Mutant, tests: list[str], *, limit: float) -> str | None:
@@ -160,11 +162,14 @@ class Runner:
         if status == 0:
             return None
         failed = find_failures(output)
-        return failed[0] if failed else f"exit status {status}"
+        return failed[0] if failed else "no end" if status is None else f"exit status {status}"
 
     def find_unsound(self, tests: list[str]) -> list[str]:
         """List the tests that fail without a mutant, too."""
-        return find_failures(self.run(["-rfE", "--tb=no", *tests], limit=None)[1])
+        status, output = self.run(["-rfE", "--tb=no", *tests], limit=None)
+        if status not in (0, 1):
+            raise RuntimeError(output)
+        return find_failures(output)
 
 
 def find_failures(output: str) -> list[str]:
@@ -205,7 +210,7 @@ def run_mutants(options: argparse.Namespace) -> None:
         if name in done and not (options.again and not done[name]["noticed_by"]):
             continue
         tests = choose_tests(mutant, records, budget=options.budget)
-        noticed_by = runner.try_mutant(mutant, tests, limit=4 * options.budget + 120)
+        noticed_by = runner.try_mutant(mutant, tests, limit=2 * options.budget + 60)
         said = f"{len(tests)} tests" if is_executed(mutant, records) else "no test executes it"
         done[name] = {"mutant": name, "tests": said, "noticed_by": noticed_by}
         with file.open("a") as out:
@@ -242,7 +247,7 @@ def main() -> None:
         default=pathlib.Path(tempfile.gettempdir()) / "jaxcompress-mutants",
         help="where records and results are kept",
     )
-    options = parser.parse_args()
+    options = parser.parse_intermixed_args()
     if options.command == "record":
         sys.exit(record_lines(options.folder, options.tests))
     if options.command == "list":

@@ -51,7 +51,7 @@ class Mutant:
     line: int
     function: str
     body: tuple[int, int]
-    """First and last line of the function; of the module for what is outside of functions."""
+    """First and last line of the function, class or module around it."""
     at_import: bool
     """Whether the line runs when the module is imported or the function is defined."""
 
@@ -75,7 +75,19 @@ class Mutant:
 
 
 class Finder(ast.NodeVisitor):
-    """Collects the mutants of one file; passes over annotations, decorators and messages."""
+    """Collects the mutants of one file; passes over annotations, decorators and messages.
+
+    >>> source = b"y = x - k < x.max(axis=0) and not x[:, -1]\\n"
+    >>> for mutant in Finder("some.py", source).found:
+    ...     print(mutant.apply(source).decode(), end="")
+    y = x - k < x.max(axis=0) or not x[:, -1]
+    y = x - k <= x.max(axis=0) and not x[:, -1]
+    y = x + k < x.max(axis=0) and not x[:, -1]
+    y = x - k < x.min(axis=0) and not x[:, -1]
+    y = x - k < x.max(axis=-1) and not x[:, -1]
+    y = x - k < x.max(axis=0) and x[:, -1]
+    y = x - k < x.max(axis=0) and not x[:, 0]
+    """
 
     def __init__(self, file: str, source: bytes) -> None:
         self.file, self.source, self.found = file, source, list[Mutant]()
@@ -116,8 +128,10 @@ class Finder(ast.NodeVisitor):
         self.function, self.body, self.at_import = outer
 
     def visit_ClassDef(self, node: ast.ClassDef) -> None:
+        outer, self.body = self.body, (node.lineno, node.end_lineno or 0)
         for statement in node.body:
             self.visit(statement)
+        self.body = outer
 
     def visit_AnnAssign(self, node: ast.AnnAssign) -> None:
         if node.value is not None:

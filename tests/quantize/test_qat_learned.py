@@ -1,5 +1,7 @@
 """Quantization-aware training with LSQ, LSQ+, PACT and DoReFa."""
 
+import types
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -121,6 +123,12 @@ def lsq_slope(x, s, low, high):
     inside = (t >= low) & (t <= high)
     step = np.where(t < low, low, np.where(t > high, high, np.round(t) - t))
     return step, inside
+
+
+@pytest.mark.parametrize(("mean", "step"), [(0.0, 1.0), (0.7, 2 * 0.7 / np.sqrt(7))])
+def test_lsq_starts_with_a_usable_step_where_only_zeros_were_seen(mean, step):
+    seen = types.SimpleNamespace(mean=np.float32(mean))
+    np.testing.assert_allclose(LSQ().init_activations(seen, SIGNED)["step"], step, rtol=1e-6)
 
 
 def test_gradients_of_lsq():
