@@ -27,7 +27,7 @@ from jaxcompress.graph.program._compat import Program
 from jaxcompress.graph.program._constructs import Role, construct
 from jaxcompress.graph.program._interpret import Domain, Frame, Place, Position, interpret
 from jaxcompress.graph.program._live import equation_steps, live, variables
-from jaxcompress.graph.sites._sites import contraction_flops
+from jaxcompress.graph.sites._sites import contraction_flops, summed_axes
 from jaxcompress.graph.sites._trace import Traced, capture
 
 _PASSES = 3
@@ -310,20 +310,14 @@ class Labelling(Domain[Labelled]):
         place: Place,
         flops: int,
     ) -> None:
-        name = eqn.primitive.name
-        if name == "dot_general":
-            (contract, _), (batch, _) = eqn.params["dimension_numbers"]
-            sums = tuple(operands[0][k] for k in contract)
-            shared = len(batch)
-        elif name == "conv_general_dilated":
-            spec = eqn.params["dimension_numbers"].rhs_spec
-            sums, shared = tuple(operands[1][k] for k in spec[1:]), 0
-        else:
-            numbers = eqn.params["ragged_dot_dimension_numbers"].dot_dimension_numbers
-            (contract, _), _ = numbers
-            sums, shared = tuple(operands[0][k] for k in contract), 0
+        found = summed_axes(eqn)
+        assert found is not None, "what has operations sums over axes"
+        operand, axes = found
+        sums = [operands[operand][k] for k in axes]
+        dot = eqn.primitive.name == "dot_general"
         self._products.append(
-            Product(position=here, axes=(*result, *sums), batch=shared, summed=len(sums),
+            Product(position=here, axes=(*result, *sums), summed=len(sums),
+                    batch=len(eqn.params["dimension_numbers"][1][0]) if dot else 0,
                     repeats=place.repeats, branch=place.branch, flops=flops * place.repeats)
         )  # fmt: skip
 

@@ -209,10 +209,11 @@ class Sites(Domain[Value]):
         other = layout.activation
         weight, output = struct(eqn.invars[k]), struct(eqn.outvars[0])
         activation = struct(eqn.invars[other])
-        size = elements(self._leaves[view.path].shape)
+        shape, axes = self._leaves[view.path].shape, replace(layout.axes, stacked=view.stacked)
+        size = elements(shape)
         layers = {depth: axis for axis, depth in view.layers}
         moved = _nbytes(activation) + _nbytes(output)
-        if layout.axes.lookup:  # only the rows that are picked are read
+        if axes.lookup:  # only the rows that are picked are read
             moved += _nbytes(output)
         else:
             moved += self._bytes[view.path] * min(elements(weight.shape), size) // max(size, 1)
@@ -221,7 +222,7 @@ class Sites(Domain[Value]):
             path=view.path,
             primitive=eqn.primitive.name,
             operand=k,
-            axes=replace(layout.axes, sliced=_unseen(layout.axes, self._leaves[view.path].shape)),
+            axes=replace(axes, sliced=_unseen(axes, shape)),
             activation=activation,
             weight=weight,
             output=output,
@@ -234,7 +235,7 @@ class Sites(Domain[Value]):
             bounded=place.bounded,
             scope=place.scope,
             through=view.through,
-            aligned=_runs_in_order(view, layout.axes, self._leaves[view.path].shape),
+            aligned=_runs_in_order(view, axes, shape),
             flops=layout.flops * place.repeats,
             bytes=moved * place.repeats,
             feature_groups=layout.feature_groups,
