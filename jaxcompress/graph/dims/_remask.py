@@ -46,8 +46,7 @@ class Masker:
                     # Nothing here is differentiated, so that the body can stand in the open.
                     visits[here] = functools.partial(self._inline, here)
                     continue
-                of = functools.partial(removed.masks_of, env)
-                kept = Kept(eqn, [*map(of, eqn.invars)], [*map(of, eqn.outvars)])
+                kept = removed.kept_at(eqn, env)
                 if construct(eqn.primitive.name) is None and self._takes(here, kept):
                     visits[here] = functools.partial(self._visit, here, kept)
                     self.places[here] = around[here], eqn.primitive.name

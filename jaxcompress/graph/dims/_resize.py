@@ -8,6 +8,7 @@ of a mean, stay.
 
 import functools
 from collections.abc import Callable, Hashable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import jax
@@ -81,11 +82,7 @@ class _Resizer:
             consts[prefix] = [_take_constant(value, one) for value, one in pairs]
             entered.add(prefix)
         for number, eqn in enumerate(program.eqns):
-            kept = Kept(
-                eqn,
-                [self._removed.masks_of(env, atom) for atom in eqn.invars],
-                [self._removed.masks_of(env, atom) for atom in eqn.outvars],
-            )
+            kept = self._removed.kept_at(eqn, env)
             here = (*prefix, number)
             if here in self._dims.dead:
                 visits[here] = leave_out
@@ -130,7 +127,7 @@ class _Resizer:
         cells: Cells,
     ) -> tuple[list, Cells]:
         if rows:
-            kept = kept.within({
+            kept = replace(kept, rows={
                 key: (cells[here][key] if layer is None else x, layer)
                 for key, (x, layer) in rows.items()
             })  # fmt: skip

@@ -179,8 +179,7 @@ class Labelling(Domain[Labelled]):
         labels = self._labels
         reasons = np.full(len(labels), "", object)
         for axis, reason in reversed([*labels.frozen, *labels.frozen_else]):
-            rows = labels.rows(axis)
-            reasons[rows[rows >= 0]] = reason
+            reasons[labels.members(axis)] = reason
         levels = tuple(self._levels)
         first = [int(labels.find(level.axis)[0]) for level in levels]
         canonical = [first.index(label) for label in first]  # scans over the same layers are one
@@ -206,8 +205,7 @@ class Labelling(Domain[Labelled]):
     def _flags(self, axes: Sequence[Axis]) -> np.ndarray:
         flags = np.zeros(len(self._labels), bool)
         for axis in axes:
-            rows = self._labels.rows(axis)
-            flags[rows[rows >= 0]] = True
+            flags[self._labels.members(axis)] = True
         return flags
 
     def _layers(
@@ -230,11 +228,9 @@ class Labelling(Domain[Labelled]):
                     if k is not None and np.array_equal(labels.find(axis), layered[k]):
                         beside |= 1 << k
                 for axis in axes:
-                    rows = labels.rows(axis)
-                    allowed[rows[rows >= 0]] &= beside
+                    allowed[labels.members(axis)] &= beside
         for axis in self._uniform:
-            rows = labels.rows(axis)
-            allowed[rows[rows >= 0]] = 0
+            allowed[labels.members(axis)] = 0
         layers = np.zeros(len(labels), np.int32)
         for k in sorted(set(canonical), reverse=True):
             layers[(allowed & (1 << k) > 0) & (allowed >= 0)] = k + 1

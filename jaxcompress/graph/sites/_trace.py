@@ -276,12 +276,9 @@ def _check_leaves(params: Any) -> dict[str, Any]:
 
 def _name_sites(record: Record, domain: Sites) -> list[FoundSite]:
     """Give sites unique names: the leaf's path, then `path#1`, `path#2`, ..."""
-    count: dict[str, int] = {}
-    names: dict[int, str] = {}
-    for _, site, number in record.sites:
-        k = count.get(site.path, 0)
-        count[site.path] = k + 1
-        names[number] = f"{site.path}#{k}" if k else site.path
+    unique = tree.number_repeats([found.site.path for found in record.sites])
+    numbers = [found.number for found in record.sites]
+    names = dict(zip(numbers, unique, strict=True))
     at: dict[Any, list[str]] = {}
     for position, _, number in record.sites:
         at.setdefault(position, []).append(names[number])

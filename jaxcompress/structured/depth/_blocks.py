@@ -1,7 +1,7 @@
 """Residual blocks of a function, as names to choose from."""
 
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import jax
@@ -9,6 +9,7 @@ import jax
 from jaxcompress import tree
 from jaxcompress.graph import Traced
 from jaxcompress.graph.sites import call_of
+from jaxcompress.mappings import FieldMapping
 from jaxcompress.structured.depth._residuals import (
     Residual,
     Residuals,
@@ -60,7 +61,7 @@ class Layer:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Blocks(Mapping[str, Block]):
+class Blocks(FieldMapping[Block]):
     """The residual blocks of a function by name, in the order in which they run.
 
     Attributes:
@@ -72,15 +73,6 @@ class Blocks(Mapping[str, Block]):
     blocks: Mapping[str, Block] = field(repr=False)
     layers: Mapping[str, Layer]
     rejected: Mapping[str, str]
-
-    def __getitem__(self, name: str) -> Block:
-        return self.blocks[name]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.blocks)
-
-    def __len__(self) -> int:
-        return len(self.blocks)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -139,13 +131,8 @@ def _layers(
     for stack in stacks:
         mine = [n for n, one in blocks.items() if one.scans[:1] == (stack.node.position,)]
         prefix = "/".join(prefix_of(stack.paths)) or names_of([stack.paths])[0]
-        found.append(
-            (
-                stack.node.position,
-                Layer(name=prefix, blocks=tuple(mine), length=stack.length),
-                stack,
-            )
-        )
+        layer = Layer(name=prefix, blocks=tuple(mine), length=stack.length)
+        found.append((stack.node.position, layer, stack))
     flows: dict[tuple[int, ...], list[str]] = {}
     for name, one in blocks.items():
         if one.scans[:1] and one.scans[0] in stacked:
@@ -156,17 +143,10 @@ def _layers(
             mine = tuple(names[k] for k in numbers)
             found.append((blocks[mine[0]].node.position, Layer(name=name, blocks=mine), None))
     found.sort(key=lambda each: each[0])
-    layers: dict[str, Layer] = {}
-    by_name: dict[str, Stack] = {}
-    for _, layer, stack in found:
-        name, number = layer.name, 0
-        while name in layers:
-            number += 1
-            name = f"{layer.name}#{number}"
-        layers[name] = Layer(name=name, blocks=layer.blocks, length=layer.length)
-        if stack is not None:
-            by_name[name] = stack
-    return layers, by_name
+    names = tree.number_repeats([layer.name for _, layer, _ in found])
+    named = list(zip(names, found, strict=True))
+    layers = {name: replace(layer, name=name) for name, (_, layer, _) in named}
+    return layers, {name: stack for name, (_, _, stack) in named if stack is not None}
 
 
 def blocks(fn: Callable[..., Any], params: tree.Params, *inputs: Any, **kwargs: Any) -> Blocks:

@@ -236,12 +236,7 @@ def names_of(groups: Sequence[Sequence[str]]) -> list[str]:
         if len(below) > 4:
             below = [*below[:2], "...", below[-1]]
         names.append("/".join([*prefix, "+".join(below)]))
-    count: collections.Counter[str] = collections.Counter()
-    unique = []
-    for name in names:
-        unique.append(f"{name}#{count[name]}" if count[name] else name)
-        count[name] += 1
-    return unique
+    return tree.number_repeats(names)
 
 
 def layers_of(groups: Sequence[Sequence[str]], names: Sequence[str]) -> list[tuple[str, list[int]]]:
