@@ -1,6 +1,6 @@
 """Residual blocks of a function, as names to choose from."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -10,9 +10,9 @@ from jaxcompress import tree
 from jaxcompress.graph import Traced
 from jaxcompress.graph.sites import call_of
 from jaxcompress.mappings import FieldMapping
+from jaxcompress.structured.depth._flow import Flow, flow_of
 from jaxcompress.structured.depth._residuals import (
     Residual,
-    Residuals,
     Stack,
     layers_of,
     names_of,
@@ -81,7 +81,7 @@ class Analysis:
 
     Attributes:
         traced: The call.
-        residuals: What was found in it.
+        flow: It as a graph of values.
         blocks: The blocks by name.
         layers: The layers by name.
         stacks: The scans of the layers that have a length.
@@ -89,7 +89,7 @@ class Analysis:
     """
 
     traced: Traced
-    residuals: Residuals
+    flow: Flow
     blocks: Mapping[str, Residual]
     layers: Mapping[str, Layer]
     stacks: Mapping[str, Stack]
@@ -104,27 +104,23 @@ def analyse(
 ) -> Analysis:
     """Capture a call and name its blocks and layers."""
     traced = call_of(fn, params, inputs, kwargs)
-    residuals = residuals_of(traced)
-    groups = [list(one.paths) for one in (*residuals.found, *residuals.rejected)]
-    names = names_of(groups)
-    count = len(residuals.found)
-    blocks = dict(zip(names, residuals.found, strict=False))
-    layers, stacks = _layers(blocks, residuals.stacks)
-    rejected = {
-        name: one.reason for name, one in zip(names[count:], residuals.rejected, strict=True)
-    }
+    found, lookalikes, scans = residuals_of(traced)
+    names = names_of([one.paths for one in (*found, *lookalikes)])
+    blocks = dict(zip(names, found, strict=False))
+    layers, stacks = _layers(blocks, scans)
+    reasons = [one.reason for one in lookalikes]
     return Analysis(
         traced=traced,
-        residuals=residuals,
+        flow=flow_of(traced),
         blocks=blocks,
         layers=layers,
         stacks=stacks,
-        rejected=rejected,
+        rejected=dict(zip(names[len(found) :], reasons, strict=True)),
     )
 
 
 def _layers(
-    blocks: Mapping[str, Residual], stacks: tuple[Stack, ...]
+    blocks: Mapping[str, Residual], stacks: Sequence[Stack]
 ) -> tuple[dict[str, Layer], dict[str, Stack]]:
     found: list[tuple[tuple[int, ...], Layer, Stack | None]] = []
     stacked = {stack.node.position for stack in stacks}
@@ -191,7 +187,7 @@ def blocks(fn: Callable[..., Any], params: tree.Params, *inputs: Any, **kwargs: 
     traced, sites = analysis.traced, analysis.traced.sites
     found = {}
     for name, one in analysis.blocks.items():
-        surgery = operate(traced, analysis.residuals.flow, [one], {})
+        surgery = operate(traced, [one], {})
         found[name] = Block(
             name=name,
             layer=analysis.layer_of(name),

@@ -108,15 +108,7 @@ class Dropped:
         Args:
             path: Where to.
         """
-        content = {
-            "kind": _KIND,
-            "version": 1,
-            "blocks": self.blocks,
-            "iterations": self.iterations,
-            "removed": self.removed,
-            "rows": self.rows,
-            "leaves": self.leaves,
-        }
+        content = {"kind": _KIND, "version": 1, **vars(self)}
         files.write(path, json.dumps(content, indent=1) + "\n")
 
     @classmethod
