@@ -9,7 +9,7 @@ import numpy as np
 
 from jaxcompress import graph, tree
 from jaxcompress.errors import ArgumentError
-from jaxcompress.graph.sites import describe_array
+from jaxcompress.graph.sites import describe_array, number_repeats
 from jaxcompress.structured._certificate import capture_exactly
 from jaxcompress.structured._groups import Group, Groups, Member, Role
 
@@ -102,7 +102,7 @@ def _multiple(group: Group, round_to: int | Mapping[str, int]) -> int:
 def _name_groups(found: Sequence[Group]) -> list[Group]:
     """Give groups unique names; those that can shrink come first."""
     ordered = sorted(found, key=lambda group: group.frozen is not None)
-    names = tree.number_repeats([group.name for group in ordered])
+    names = number_repeats([group.name for group in ordered])
     return [replace(group, name=name) for group, name in zip(ordered, names, strict=True)]
 
 

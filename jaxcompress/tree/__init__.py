@@ -17,7 +17,6 @@ from jaxcompress.tree._paths import is_leaf as is_leaf
 from jaxcompress.tree._paths import items as items
 from jaxcompress.tree._paths import leaves as leaves
 from jaxcompress.tree._paths import map_with_path as map_with_path
-from jaxcompress.tree._paths import number_repeats as number_repeats
 from jaxcompress.tree._paths import path_str as path_str
 from jaxcompress.tree._paths import paths as paths
 from jaxcompress.tree._paths import shorten as shorten

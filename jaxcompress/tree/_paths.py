@@ -1,7 +1,6 @@
 """Params as an addressed set of leaves: paths, and trees read side by side."""
 
 import abc
-import collections
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeAlias
 
@@ -226,24 +225,3 @@ def shorten(names: Sequence[str], most: int = 5) -> str:
     """
     more = f" and {len(names) - most} more" if len(names) > most else ""
     return ", ".join(repr(name) for name in names[:most]) + more
-
-
-def number_repeats(names: Sequence[str]) -> list[str]:
-    """Make names distinct, by the number of those before that are the same.
-
-    Args:
-        names: Any names.
-
-    Returns:
-        Them; the second of a name ends with `#1`.
-
-    Example:
-        >>> number_repeats(["up", "down", "up"])
-        ['up', 'down', 'up#1']
-    """
-    before: collections.Counter[str] = collections.Counter()
-    distinct = []
-    for name in names:
-        distinct.append(f"{name}#{before[name]}" if before[name] else name)
-        before[name] += 1
-    return distinct

@@ -1,5 +1,6 @@
 """`capture` and `trace`: a call of fn as a program, and as a graph: every leaf accounted for."""
 
+import collections
 import functools
 import inspect
 from collections.abc import Callable, Sequence
@@ -276,7 +277,7 @@ def _check_leaves(params: Any) -> dict[str, Any]:
 
 def _name_sites(record: Record, domain: Sites) -> list[FoundSite]:
     """Give sites unique names: the leaf's path, then `path#1`, `path#2`, ..."""
-    unique = tree.number_repeats([found.site.path for found in record.sites])
+    unique = number_repeats([found.site.path for found in record.sites])
     numbers = [found.number for found in record.sites]
     names = dict(zip(numbers, unique, strict=True))
     at: dict[Any, list[str]] = {}
@@ -293,6 +294,27 @@ def _name_sites(record: Record, domain: Sites) -> list[FoundSite]:
         )
         for found in record.sites
     ]
+
+
+def number_repeats(names: Sequence[str]) -> list[str]:
+    """Make names distinct, by the number of those before that are the same.
+
+    Args:
+        names: Any names.
+
+    Returns:
+        Them; the second of a name ends with `#1`.
+
+    Example:
+        >>> number_repeats(["up", "down", "up"])
+        ['up', 'down', 'up#1']
+    """
+    before: collections.Counter[str] = collections.Counter()
+    distinct = []
+    for name in names:
+        distinct.append(f"{name}#{before[name]}" if before[name] else name)
+        before[name] += 1
+    return distinct
 
 
 def suggest_sites(traced: Traced) -> str:

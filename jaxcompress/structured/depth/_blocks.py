@@ -8,7 +8,7 @@ import jax
 
 from jaxcompress import tree
 from jaxcompress.graph import Traced
-from jaxcompress.graph.sites import call_of
+from jaxcompress.graph.sites import call_of, number_repeats
 from jaxcompress.mappings import FieldMapping
 from jaxcompress.structured.depth._flow import Flow, flow_of
 from jaxcompress.structured.depth._residuals import (
@@ -139,7 +139,7 @@ def _layers(
             mine = tuple(names[k] for k in numbers)
             found.append((blocks[mine[0]].node.position, Layer(name=name, blocks=mine), None))
     found.sort(key=lambda each: each[0])
-    names = tree.number_repeats([layer.name for _, layer, _ in found])
+    names = number_repeats([layer.name for _, layer, _ in found])
     named = list(zip(names, found, strict=True))
     layers = {name: replace(layer, name=name) for name, (_, layer, _) in named}
     return layers, {name: stack for name, (_, _, stack) in named if stack is not None}

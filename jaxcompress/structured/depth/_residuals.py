@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from jaxcompress import tree
 from jaxcompress.graph import Traced
 from jaxcompress.graph.program import Position, scan_counts
+from jaxcompress.graph.sites import number_repeats
 from jaxcompress.structured.depth._flow import NO_VALUE, Flow, Node, bits, flow_of
 
 
@@ -222,7 +223,7 @@ def names_of(groups: Sequence[Sequence[str]]) -> list[str]:
         if len(below) > 4:
             below = [*below[:2], "...", below[-1]]
         names.append("/".join([*prefix, "+".join(below)]))
-    return tree.number_repeats(names)
+    return number_repeats(names)
 
 
 def layers_of(groups: Sequence[Sequence[str]], names: Sequence[str]) -> list[tuple[str, list[int]]]:
