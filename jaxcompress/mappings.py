@@ -4,10 +4,10 @@ import dataclasses
 from collections.abc import Iterator, Mapping
 from typing import Any, TypeVar
 
-Entry = TypeVar("Entry")
+_Entry = TypeVar("_Entry")
 
 
-class FieldMapping(Mapping[str, Entry]):
+class FieldMapping(Mapping[str, _Entry]):
     """A data class that is also a mapping: its entries are those of its first field.
 
     Example:
@@ -21,11 +21,11 @@ class FieldMapping(Mapping[str, Entry]):
     """
 
     @property
-    def _entries(self) -> Mapping[str, Entry]:
+    def _entries(self) -> Mapping[str, _Entry]:
         itself: Any = self
         return getattr(self, dataclasses.fields(itself)[0].name)
 
-    def __getitem__(self, name: str) -> Entry:
+    def __getitem__(self, name: str) -> _Entry:
         return self._entries[name]
 
     def __iter__(self) -> Iterator[str]:
