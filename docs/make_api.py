@@ -17,7 +17,7 @@ PAGE = pathlib.Path(__file__).with_name("api.md")
 PARTS = (
     "tree", "adapters", "graph", "stats", "numerics", "linalg", "budget", "sparsity", "structured",
     "quantize", "lowrank", "distill", "train", "export", "report", "errors", "cli",
-    "batches", "files", "lazy", "meshes", "text",
+    "batches", "files", "lazy", "mappings", "meshes", "text",
 )  # fmt: skip
 HEAD = """# API reference
 

@@ -8,7 +8,7 @@ import pytest
 import jaxcompress
 
 LEVELS = {
-    0: {"tree", "errors", "files", "lazy", "text", "adapters", "batches", "meshes"},
+    0: {"tree", "errors", "files", "lazy", "text", "adapters", "batches", "mappings", "meshes"},
     1: {"graph", "stats", "numerics", "linalg", "budget"},
     2: {"sparsity", "structured", "quantize", "lowrank", "distill"},
     3: {"train", "export", "report"},

@@ -6,7 +6,7 @@ heavy.
 """
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -46,47 +46,23 @@ def percentile_range(
     return -size, size
 
 
-def mse_range(
-    counts: Array,
-    width: Array,
-    zeros: Array,
-    low: Array,
-    high: Array,
-    *,
-    bits: int,
-    symmetric: bool,
-    points: int | None,
-) -> Range:
+def mse_range(*histogram: Array, bits: int, symmetric: bool, points: int | None) -> Range:
     """Minimize the squared error; see `Histogram.mse_range`."""
-    _check_bits(bits, counts.shape[-1])
     points = (100 if symmetric else 32) if points is None else points
     if points < 1:
         raise ArgumentError("points", got=points, expected="1 or more", fix="Try 100.")
-    search = functools.partial(_least_error, bits=bits, symmetric=symmetric, points=points)
-    return _over_leading(search, counts, width, zeros, low, high)
+    search = functools.partial(_least_error, symmetric=symmetric, points=points)
+    return _over_leading(search, bits, histogram)
 
 
-def entropy_range(
-    counts: Array,
-    width: Array,
-    zeros: Array,
-    low: Array,
-    high: Array,
-    *,
-    bits: int,
-    symmetric: bool,
-) -> Range:
+def entropy_range(*histogram: Array, bits: int, symmetric: bool) -> Range:
     """Minimize the divergence; see `Histogram.entropy_range`."""
-    _check_bits(bits, counts.shape[-1])
-    search = functools.partial(_least_divergence, bits=bits, symmetric=symmetric)
-    return _over_leading(search, counts, width, zeros, low, high)
+    search = functools.partial(_least_divergence, symmetric=symmetric)
+    return _over_leading(search, bits, histogram)
 
 
-def _over_leading(search: Callable[..., Range], *arrays: Array) -> Range:
-    return jnp.vectorize(search, signature="(b),(),(),(),()->(),()")(*arrays)
-
-
-def _check_bits(bits: int, bins: int) -> None:
+def _over_leading(search: Callable[..., Range], bits: int, histogram: Sequence[Array]) -> Range:
+    bins = histogram[0].shape[-1]
     if not (bits >= 2 and 4 * 2**bits <= bins):
         raise ArgumentError(
             "bits",
@@ -94,6 +70,8 @@ def _check_bits(bits: int, bins: int) -> None:
             expected="at least 2, and at least four bins per code",
             fix="Collect histogram(bins=...) with more bins.",
         )
+    search = functools.partial(search, bits=bits)
+    return jnp.vectorize(search, signature="(b),(),(),(),()->(),()")(*histogram)
 
 
 def _find_larger_end(low: Array, high: Array) -> Array:

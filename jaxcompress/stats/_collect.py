@@ -14,6 +14,7 @@ from jaxcompress.batches import open_stream
 from jaxcompress.errors import ArgumentTypeError, NonFiniteError
 from jaxcompress.graph import Traced
 from jaxcompress.graph.sites import call_of
+from jaxcompress.mappings import FieldMapping
 from jaxcompress.stats._plan import StatisticPlan, plan_statistics
 from jaxcompress.stats._statistic import Statistic
 from jaxcompress.stats._step import finalize, init_states, make_collect_step
@@ -23,7 +24,7 @@ _IN_FLIGHT = 2
 
 
 @dataclass(frozen=True, kw_only=True)
-class Collected(Mapping[str, Any]):
+class Collected(FieldMapping[Any]):
     """Results by site: `statistics["decoder/layer_0/mlp/kernel"]`.
 
     Invariants: every site that `where` selected is in `results` or in `skipped`; with a mapping
@@ -50,12 +51,6 @@ class Collected(Mapping[str, Any]):
             return self.results[name]
         why = f" ({self.skipped[name]})" if name in self.skipped else ""
         raise KeyError(f"{name}{why}; there are: {tree.shorten(list(self.results))}")
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.results)
-
-    def __len__(self) -> int:
-        return len(self.results)
 
 
 def collect(

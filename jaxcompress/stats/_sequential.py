@@ -244,9 +244,9 @@ class _SequentialRun:
     def replace(self, stop: Boundary, before: Mapping[str, Any], replaced: Any) -> None:
         """Put the visitor's leaves in place."""
         for path, new in check_replaced(before, replaced).items():
-            picks = stop.slices[path]
+            picks, new = stop.slices[path], _place_as_before(new, before[path])
             if not picks:
-                self.current[path] = _place_as_before(new, before[path])
+                self.current[path] = new
                 continue
             axes, leaf = tuple(sorted(picks)), self.current[path]
             sharding = leaf.sharding if isinstance(leaf, jax.Array) else None
@@ -254,7 +254,6 @@ class _SequentialRun:
             put = jax.jit(
                 _put, static_argnames="axes", out_shardings=sharding, donate_argnames=donated
             )
-            new = _place_as_before(new, before[path])
             self.current[path] = put(leaf, new, [picks[a] for a in axes], axes=axes)
             self._ours.add(path)
 

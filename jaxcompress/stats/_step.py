@@ -170,20 +170,20 @@ def _differentiate(
 
     What is added to an array, zeros, has the array's gradient.
     """
-    kinds: dict[str, Side] = {"input": "input", "output": "output"}
+    taps: dict[str, Side] = {"activation": "input", "output": "output"}
     reads = {name: {r for s in keys.values() for r in s.reads} for name, keys in backward.items()}
     sites = {site.name: site for site in traced.sites}
     offsets: dict[str, Array] = {}
     around = {name: list(mine) for name, mine in layers.items()}
     for name in backward:
-        for at, kind in kinds.items():
-            around[name].append(make_tap_layer(kind, f"{at} of {name}"))
-        for at, kind in kinds.items():
+        for key, at in taps.items():
+            around[name].append(make_tap_layer(at, f"{key} of {name}"))
+        for at in taps.values():
             if f"{at}_grad" in reads[name]:
                 like = sites[name].activation if at == "input" else sites[name].output
                 shape = (*sites[name].stack, *like.shape)
                 offsets[f"{at}_grad of {name}"] = jnp.zeros(shape, like.dtype)
-                around[name].append(make_perturb_layer(kind, f"{at}_grad of {name}"))
+                around[name].append(make_perturb_layer(at, f"{at}_grad of {name}"))
 
     def total(offsets: Any, args: Any, cells: dict[str, Any]) -> Any:
         given = {**cells, **offsets}
@@ -192,11 +192,9 @@ def _differentiate(
 
     gradients, filled = jax.grad(total, has_aux=True)(offsets, args, cells)
     found = {**filled, **gradients}
-    names = {"activation": "input", "output": "output"}
-    names |= {kind: kind for kind in ("input_grad", "output_grad")}
     arrays = {
-        name: {key: found[f"{at} of {name}"] for key, at in names.items()
-               if f"{at} of {name}" in found}
+        name: {key: found[f"{key} of {name}"] for key in (*taps, "input_grad", "output_grad")
+               if f"{key} of {name}" in found}
         for name in backward
     }  # fmt: skip
     return {name: filled[name] for name in layers}, arrays

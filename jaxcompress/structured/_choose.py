@@ -136,36 +136,34 @@ def _list_steps(
         raise ArgumentError(
             "scope", got=repr(scope), expected="'global', 'isomorphic' or 'local'", fix="Pick one."
         )
-    kinds: dict[tuple, list[str]] = {}
-    for name in ranked:
-        kinds.setdefault(_classify_group(groups[name]), []).append(name)
-    rank = _rank_in_kinds(ranked, kinds) if scope == "isomorphic" else {}
+    # The score of the j-th unit to go, over layers that go together.
+    ordered = {
+        name: np.sort(scores, axis=-1).reshape(-1, scores.shape[-1]).mean(0)
+        for name, scores in ranked.items()
+    }
+    if scope == "isomorphic":
+        ordered = _rank_in_kinds(groups, ordered)
     steps = []
-    for name, scores in ranked.items():
-        group = groups[name]
-        if scope == "local":
-            keys = np.arange(1, group.size + 1) / group.size
-        elif scope == "isomorphic":
-            keys = np.maximum.accumulate(rank[name])
-        else:  # the score of the j-th unit to go, over layers that go together
-            ordered = np.sort(scores, axis=-1).reshape(-1, group.size).mean(0)
-            keys = np.maximum.accumulate(ordered)
-        for count in _list_allowed(group, bounds):
-            steps.append(_Step(float(keys[group.size - count - 1]), name, count))
+    for name, scores in ordered.items():
+        size = len(scores)
+        local = scope == "local"
+        keys = np.arange(1, size + 1) / size if local else np.maximum.accumulate(scores)
+        for count in _list_allowed(groups[name], bounds):
+            steps.append(_Step(float(keys[size - count - 1]), name, count))
     return sorted(steps, key=lambda step: step.key)  # stable: order within a group stays
 
 
-def _rank_in_kinds(
-    ranked: Mapping[str, np.ndarray], kinds: Mapping[tuple, Sequence[str]]
-) -> dict[str, np.ndarray]:
+def _rank_in_kinds(groups: Groups, ordered: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
     """Give, for the j-th unit of a group to go, the fraction of its kind that is gone by then."""
-    found = {}
+    kinds: dict[tuple, list[str]] = {}
+    for name in ordered:
+        kinds.setdefault(_classify_group(groups[name]), []).append(name)
+    found = dict(ordered)  # in the same order
     for names in kinds.values():
-        ordered = [np.sort(ranked[n], -1).reshape(-1, ranked[n].shape[-1]).mean(0) for n in names]
-        every = np.concatenate(ordered)
+        every = np.concatenate([ordered[name] for name in names])
         rank = np.empty(len(every))
         rank[np.argsort(every, kind="stable")] = np.arange(1, len(every) + 1) / len(every)
-        parts = np.split(rank, np.cumsum([len(o) for o in ordered])[:-1])
+        parts = np.split(rank, np.cumsum([len(ordered[name]) for name in names])[:-1])
         found |= dict(zip(names, parts, strict=True))
     return found
 

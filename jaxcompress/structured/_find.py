@@ -9,7 +9,7 @@ import numpy as np
 
 from jaxcompress import graph, tree
 from jaxcompress.errors import ArgumentError
-from jaxcompress.graph.sites import describe_array
+from jaxcompress.graph.sites import describe_array, number_repeats
 from jaxcompress.structured._certificate import capture_exactly
 from jaxcompress.structured._groups import Group, Groups, Member, Role
 
@@ -101,13 +101,9 @@ def _multiple(group: Group, round_to: int | Mapping[str, int]) -> int:
 
 def _name_groups(found: Sequence[Group]) -> list[Group]:
     """Give groups unique names; those that can shrink come first."""
-    count: dict[str, int] = {}
-    named = []
-    for group in sorted(found, key=lambda group: group.frozen is not None):
-        k = count.get(group.name, 0)
-        count[group.name] = k + 1
-        named.append(replace(group, name=f"{group.name}#{k}" if k else group.name))
-    return named
+    ordered = sorted(found, key=lambda group: group.frozen is not None)
+    names = number_repeats([group.name for group in ordered])
+    return [replace(group, name=name) for group, name in zip(ordered, names, strict=True)]
 
 
 @dataclass(frozen=True)
@@ -140,8 +136,7 @@ class _Finder:
         in_leaf = np.zeros(len(dims.labels), bool)
         for axes in dims.leaves.values():
             for axis in axes:
-                rows = dims.labels.rows(axis)
-                in_leaf[rows[rows >= 0]] = True
+                in_leaf[dims.labels.members(axis)] = True
         at_site = {found.position for found in dims.traced.record.sites}
         flags = {name: np.zeros(len(dims.labels), bool) for name in ("heads", "head size")}
         outer = np.zeros(len(dims.labels), bool)
@@ -285,8 +280,8 @@ class _Finder:
         Then layers may keep different units, and slices are still as long in one as in another.
         """
         for cut in self._dims.cuts:
-            rows = self._dims.labels.rows(cut)
-            counts = np.bincount(rows[rows >= 0], minlength=len(self._dims.labels))[units]
+            members = self._dims.labels.members(cut)
+            counts = np.bincount(members, minlength=len(self._dims.labels))[units]
             if len(np.unique(counts)) > 1:
                 return False
         return True
@@ -322,7 +317,7 @@ class _Finder:
         if self._scored["head size"][label]:
             return "head size"
         producers = {m.path for m in members if m.produces}
-        stacked = bool(self._dims.levels) and any(
+        stacked = any(
             self._dims.layer_axis(self._dims.leaves[m.path], k) is not None
             for m in members
             for k in range(len(self._dims.levels))

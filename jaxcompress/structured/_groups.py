@@ -1,6 +1,6 @@
 """Groups: which slices of which leaves must shrink together."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeAlias
 
@@ -8,6 +8,7 @@ import numpy as np
 
 from jaxcompress import graph, tree
 from jaxcompress.errors import SelectionError
+from jaxcompress.mappings import FieldMapping
 
 Role: TypeAlias = Literal[
     "channels", "embedding", "experts", "head size", "heads", "hidden", "residual", "state"
@@ -66,7 +67,7 @@ class Group:
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class Groups(Mapping[str, Group]):
+class Groups(FieldMapping[Group]):
     """The groups of a function by name, those that can be pruned; `frozen` has the others.
 
     Attributes:
@@ -88,15 +89,6 @@ class Groups(Mapping[str, Group]):
     like: Any = field(default=None, repr=False)
     inputs: tuple[Any, ...] = field(default=(), repr=False)
     kwargs: Mapping[str, Any] = field(default_factory=dict, repr=False)
-
-    def __getitem__(self, name: str) -> Group:
-        return self.prunable[name]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.prunable)
-
-    def __len__(self) -> int:
-        return len(self.prunable)
 
 
 def find_group(groups: Groups, name: str, argument: str) -> Group:

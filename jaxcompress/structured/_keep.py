@@ -2,7 +2,7 @@
 
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,13 +11,14 @@ from jax.typing import ArrayLike
 
 from jaxcompress import files, graph
 from jaxcompress.errors import ArgumentError, FileError
+from jaxcompress.mappings import FieldMapping
 from jaxcompress.structured._groups import Group, Groups, find_group
 
 _FORMAT = "jaxcompress keep"
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class Keep(Mapping[str, np.ndarray]):
+class Keep(FieldMapping[np.ndarray]):
     """Indices of the units that stay, by the name of their group.
 
     A group that is not listed stays whole. Made by `choose`, or from indices of your own by `keep`.
@@ -41,15 +42,6 @@ class Keep(Mapping[str, np.ndarray]):
 
     def __getstate__(self) -> dict[str, Any]:
         return {**vars(self), "traced": None}  # a program is neither pickled nor copied
-
-    def __getitem__(self, name: str) -> np.ndarray:
-        return self.indices[name]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.indices)
-
-    def __len__(self) -> int:
-        return len(self.indices)
 
     def shape(self, path: str) -> tuple[int, ...]:
         """Give the shape of a leaf when it has shrunk."""

@@ -1,9 +1,7 @@
 """What a function takes when so many units of each group are kept: counted from the labels."""
 
-import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -18,14 +16,6 @@ _Kinds = tuple[tuple[int, tuple[str, ...]], ...]
 """An axis as `(indices, groups that they belong to)` parts."""
 
 
-@dataclass(frozen=True)
-class _Contraction:
-    axes: tuple[_Kinds, ...]
-    sizes: tuple[int, ...]
-    branch: tuple[Any, ...]
-    flops: int
-
-
 class Sizes:
     """Counts params, bytes and FLOPs from numbers of units, without shrinking anything."""
 
@@ -33,17 +23,13 @@ class Sizes:
         assert groups.dims is not None, "groups come from `structured.groups`"
         self._dims, self._groups = groups.dims, groups
         self._group_of = self._number_groups()
+        self._known: dict[int, tuple[np.ndarray, _Kinds]] = {}
         self._leaves = [
             (tuple(self._kinds(axis) for axis in axes), tree.bits_of(groups.leaves[path].dtype))
             for path, axes in groups.dims.leaves.items()
         ]
         self._products = [
-            _Contraction(
-                tuple(self._kinds(axis) for axis in product.axes),
-                tuple(len(axis) for axis in product.axes),
-                product.branch,
-                product.flops,
-            )
+            (product, [self._kinds(axis) for axis in product.axes])
             for product in groups.dims.products
         ]
 
@@ -55,10 +41,6 @@ class Sizes:
             assert group.labels is not None, "groups come from `structured.groups`"
             numbers[group.labels] = number
         return numbers
-
-    @functools.cached_property
-    def _known(self) -> dict[int, tuple[np.ndarray, _Kinds]]:
-        return {}
 
     def _kinds(self, axis: np.ndarray) -> _Kinds:
         if id(axis) not in self._known:
@@ -95,11 +77,11 @@ class Sizes:
         """Count operations of contractions; of branches the costliest."""
         return costliest(
             [
-                (one.branch, one.flops * math.prod(
-                    self._count_left(kinds, counts) / max(size, 1)
-                    for kinds, size in zip(one.axes, one.sizes, strict=True)
+                (product.branch, product.flops * math.prod(
+                    self._count_left(kinds, counts) / max(len(axis), 1)
+                    for kinds, axis in zip(axes, product.axes, strict=True)
                 ))
-                for one in self._products
+                for product, axes in self._products
             ]
         )  # fmt: skip
 

@@ -1,9 +1,10 @@
 """`widths`: the new sizes by module path, for whoever sets them in a configuration."""
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 
+from jaxcompress.mappings import FieldMapping
 from jaxcompress.structured._groups import Groups
 from jaxcompress.structured._keep import Keep
 
@@ -30,7 +31,7 @@ class Width:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Widths(Mapping[str, tuple[Width, ...]]):
+class Widths(FieldMapping[tuple[Width, ...]]):
     """New sizes by the path of a module: what to write into a configuration.
 
     Attributes:
@@ -39,15 +40,6 @@ class Widths(Mapping[str, tuple[Width, ...]]):
     """
 
     modules: Mapping[str, tuple[Width, ...]]
-
-    def __getitem__(self, module: str) -> tuple[Width, ...]:
-        return self.modules[module]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.modules)
-
-    def __len__(self) -> int:
-        return len(self.modules)
 
     def __str__(self) -> str:
         lines = []

@@ -95,7 +95,7 @@ class _Follower:
         self._traced, self._reads, self._position, self._site = traced, reads, position, site
         self._steps: list[ChainStep] = []
         self._kernel, self._outputs = Known(), ()
-        self._unread = not reads.entered(position[:-1])
+        self._unread = position[:-1] not in reads.walk.bodies
         if not self._unread:
             eqn = reads.walk.equation(position)
             self._kernel = reads.walk.read(position[:-1], eqn.invars[site.operand]) or Known()
@@ -191,12 +191,10 @@ class _Follower:
             eqn.params["new_dtype"], jnp.inexact
         ):
             raise _StopError(f"{name} is not affine in its result")
-        if name in ARRANGES and name != "reshape":
-            new = lambda n: (Factor((), n),) if n > 1 else ()
-            factors = arrange(eqn, factors, new)
-        elif name == "reshape":
-            split = split_factors([f for axis in factors for f in axis], shape)
-            factors = None if split is None else split
+        if name == "reshape":
+            factors = split_factors([f for axis in factors for f in axis], shape)
+        elif name in ARRANGES:
+            factors = arrange(eqn, factors, lambda n: (Factor((), n),) if n > 1 else ())
         if factors is None or any(self._kind(axis) is None for axis in factors):
             raise _StopError(f"{name} mixes its channels with its positions")
         return cursor._replace(var=eqn.outvars[0], factors=tuple(factors))

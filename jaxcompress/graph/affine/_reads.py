@@ -65,10 +65,6 @@ class Reads:
         """Give the program of a body."""
         return self.walk.bodies[prefix].program
 
-    def entered(self, prefix: Position) -> bool:
-        """Tell whether anything is known of a body."""
-        return prefix in self.walk.bodies
-
     def readers(self, prefix: Position, var: Any) -> list[int]:
         """List the equations of a body that read a variable, by number."""
         if prefix not in self._readers:

@@ -105,8 +105,7 @@ class Memory:
         Returns:
             `{kind: figure or None}`.
         """
-        kinds = {one.name: getattr(self, one.name) for one in fields(self)}
-        return {k: None if one is None else one.as_dict() for k, one in kinds.items()}
+        return {kind.name: _figure_to_dict(getattr(self, kind.name)) for kind in fields(self)}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -241,15 +240,14 @@ class Cost:
         Returns:
             A mapping that `json.dumps` takes; every total has its unit and origin beside it.
         """
+        units = {"params": "entries", "param_bytes": "B", "flops": "FLOP"}
+        units |= {"elsewhere_flops": "FLOP", "bytes": "B"}
         totals = {
-            "params": Figure(value=self.params, unit="entries", origin=COUNTED),
-            "param_bytes": Figure(value=self.param_bytes, unit="B", origin=COUNTED),
-            "flops": Figure(value=self.flops, unit="FLOP", origin=COUNTED),
-            "elsewhere_flops": Figure(value=self.elsewhere_flops, unit="FLOP", origin=COUNTED),
-            "bytes": Figure(value=self.bytes, unit="B", origin=COUNTED),
+            key: Figure(value=getattr(self, key), unit=unit, origin=COUNTED).as_dict()
+            for key, unit in units.items()
         }
         return {
-            **{key: figure.as_dict() for key, figure in totals.items()},
+            **totals,
             "bounded": self.bounded,
             "sites": [{**vars(site), "shape": list(site.shape)} for site in self.sites],
             "compiled": self.compiled.as_dict() if self.compiled else None,
@@ -329,12 +327,7 @@ def _totals(cost: Cost) -> "rich.table.Table":
         (f"time{each}", compiled.seconds),
         (f"FLOPs{each}", compiled.flops),
         (f"bytes moved{each}", compiled.bytes),
-        (f"arguments{each}", memory.arguments),
-        (f"outputs{each}", memory.outputs),
-        (f"temporaries{each}", memory.temporaries),
-        (f"aliased{each}", memory.aliased),
-        (f"code{each}", memory.code),
-        (f"peak{each}", memory.peak),
+        *((f"{kind.name}{each}", getattr(memory, kind.name)) for kind in fields(memory)),
     ]
     for name, figure in rows:
         if figure is not None:

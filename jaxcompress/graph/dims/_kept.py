@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
 import jax
@@ -16,10 +17,11 @@ Mask: TypeAlias = np.ndarray | None
 for all."""
 
 
+@dataclass(frozen=True)
 class Kept:
     """The masks of an equation's operands and results.
 
-    Args:
+    Attributes:
         eqn: The equation, at full size.
         operands: A mask for each axis of each operand.
         results: A mask for each axis of each result.
@@ -28,34 +30,23 @@ class Kept:
             axis of the result that counts them.
     """
 
-    def __init__(
-        self,
-        eqn: Any,
-        operands: Sequence[Sequence[Mask]],
-        results: Sequence[Sequence[Mask]],
-        rows: Mapping[tuple[int, int], tuple[Any, int | None]] | None = None,
-    ):
-        self.eqn, self._operands, self._results = eqn, operands, results
-        self._rows = rows or {}
-
-    def within(self, rows: Mapping[tuple[int, int], tuple[Any, int | None]]) -> "Kept":
-        """Say what is kept in one layer, of what differs between them."""
-        return Kept(self.eqn, self._operands, self._results, rows)
+    eqn: Any
+    operands: Sequence[Sequence[Mask]]
+    results: Sequence[Sequence[Mask]]
+    rows: Mapping[tuple[int, int], tuple[Any, int | None]] = field(default_factory=dict)
 
     def operand(self, number: int) -> Sequence[Mask]:
         """Give the masks of an operand's axes."""
-        return self._operands[number]
+        return self.operands[number]
 
     def result(self, number: int = 0) -> Sequence[Mask]:
         """Give the masks of a result's axes."""
-        return self._results[number]
+        return self.results[number]
 
     @property
     def changes(self) -> bool:
         """Whether any axis here is smaller."""
-        return any(
-            mask is not None for masks in (*self._operands, *self._results) for mask in masks
-        )
+        return any(mask is not None for masks in (*self.operands, *self.results) for mask in masks)
 
     def count(self, mask: np.ndarray) -> int:
         """Count what is kept; all layers keep the same number."""
@@ -64,37 +55,33 @@ class Kept:
         return int(counts[0])
 
     def shape(self, number: int = 0) -> tuple[Any, ...]:
-        """Give the new shape of a result; symbolic dimensions stay symbolic."""
-        return resize_shape(self.eqn.outvars[number].aval.shape, self._results[number], self.count)
+        """Give the new shape of a result; a symbolic dimension by the fraction that is kept."""
+        new = []
+        shape = self.eqn.outvars[number].aval.shape
+        for n, mask in zip(shape, self.results[number], strict=True):
+            if mask is None:
+                new.append(n)
+            elif isinstance(n, int):
+                new.append(self.count(mask))
+            else:  # so many, for each index of a symbolic axis
+                new.append(n * self.count(mask) // mask.shape[-1])
+        return tuple(new)
 
     def take(self, x: Any, number: int = 0) -> Any:
         """Take the kept indices of a result that was made at full size."""
-        mine = {k: rows for (result, k), rows in self._rows.items() if result == number}
+        mine = {k: rows for (result, k), rows in self.rows.items() if result == number}
         for k, (rows, layer) in mine.items():
             x = jnp.take(x, rows, axis=k) if layer is None else take_by_layer(x, rows, k, layer)
-        masks = self._results[number]
+        masks = self.results[number]
         return take_kept(x, [None if k in mine else mask for k, mask in enumerate(masks)])
 
     def index(self, number: int, axis: int, positions: np.ndarray) -> np.ndarray:
         """Renumber positions along an operand's axis, leaving out those that are gone."""
-        mask = self._operands[number][axis]
+        mask = self.operands[number][axis]
         if mask is None:
             return positions
         assert mask.ndim == 1, "positions are the same in all layers"
         return (np.cumsum(mask) - 1)[positions[mask[positions]]]
-
-
-def resize_shape(shape: Sequence[Any], masks: Sequence[Mask], count: Any) -> tuple[Any, ...]:
-    """Give a shape with masked axes shrunk; a symbolic one by the fraction that is kept."""
-    new = []
-    for n, mask in zip(shape, masks, strict=True):
-        if mask is None:
-            new.append(n)
-        elif isinstance(n, int):
-            new.append(count(mask))
-        else:  # so many, for each index of a symbolic axis
-            new.append(n * count(mask) // mask.shape[-1])
-    return tuple(new)
 
 
 def take_kept(x: Any, masks: Sequence[Mask]) -> Any:

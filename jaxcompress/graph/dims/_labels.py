@@ -6,6 +6,7 @@ merges heads with their features. An index goes if any label of its tuple goes. 
 merging axes and found by splitting them, so the whole is first-order unification, vectorised.
 """
 
+import copy
 import math
 from collections.abc import Iterable, Sequence
 from typing import TypeAlias
@@ -41,8 +42,7 @@ class Labels:
 
     def copy(self) -> "Labels":
         """Make a store with the same labels, which can grow by itself."""
-        other = Labels()
-        other._count, other.conflicts = self._count, self.conflicts
+        other = copy.copy(self)
         other._parent, other._left = self._parent.copy(), self._left.copy()
         other._right = self._right.copy()
         other.frozen, other.frozen_else = list(self.frozen), list(self.frozen_else)
@@ -109,6 +109,11 @@ class Labels:
             wide[bound, column + 1] = self.find(self._right[matrix[bound, column]])
             matrix = wide
         return matrix
+
+    def members(self, axis: Axis) -> np.ndarray:
+        """List the labels that an axis is made of, each as often as it occurs."""
+        rows = self.rows(axis)
+        return rows[rows >= 0]
 
     def unify(self, a: Axis, b: Axis) -> Axis:
         """Make two axes of one size the same, index by index; gives the first."""

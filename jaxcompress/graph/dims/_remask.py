@@ -33,7 +33,6 @@ class Masker:
         """Where each visited equation is, in JAX's names of modules, and its primitive."""
         self._layer_axes: dict[tuple[Position, str, int, int], int] = {}
         visits: dict[Position, Visit] = {}
-        keyed: dict[Position, tuple[Hashable, ...]] = {}
         around: dict[Position, str] = {}
         for prefix, (program, env) in removed.dims.programs.items():
             for number, eqn in enumerate(program.eqns):
@@ -46,12 +45,12 @@ class Masker:
                     # Nothing here is differentiated, so that the body can stand in the open.
                     visits[here] = functools.partial(self._inline, here)
                     continue
-                of = functools.partial(removed.masks_of, env)
-                kept = Kept(eqn, [*map(of, eqn.invars)], [*map(of, eqn.outvars)])
+                kept = removed.kept_at(eqn, env)
                 if construct(eqn.primitive.name) is None and self._takes(here, kept):
                     visits[here] = functools.partial(self._visit, here, kept)
                     self.places[here] = around[here], eqn.primitive.name
-                    self._add_cell(here, kept, env, keyed)
+                    self._add_cell(here, kept, env)
+        keyed: dict[Position, tuple[Hashable, ...]] = {cell[0]: (cell,) for cell in self.cells}
         if fills:
             keyed |= {here: (*keyed.get(here, ()), (here, "seen")) for here in visits}
         self.plan = Plan(visits, {}, never, fills=fills, keyed=keyed)
@@ -60,13 +59,7 @@ class Masker:
         """Tell whether an equation is visited."""
         return kept.changes
 
-    def _add_cell(
-        self,
-        here: Position,
-        kept: Kept,
-        env: Mapping[Any, Axes],
-        keyed: dict[Position, tuple[Hashable, ...]],
-    ) -> None:
+    def _add_cell(self, here: Position, kept: Kept, env: Mapping[Any, Axes]) -> None:
         """Have masks that differ between layers sliced by the scans around, layer by layer."""
         scans = self._removed.dims.scans[here[:-1]]
         cell: dict[tuple[str, int, int], Any] = {}
@@ -82,7 +75,6 @@ class Masker:
                     else:
                         self._layer_axes[here, side, number, k] = layer
         if cell:
-            keyed[here] = ((here, "masks"),)
             self.cells[here, "masks"] = cell
 
     def _inline(

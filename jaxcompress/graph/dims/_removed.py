@@ -8,7 +8,7 @@ import numpy as np
 
 from jaxcompress.errors import ArgumentError
 from jaxcompress.graph.dims._found import Dims
-from jaxcompress.graph.dims._kept import Mask
+from jaxcompress.graph.dims._kept import Kept, Mask
 from jaxcompress.graph.dims._labels import Axis
 from jaxcompress.graph.dims._rule import Axes
 from jaxcompress.graph.program import Literal
@@ -51,9 +51,8 @@ class Removed:
 
     def level_of(self, axis: Axis) -> int:
         """Find the scan between whose layers an axis keeps different indices."""
-        rows = self.dims.labels.rows(axis)
-        rows = rows[rows >= 0]
-        (level,) = (k for k, flags in self.by_layer.items() if flags[:, rows].any())
+        labels = self.dims.labels.members(axis)
+        (level,) = (k for k, flags in self.by_layer.items() if flags[:, labels].any())
         return level
 
     def place_layers(
@@ -81,9 +80,10 @@ class Removed:
         """Say it for all axes of a variable."""
         return tuple(self.mask(axis) for axis in axes)
 
-    def masks_of(self, env: Mapping[Any, Axes], atom: Any) -> tuple[Mask, ...]:
-        """Say it for a variable, or for a literal, of which nothing is removed."""
-        return () if isinstance(atom, Literal) else self.masks(env[atom])
+    def kept_at(self, eqn: Any, env: Mapping[Any, Axes]) -> Kept:
+        """Say it for the operands and results of an equation; of literals nothing is removed."""
+        masks = lambda atom: () if isinstance(atom, Literal) else self.masks(env[atom])
+        return Kept(eqn, [*map(masks, eqn.invars)], [*map(masks, eqn.outvars)])
 
 
 def removed_by(dims: Dims, keep: KeepIndices) -> Removed:

@@ -8,6 +8,7 @@ of a mean, stay.
 
 import functools
 from collections.abc import Callable, Hashable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import jax
@@ -41,59 +42,44 @@ class _Resizer:
         self.cells: Cells = {}
         """What is kept in each layer of what is made there, by equation."""
         self._laters: dict[Hashable, tuple[Program, Plan]] = {}
+        self._visits: dict[Position, Visit] = {}
+        self._entered: set[Position] = set()
+        self._consts: dict[Position, Sequence[Any]] = {}
 
     def plan(self) -> Plan:
-        visits: dict[Position, Visit] = {}
-        entered: set[Position] = set()
-        consts: dict[Position, Sequence[Any]] = {}
         for prefix, (program, env) in self._dims.programs.items():
-            self._program(prefix, program, env, visits, entered, consts)
-        return self._plan(visits, entered, consts)
-
-    def _plan(self, visits: Any, entered: set[Position], consts: Any) -> Plan:
-        around = {p[:k] for p in entered for k in range(1, len(p) + 1)}
+            self._program(prefix, program, env)
+        around = {p[:k] for p in self._entered for k in range(1, len(p) + 1)}
         programs = [program.consts for program, _ in self._dims.programs.values()]
         # Constants of a trace around end with it, and so does a plan that has them.
-        ends = any(isinstance(x, Tracer) for xs in (*programs, *consts.values()) for x in xs)
+        ends = any(isinstance(x, Tracer) for xs in (*programs, *self._consts.values()) for x in xs)
         return Plan(
-            visits,
+            self._visits,
             {},
             self._forward,
             entered=frozenset(around),
-            consts=consts,
+            consts=self._consts,
             derivative=self._derivative,
-            keyed={here: (here,) for here in visits if here in self.cells},
+            keyed={here: (here,) for here in self.cells},
             made=None if ends else {},
         )
 
-    def _program(
-        self,
-        prefix: Position,
-        program: Program,
-        env: Mapping[Any, Axes],
-        visits: dict[Position, Visit],
-        entered: set[Position],
-        consts: dict[Position, Sequence[Any]],
-    ) -> None:
+    def _program(self, prefix: Position, program: Program, env: Mapping[Any, Axes]) -> None:
         masks = [self._removed.masks(env[var]) for var in program.constvars]
         if any(mask is not None for one in masks for mask in one):
             pairs = zip(program.consts, masks, strict=True)
-            consts[prefix] = [_take_constant(value, one) for value, one in pairs]
-            entered.add(prefix)
+            self._consts[prefix] = [_take_constant(value, one) for value, one in pairs]
+            self._entered.add(prefix)
         for number, eqn in enumerate(program.eqns):
-            kept = Kept(
-                eqn,
-                [self._removed.masks_of(env, atom) for atom in eqn.invars],
-                [self._removed.masks_of(env, atom) for atom in eqn.outvars],
-            )
+            kept = self._removed.kept_at(eqn, env)
             here = (*prefix, number)
             if here in self._dims.dead:
-                visits[here] = leave_out
+                self._visits[here] = leave_out
                 continue
             if not kept.changes:
                 continue
             if construct(eqn.primitive.name) is not None:
-                entered.add(here)
+                self._entered.add(here)
                 continue
             rule: Any = dims_rule(eqn.primitive.name)
             resize = getattr(rule, "resize", None)
@@ -101,7 +87,7 @@ class _Resizer:
             rows = self._rows(kept, env, self._dims.scans[prefix]) if by_layer else {}
             if cell := {key: x for key, (x, layer) in rows.items() if layer is None}:
                 self.cells[here] = cell
-            visits[here] = functools.partial(self._visit, resize, kept, rows, here)
+            self._visits[here] = functools.partial(self._visit, resize, kept, rows, here)
 
     def _rows(
         self, kept: Kept, env: Mapping[Any, Axes], scans: Sequence[int]
@@ -130,7 +116,7 @@ class _Resizer:
         cells: Cells,
     ) -> tuple[list, Cells]:
         if rows:
-            kept = kept.within({
+            kept = replace(kept, rows={
                 key: (cells[here][key] if layer is None else x, layer)
                 for key, (x, layer) in rows.items()
             })  # fmt: skip

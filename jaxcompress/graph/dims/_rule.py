@@ -67,12 +67,10 @@ class Step:
         """
         results = []
         for var in self.eqn.outvars:
-            axes = tuple(self.labels.fresh(n) for n in concrete(getattr(var.aval, "shape", ())))
-            for axis in axes:
-                if uniform:
-                    self.uniform(axis)
-                if frozen:
-                    self.labels.freeze(axis, frozen)
+            shape = concrete(getattr(var.aval, "shape", ()))
+            axes = tuple(self.labels.fresh(n, frozen=frozen) for n in shape)
+            for axis in axes if uniform else ():
+                self.uniform(axis)
             results.append(axes)
         return results
 

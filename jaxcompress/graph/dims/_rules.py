@@ -343,34 +343,15 @@ def _highest(dtype: Any) -> Any:
     return jnp.inf if jnp.issubdtype(dtype, jnp.inexact) else jnp.iinfo(dtype).max
 
 
-@register_dims("reduce_max")
-class _ReduceMax(_Reduce):
-    neutral = staticmethod(_lowest)
-
-
-@register_dims("reduce_min", "reduce_and")
-class _ReduceMin(_Reduce):
-    neutral = staticmethod(_highest)
-
-
-@register_dims("reduce_prod")
-class _ReduceProduct(_Reduce):
-    neutral = 1
-
-
-@register_dims("cummax", "cumlogsumexp")
-class _AccumulateMax(_Pass):
-    neutral = staticmethod(_lowest)
-
-
-@register_dims("cummin")
-class _AccumulateMin(_Pass):
-    neutral = staticmethod(_highest)
-
-
-@register_dims("cumprod")
-class _AccumulateProduct(_Pass):
-    neutral = 1
+for rule, neutral, primitives in (
+    (_Reduce, staticmethod(_lowest), ("reduce_max",)),
+    (_Reduce, staticmethod(_highest), ("reduce_min", "reduce_and")),
+    (_Reduce, 1, ("reduce_prod",)),
+    (_Pass, staticmethod(_lowest), ("cummax", "cumlogsumexp")),
+    (_Pass, staticmethod(_highest), ("cummin",)),
+    (_Pass, 1, ("cumprod",)),
+):
+    register_dims(*primitives)(type(rule.__name__, (rule,), {"neutral": neutral}))
 
 
 @register_dims("argmax", "argmin")

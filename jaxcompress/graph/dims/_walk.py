@@ -27,7 +27,7 @@ from jaxcompress.graph.program._compat import Program
 from jaxcompress.graph.program._constructs import Role, construct
 from jaxcompress.graph.program._interpret import Domain, Frame, Place, Position, interpret
 from jaxcompress.graph.program._live import equation_steps, live, variables
-from jaxcompress.graph.sites._sites import contraction_flops
+from jaxcompress.graph.sites._sites import contraction_flops, summed_axes
 from jaxcompress.graph.sites._trace import Traced, capture
 
 _PASSES = 3
@@ -179,8 +179,7 @@ class Labelling(Domain[Labelled]):
         labels = self._labels
         reasons = np.full(len(labels), "", object)
         for axis, reason in reversed([*labels.frozen, *labels.frozen_else]):
-            rows = labels.rows(axis)
-            reasons[rows[rows >= 0]] = reason
+            reasons[labels.members(axis)] = reason
         levels = tuple(self._levels)
         first = [int(labels.find(level.axis)[0]) for level in levels]
         canonical = [first.index(label) for label in first]  # scans over the same layers are one
@@ -206,8 +205,7 @@ class Labelling(Domain[Labelled]):
     def _flags(self, axes: Sequence[Axis]) -> np.ndarray:
         flags = np.zeros(len(self._labels), bool)
         for axis in axes:
-            rows = self._labels.rows(axis)
-            flags[rows[rows >= 0]] = True
+            flags[self._labels.members(axis)] = True
         return flags
 
     def _layers(
@@ -230,11 +228,9 @@ class Labelling(Domain[Labelled]):
                     if k is not None and np.array_equal(labels.find(axis), layered[k]):
                         beside |= 1 << k
                 for axis in axes:
-                    rows = labels.rows(axis)
-                    allowed[rows[rows >= 0]] &= beside
+                    allowed[labels.members(axis)] &= beside
         for axis in self._uniform:
-            rows = labels.rows(axis)
-            allowed[rows[rows >= 0]] = 0
+            allowed[labels.members(axis)] = 0
         layers = np.zeros(len(labels), np.int32)
         for k in sorted(set(canonical), reverse=True):
             layers[(allowed & (1 << k) > 0) & (allowed >= 0)] = k + 1
@@ -310,20 +306,14 @@ class Labelling(Domain[Labelled]):
         place: Place,
         flops: int,
     ) -> None:
-        name = eqn.primitive.name
-        if name == "dot_general":
-            (contract, _), (batch, _) = eqn.params["dimension_numbers"]
-            sums = tuple(operands[0][k] for k in contract)
-            shared = len(batch)
-        elif name == "conv_general_dilated":
-            spec = eqn.params["dimension_numbers"].rhs_spec
-            sums, shared = tuple(operands[1][k] for k in spec[1:]), 0
-        else:
-            numbers = eqn.params["ragged_dot_dimension_numbers"].dot_dimension_numbers
-            (contract, _), _ = numbers
-            sums, shared = tuple(operands[0][k] for k in contract), 0
+        found = summed_axes(eqn)
+        assert found is not None, "what has operations sums over axes"
+        operand, axes = found
+        sums = [operands[operand][k] for k in axes]
+        dot = eqn.primitive.name == "dot_general"
         self._products.append(
-            Product(position=here, axes=(*result, *sums), batch=shared, summed=len(sums),
+            Product(position=here, axes=(*result, *sums), summed=len(sums),
+                    batch=len(eqn.params["dimension_numbers"][1][0]) if dot else 0,
                     repeats=place.repeats, branch=place.branch, flops=flops * place.repeats)
         )  # fmt: skip
 

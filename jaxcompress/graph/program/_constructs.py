@@ -54,12 +54,13 @@ class Body:
     branch: bool = False
 
     @classmethod
-    def of(cls, label: str, jaxpr: Any, **kwargs: Any) -> "Body":
+    def of(cls, label: str, jaxpr: Any, *, first: int = 0, **kwargs: Any) -> "Body":
         """Describe a body whose arguments and results are the construct's own, in order.
 
         Args:
             label: What `Site.scope` says of it.
             jaxpr: The jaxpr among the equation's parameters, open or closed.
+            first: The operand of the construct that is its first argument.
             **kwargs: Other attributes.
 
         Returns:
@@ -69,7 +70,7 @@ class Body:
         return cls(
             label=label,
             program=program,
-            inputs=tuple((k, "same") for k in range(len(program.invars))),
+            inputs=tuple((first + k, "same") for k in range(len(program.invars))),
             results=tuple((k, "same") for k in range(len(program.outvars))),
             **kwargs,
         )
@@ -326,19 +327,8 @@ class _Cond:
     takes_cells = holds_nodes = True
 
     def bodies(self, eqn: Any) -> list[Body]:
-        bodies = []
-        for k, jaxpr in enumerate(eqn.params["branches"]):
-            program = _compat.normalize(jaxpr)
-            bodies.append(
-                Body(
-                    label=f"cond[{k}]",
-                    program=program,
-                    inputs=tuple((i + 1, "same") for i in range(len(program.invars))),
-                    results=tuple((i, "same") for i in range(len(program.outvars))),
-                    branch=True,
-                )
-            )
-        return bodies
+        branches = enumerate(eqn.params["branches"])
+        return [Body.of(f"cond[{k}]", jaxpr, first=1, branch=True) for k, jaxpr in branches]
 
     def rebuild(
         self, eqn: Any, operands: Sequence[Any], cells: Cells, enter: Enter

@@ -26,6 +26,7 @@ from jaxcompress.graph.sites._trace import Traced as Traced
 from jaxcompress.graph.sites._trace import call_of as call_of
 from jaxcompress.graph.sites._trace import capture_call as capture_call
 from jaxcompress.graph.sites._trace import describe_array as describe_array
+from jaxcompress.graph.sites._trace import number_repeats as number_repeats
 from jaxcompress.graph.sites._trace import suggest_sites as suggest_sites
 from jaxcompress.graph.sites._trace import wraps as wraps
 from jaxcompress.graph.sites._views import AxisFactors as AxisFactors

@@ -76,10 +76,12 @@ def make_observe_layer(observer: Observer) -> SiteLayer:
         equation: Equation, site: Site, go: Go, operands: list[Any], cells: Cells
     ) -> tuple[list[Any], Cells]:
         results, filled = go(operands, cells)
-        layout, output = site.layout, results[0]
+        layout, activation, output = site.layout, operands[site.layout.activation], results[0]
+        if layout.observed is not None:
+            activation = layout.observed(operands)
         if layout.observed_output is not None:
             output = layout.observed_output(operands, output)
-        state = observer(site, cells[site.name], layout.observed(operands), output)
+        state = observer(site, cells[site.name], activation, output)
         return results, {**filled, site.name: state}
 
     return SiteLayer(around)

@@ -48,13 +48,13 @@ class Layout:
     """How an equation's arrays become rows: what a site rule returns.
 
     Attributes:
-        axes: The leaf's axes by role.
+        axes: The leaf's axes by role; which are stacked or sliced is filled in.
         activation: Which operand of the equation is the activation.
         flops: Of one run, 2 per multiply-add.
         rows: Activation to `(*batch, tokens, features)`.
-        channels: The same without the patches of a convolution.
         output_rows: Result to `(*batch, tokens, outputs)`.
-        observed: Operands to the activation that observers get.
+        channels: As `rows`, without the patches of a convolution; `rows` if `None`.
+        observed: Operands to the activation that observers get; the activation if `None`.
         observed_output: Operands and result to the output that observers get; the result if
             `None`.
         feature_groups: The feature groups of a convolution.
@@ -64,9 +64,9 @@ class Layout:
     activation: int = 0
     flops: int
     rows: Callable[[Array], Array]
-    channels: Callable[[Array], Array]
     output_rows: Callable[[Array], Array]
-    observed: Callable[[Sequence[Any]], Any]
+    channels: Callable[[Array], Array] | None = None
+    observed: Callable[[Sequence[Any]], Any] | None = None
     observed_output: Callable[[Sequence[Any], Any], Any] | None = None
     feature_groups: int = 1
 
@@ -150,7 +150,7 @@ class Site:
         Returns:
             `(*batch, positions, channels)`; equal to `rows` except for convolutions.
         """
-        return self.layout.channels(jnp.asarray(activation))
+        return (self.layout.channels or self.layout.rows)(jnp.asarray(activation))
 
     def output_rows(self, output: ArrayLike) -> Array:
         """Bring a result of one run into rows that align with `rows`.
@@ -168,6 +168,7 @@ SiteRule: TypeAlias = Callable[[Any, int, View, Sequence[bool]], Layout | None]
 """`(eqn, operand, view, which operands vary with the inputs) -> layout`, `None` for no site."""
 
 _RULES: Rules[SiteRule] = Rules()
+_RAGGED = "ragged_dot_dimension_numbers"
 
 
 def register_site(*primitives: str) -> Callable[[SiteRule], SiteRule]:
@@ -195,24 +196,29 @@ def contraction_flops(eqn: Any) -> int:
 
     A convolution counts every window position, those over padding and dilation zeros too.
     """
-    name, params = eqn.primitive.name, eqn.params
-    if name == "dot_general":
-        (contract, _), _ = params["dimension_numbers"]
-        depth = elements([eqn.invars[0].aval.shape[k] for k in contract])
-        return 2 * elements(eqn.outvars[0].aval.shape) * depth
-    if name == "conv_general_dilated":
-        rhs, spec = eqn.invars[1].aval.shape, params["dimension_numbers"].rhs_spec
-        window = elements([rhs[k] for k in spec[1:]])  # input channels of one group, and space
-        return 2 * elements(eqn.outvars[0].aval.shape) * window
-    if name == "ragged_dot_general":
-        (contract, _), _ = params["ragged_dot_dimension_numbers"].dot_dimension_numbers
-        ragged = set(params["ragged_dot_dimension_numbers"].lhs_ragged_dimensions)
-        depth = elements([eqn.invars[0].aval.shape[k] for k in contract])
-        out = elements(eqn.outvars[0].aval.shape)
-        if ragged & set(contract):  # each group sums its own part of the contraction
-            out //= eqn.outvars[0].aval.shape[0]
-        return 2 * out * depth
-    return 0
+    found = summed_axes(eqn)
+    if found is None:
+        return 0
+    operand, axes = found
+    out, numbers = elements(eqn.outvars[0].aval.shape), eqn.params.get(_RAGGED)
+    if numbers is not None and set(numbers.lhs_ragged_dimensions) & set(axes):
+        out //= eqn.outvars[0].aval.shape[0]  # each group sums its own part of the contraction
+    return 2 * out * elements([eqn.invars[operand].aval.shape[k] for k in axes])
+
+
+def summed_axes(eqn: Any) -> tuple[int, Sequence[int]] | None:
+    """Give an operand of a contraction, and which of its axes are summed over.
+
+    Those of a convolution are the kernel's: input channels of one group, and space.
+    """
+    match eqn.primitive.name:
+        case "dot_general":
+            return 0, eqn.params["dimension_numbers"][0][0]
+        case "conv_general_dilated":
+            return 1, eqn.params["dimension_numbers"].rhs_spec[1:]
+        case "ragged_dot_general":
+            return 0, eqn.params[_RAGGED].dot_dimension_numbers[0][0]
+    return None
 
 
 def struct(atom: Any) -> jax.ShapeDtypeStruct:
@@ -274,14 +280,11 @@ def _dot_general(eqn: Any, operand: int, view: View, varies: Sequence[bool]) -> 
             contract=view.leaf_axes(w_contract),
             output=view.leaf_axes(w_free),
             batch=view.leaf_axes(w_batch),
-            stacked=view.stacked,
         ),
         activation=other,
         flops=contraction_flops(eqn),
         rows=rows,
-        channels=rows,
         output_rows=output_rows,
-        observed=lambda operands: operands[other],
     )
 
 
@@ -331,13 +334,11 @@ def _lay_out_conv(eqn: Any, operand: int, view: View, varies: Sequence[bool]) ->
             output=view.leaf_axes([out]),
             spatial=view.leaf_axes(spatial),
             group=view.leaf_axes([out]) if groups > 1 else (),
-            stacked=view.stacked,
         ),
         flops=contraction_flops(eqn),
         rows=lambda x: _split_groups(_extract_patches(eqn, x), groups, order),
         channels=lambda x: flatten(x, numbers.lhs_spec),
         output_rows=lambda y: flatten(y, numbers.out_spec),
-        observed=lambda operands: operands[0],
         feature_groups=groups,
     )
 
@@ -358,14 +359,11 @@ def _lay_out_gather(eqn: Any, operand: int, view: View, varies: Sequence[bool]) 
             output=view.leaf_axes(kept),
             batch=view.leaf_axes(batch),
             lookup=view.leaf_axes(picked),
-            stacked=view.stacked,
         ),
         activation=1,
         flops=0,
         rows=lambda indices: indices.reshape(-1, indices.shape[-1]),
-        channels=lambda indices: indices.reshape(-1, indices.shape[-1]),
         output_rows=_make_arrange((), _Group(tokens), _Group(numbers.offset_dims)),
-        observed=lambda operands: operands[1],
     )
 
 
@@ -384,19 +382,17 @@ def _dynamic_slice(eqn: Any, operand: int, view: View, varies: Sequence[bool]) -
         return (start + jnp.arange(sizes[axis], dtype=start.dtype))[:, None]
 
     return Layout(
-        axes=Axes(output=view.leaf_axes(kept), lookup=view.leaf_axes([axis]), stacked=view.stacked),
+        axes=Axes(output=view.leaf_axes(kept), lookup=view.leaf_axes([axis])),
         activation=1 + axis,
         flops=0,
         rows=rows,
-        channels=rows,
         output_rows=_make_arrange((), _Group([axis]), _Group(kept)),
-        observed=lambda operands: operands[1 + axis],
     )
 
 
 @register_site("ragged_dot_general")
 def _ragged_dot(eqn: Any, operand: int, view: View, varies: Sequence[bool]) -> Layout | None:
-    numbers = eqn.params["ragged_dot_dimension_numbers"]
+    numbers = eqn.params[_RAGGED]
     (x_contract, w_contract), (x_batch, _) = numbers.dot_dimension_numbers
     (group,), (ragged,) = numbers.rhs_group_dimensions or (None,), numbers.lhs_ragged_dimensions
     if operand != 1 or group is None or x_batch or ragged in x_contract:
@@ -419,11 +415,9 @@ def _ragged_dot(eqn: Any, operand: int, view: View, varies: Sequence[bool]) -> L
             contract=view.leaf_axes(w_contract),
             output=view.leaf_axes(w_free),
             batch=view.leaf_axes([group]),
-            stacked=view.stacked,
         ),
         flops=contraction_flops(eqn),
         rows=rows,
-        channels=rows,
         output_rows=lambda y: y,
         observed=lambda operands: by_expert(token(operands[0]), operands[2]),
         observed_output=lambda operands, result: by_expert(result, operands[2]),

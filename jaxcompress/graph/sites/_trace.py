@@ -1,5 +1,6 @@
 """`capture` and `trace`: a call of fn as a program, and as a graph: every leaf accounted for."""
 
+import collections
 import functools
 import inspect
 from collections.abc import Callable, Sequence
@@ -276,12 +277,9 @@ def _check_leaves(params: Any) -> dict[str, Any]:
 
 def _name_sites(record: Record, domain: Sites) -> list[FoundSite]:
     """Give sites unique names: the leaf's path, then `path#1`, `path#2`, ..."""
-    count: dict[str, int] = {}
-    names: dict[int, str] = {}
-    for _, site, number in record.sites:
-        k = count.get(site.path, 0)
-        count[site.path] = k + 1
-        names[number] = f"{site.path}#{k}" if k else site.path
+    unique = number_repeats([found.site.path for found in record.sites])
+    numbers = [found.number for found in record.sites]
+    names = dict(zip(numbers, unique, strict=True))
     at: dict[Any, list[str]] = {}
     for position, _, number in record.sites:
         at.setdefault(position, []).append(names[number])
@@ -296,6 +294,27 @@ def _name_sites(record: Record, domain: Sites) -> list[FoundSite]:
         )
         for found in record.sites
     ]
+
+
+def number_repeats(names: Sequence[str]) -> list[str]:
+    """Make names distinct, by the number of those before that are the same.
+
+    Args:
+        names: Any names.
+
+    Returns:
+        Them; the second of a name ends with `#1`.
+
+    Example:
+        >>> number_repeats(["up", "down", "up"])
+        ['up', 'down', 'up#1']
+    """
+    before: collections.Counter[str] = collections.Counter()
+    distinct = []
+    for name in names:
+        distinct.append(f"{name}#{before[name]}" if before[name] else name)
+        before[name] += 1
+    return distinct
 
 
 def suggest_sites(traced: Traced) -> str:

@@ -155,21 +155,13 @@ def _shape_of(atom: Any) -> tuple[int, ...]:
 def _elementwise(eqn: Any, views: Sequence[View | None], k: int) -> list[View | None]:
     """Follow operands of full shape; what only scales or shifts them is used here, and ends."""
     shape = _shape_of(eqn.outvars[k])
-    full = [
-        view is not None
-        and _shape_of(atom) == shape
-        and all(f.axes for axis in view.axes for f in axis)
-        for atom, view in zip(eqn.invars, views, strict=True)
-    ]
-    if not any(full):  # nothing outranks a broadcast operand
-        full = [
-            view is not None and _shape_of(atom) == shape
-            for atom, view in zip(eqn.invars, views, strict=True)
-        ]
-    return [
-        view.passed(eqn.primitive.name, view.axes) if view is not None and ok else None
-        for view, ok in zip(views, full, strict=True)
-    ]
+    pairs = zip(eqn.invars, views, strict=True)
+    fitting = [view if _shape_of(atom) == shape else None for atom, view in pairs]
+    spread = lambda view: any(not f.axes for axis in view.axes for f in axis)
+    whole = [None if view is None or spread(view) else view for view in fitting]
+    # Without any, nothing outranks a broadcast operand.
+    followed = whole if any(whole) else fitting
+    return [view and view.passed(eqn.primitive.name, view.axes) for view in followed]
 
 
 @register_view("select_n")

@@ -137,14 +137,9 @@ class Sites(Domain[Value]):
             return [value._replace(after=after) for value in self._results(eqn, operands)]
         if contraction_flops(eqn):
             self._count_elsewhere(eqn, here, place)
-        return [
-            value._replace(views=views)
-            for value, views in zip(
-                self._results(eqn, operands),
-                self._follow(eqn, operands, here, place),
-                strict=True,
-            )
-        ]
+        results = self._results(eqn, operands)
+        followed = self._follow(eqn, operands, here, place)
+        return [x._replace(views=views) for x, views in zip(results, followed, strict=True)]
 
     def _results(self, eqn: Any, operands: Sequence[Value]) -> list[Value]:
         name = eqn.primitive.name
@@ -177,22 +172,18 @@ class Sites(Domain[Value]):
             if (layout := rule(eqn, k, view, varies)) is not None
         ]
         # Leaves that are contracted together share the operations, by their entries.
-        shares = self._shares([view.path for _, view, _ in layouts])
-        for (k, view, layout), share in zip(layouts, shares, strict=True):
+        sizes = [max(elements(self._leaves[view.path].shape), 1) for _, view, _ in layouts]
+        for (k, view, layout), size in zip(layouts, sizes, strict=True):
             found[k] = True
             flops = max(flops, layout.flops)
             mine = next(self._numbers)
             self._reached[mine] = before
             after |= 1 << mine
             site = self._site(eqn, k, operands, view, layout, place)
-            site = replace(site, flops=site.flops * share[0] // share[1])
+            site = replace(site, flops=site.flops * size // sum(sizes))
             self._record.sites.append(FoundSite(here, site, mine))
         self._record.flops.append((here, place.branch, flops * place.repeats))
         return found, after
-
-    def _shares(self, paths: Sequence[str]) -> list[tuple[int, int]]:
-        sizes = [max(elements(self._leaves[path].shape), 1) for path in paths]
-        return [(size, sum(sizes)) for size in sizes]
 
     def upstream(self, number: int) -> list[int]:
         """List the sites before a site with no other site between, in order."""
@@ -209,10 +200,11 @@ class Sites(Domain[Value]):
         other = layout.activation
         weight, output = struct(eqn.invars[k]), struct(eqn.outvars[0])
         activation = struct(eqn.invars[other])
-        size = elements(self._leaves[view.path].shape)
+        shape, axes = self._leaves[view.path].shape, replace(layout.axes, stacked=view.stacked)
+        size = elements(shape)
         layers = {depth: axis for axis, depth in view.layers}
         moved = _nbytes(activation) + _nbytes(output)
-        if layout.axes.lookup:  # only the rows that are picked are read
+        if axes.lookup:  # only the rows that are picked are read
             moved += _nbytes(output)
         else:
             moved += self._bytes[view.path] * min(elements(weight.shape), size) // max(size, 1)
@@ -221,7 +213,7 @@ class Sites(Domain[Value]):
             path=view.path,
             primitive=eqn.primitive.name,
             operand=k,
-            axes=replace(layout.axes, sliced=_unseen(layout.axes, self._leaves[view.path].shape)),
+            axes=replace(axes, sliced=_unseen(axes, shape)),
             activation=activation,
             weight=weight,
             output=output,
@@ -234,7 +226,7 @@ class Sites(Domain[Value]):
             bounded=place.bounded,
             scope=place.scope,
             through=view.through,
-            aligned=_runs_in_order(view, layout.axes, self._leaves[view.path].shape),
+            aligned=_runs_in_order(view, axes, shape),
             flops=layout.flops * place.repeats,
             bytes=moved * place.repeats,
             feature_groups=layout.feature_groups,

@@ -5,7 +5,7 @@ This is the one place where inlining is right, as nothing here is differentiated
 are selected is written out iteration by iteration. Everything else stays whole.
 """
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, TypeAlias
 
@@ -158,8 +158,7 @@ class _Flattener:
         self._paths = traced.part_paths
         self._groups: dict[Any, FlatStop] = {}
         self._slices: dict[int, frozenset[Pick]] = {}
-        self._constants: dict[int, int] = {}
-        self._indices: dict[int, int] = {}
+        self._constants: dict[Hashable, int] = {}
 
     # --- variables -----------------------------------------------------------------------------
 
@@ -173,16 +172,11 @@ class _Flattener:
         self.flat.base[var], self.flat.roots[var] = base, frozenset()
         return var
 
-    def _constant(self, value: Any, aval: Any) -> int:
-        if id(value) not in self._constants:
-            self._constants[id(value)] = self.add_base(Constant(value), aval)
-        return self._constants[id(value)]
-
-    def _index(self, i: int) -> int:
-        if i not in self._indices:
-            value = np.int32(i)
-            self._indices[i] = self.add_base(Constant(value), jax.typeof(value))
-        return self._indices[i]
+    def _constant(self, value: Any, aval: Any, key: Hashable = None) -> int:
+        key = id(value) if key is None else key
+        if key not in self._constants:
+            self._constants[key] = self.add_base(Constant(value), aval)
+        return self._constants[key]
 
     def _emit(
         self,
@@ -399,8 +393,8 @@ class _Flattener:
             return [lax.dynamic_index_in_dim(*values, axis=0, keepdims=False)]
 
         # The index is an argument: all iterations are one computation.
-        key = self._keys.number(("slice", aval))
-        return self._emit(key, run, [atom, self._index(i)], [aval])[0]
+        index = self._constant(np.int32(i), jax.typeof(np.int32(i)), ("index", i))
+        return self._emit(self._keys.number(("slice", aval)), run, [atom, index], [aval])[0]
 
     def _stack(self, atoms: Sequence[Any], aval: Any) -> int:
         def run(values: Sequence[Any]) -> list[Any]:

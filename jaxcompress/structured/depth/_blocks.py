@@ -1,17 +1,18 @@
 """Residual blocks of a function, as names to choose from."""
 
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import jax
 
 from jaxcompress import tree
 from jaxcompress.graph import Traced
-from jaxcompress.graph.sites import call_of
+from jaxcompress.graph.sites import call_of, number_repeats
+from jaxcompress.mappings import FieldMapping
+from jaxcompress.structured.depth._flow import Flow, flow_of
 from jaxcompress.structured.depth._residuals import (
     Residual,
-    Residuals,
     Stack,
     layers_of,
     names_of,
@@ -60,7 +61,7 @@ class Layer:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Blocks(Mapping[str, Block]):
+class Blocks(FieldMapping[Block]):
     """The residual blocks of a function by name, in the order in which they run.
 
     Attributes:
@@ -73,15 +74,6 @@ class Blocks(Mapping[str, Block]):
     layers: Mapping[str, Layer]
     rejected: Mapping[str, str]
 
-    def __getitem__(self, name: str) -> Block:
-        return self.blocks[name]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.blocks)
-
-    def __len__(self) -> int:
-        return len(self.blocks)
-
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Analysis:
@@ -89,7 +81,7 @@ class Analysis:
 
     Attributes:
         traced: The call.
-        residuals: What was found in it.
+        flow: It as a graph of values.
         blocks: The blocks by name.
         layers: The layers by name.
         stacks: The scans of the layers that have a length.
@@ -97,7 +89,7 @@ class Analysis:
     """
 
     traced: Traced
-    residuals: Residuals
+    flow: Flow
     blocks: Mapping[str, Residual]
     layers: Mapping[str, Layer]
     stacks: Mapping[str, Stack]
@@ -112,40 +104,31 @@ def analyse(
 ) -> Analysis:
     """Capture a call and name its blocks and layers."""
     traced = call_of(fn, params, inputs, kwargs)
-    residuals = residuals_of(traced)
-    groups = [list(one.paths) for one in (*residuals.found, *residuals.rejected)]
-    names = names_of(groups)
-    count = len(residuals.found)
-    blocks = dict(zip(names, residuals.found, strict=False))
-    layers, stacks = _layers(blocks, residuals.stacks)
-    rejected = {
-        name: one.reason for name, one in zip(names[count:], residuals.rejected, strict=True)
-    }
+    found, lookalikes, scans = residuals_of(traced)
+    names = names_of([one.paths for one in (*found, *lookalikes)])
+    blocks = dict(zip(names, found, strict=False))
+    layers, stacks = _layers(blocks, scans)
+    reasons = [one.reason for one in lookalikes]
     return Analysis(
         traced=traced,
-        residuals=residuals,
+        flow=flow_of(traced),
         blocks=blocks,
         layers=layers,
         stacks=stacks,
-        rejected=rejected,
+        rejected=dict(zip(names[len(found) :], reasons, strict=True)),
     )
 
 
 def _layers(
-    blocks: Mapping[str, Residual], stacks: tuple[Stack, ...]
+    blocks: Mapping[str, Residual], stacks: Sequence[Stack]
 ) -> tuple[dict[str, Layer], dict[str, Stack]]:
     found: list[tuple[tuple[int, ...], Layer, Stack | None]] = []
     stacked = {stack.node.position for stack in stacks}
     for stack in stacks:
         mine = [n for n, one in blocks.items() if one.scans[:1] == (stack.node.position,)]
         prefix = "/".join(prefix_of(stack.paths)) or names_of([stack.paths])[0]
-        found.append(
-            (
-                stack.node.position,
-                Layer(name=prefix, blocks=tuple(mine), length=stack.length),
-                stack,
-            )
-        )
+        layer = Layer(name=prefix, blocks=tuple(mine), length=stack.length)
+        found.append((stack.node.position, layer, stack))
     flows: dict[tuple[int, ...], list[str]] = {}
     for name, one in blocks.items():
         if one.scans[:1] and one.scans[0] in stacked:
@@ -156,17 +139,10 @@ def _layers(
             mine = tuple(names[k] for k in numbers)
             found.append((blocks[mine[0]].node.position, Layer(name=name, blocks=mine), None))
     found.sort(key=lambda each: each[0])
-    layers: dict[str, Layer] = {}
-    by_name: dict[str, Stack] = {}
-    for _, layer, stack in found:
-        name, number = layer.name, 0
-        while name in layers:
-            number += 1
-            name = f"{layer.name}#{number}"
-        layers[name] = Layer(name=name, blocks=layer.blocks, length=layer.length)
-        if stack is not None:
-            by_name[name] = stack
-    return layers, by_name
+    names = number_repeats([layer.name for _, layer, _ in found])
+    named = list(zip(names, found, strict=True))
+    layers = {name: replace(layer, name=name) for name, (_, layer, _) in named}
+    return layers, {name: stack for name, (_, _, stack) in named if stack is not None}
 
 
 def blocks(fn: Callable[..., Any], params: tree.Params, *inputs: Any, **kwargs: Any) -> Blocks:
@@ -211,7 +187,7 @@ def blocks(fn: Callable[..., Any], params: tree.Params, *inputs: Any, **kwargs: 
     traced, sites = analysis.traced, analysis.traced.sites
     found = {}
     for name, one in analysis.blocks.items():
-        surgery = operate(traced, analysis.residuals.flow, [one], {})
+        surgery = operate(traced, [one], {})
         found[name] = Block(
             name=name,
             layer=analysis.layer_of(name),

@@ -1,5 +1,6 @@
 """`choose_layers`: which layers to drop for a budget."""
 
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -71,14 +72,10 @@ def choose_layers(
                 fix="One layer of each stack, and one residual block, must stay.",
             )
         return tuple(order[:budget])
-    costs: dict[int, float] = {}
 
+    @functools.cache
     def cost(count: int) -> float:
-        if count not in costs:
-            costs[count] = _measure_cost(
-                fn, shapes, analysis, order[:count], inputs, kwargs, budget
-            )
-        return costs[count]
+        return _measure_cost(fn, shapes, analysis, order[:count], inputs, kwargs, budget)
 
     limit = budget.limit(cost(0)) if budget.is_fraction else budget.amount
     count = fewest_steps(cost, len(order), limit)

@@ -165,7 +165,7 @@ class _Smaller:
 
     def __init__(self, analysis: Analysis, surgery: Surgery):
         self.analysis, self.surgery, self.traced = analysis, surgery, analysis.traced
-        self._plan = plan_of(analysis.residuals.flow, surgery)
+        self._plan = plan_of(analysis.flow, surgery)
 
     def __call__(self, params: tree.Params, inputs: Any, kwargs: Any) -> Any:
         given, flat = dict(tree.items(params)), list[Any]()
@@ -200,25 +200,24 @@ def decide(analysis: Analysis, blocks: Chosen) -> tuple[Dropped, Surgery]:
     names, iterations = choose_dropped(analysis, blocks)
     kept = _list_kept(analysis, iterations)
     chosen = [analysis.blocks[name] for name in names]
-    surgery = operate(analysis.traced, analysis.residuals.flow, chosen, kept)
+    surgery = operate(analysis.traced, chosen, kept)
     _check_gone(analysis, names, surgery)
     dropped = Dropped(
         blocks=tuple(names),
         iterations=iterations,
         removed=surgery.removed,
-        rows={path: (axis, kept[surgery.row_of[path]]) for path, axis in surgery.rows.items()},
+        rows={path: (axis, kept[scan]) for path, (axis, scan) in surgery.rows.items()},
         leaves={path: describe_type(leaf) for path, leaf in analysis.traced.leaves.items()},
     )
     return dropped, surgery
 
 
 def _list_kept(analysis: Analysis, iterations: Mapping[str, Sequence[int]]) -> Kept:
-    kept = {}
-    for name, gone in iterations.items():
-        stack = analysis.stacks[name]
-        stays = tuple(i for i in range(stack.length) if i not in gone)
-        kept[stack.node.position] = stays
-    return kept
+    chosen = [(analysis.stacks[name], gone) for name, gone in iterations.items()]
+    return {
+        stack.node.position: tuple(i for i in range(stack.length) if i not in gone)
+        for stack, gone in chosen
+    }
 
 
 def _decide_again(analysis: Analysis, dropped: Dropped) -> Surgery:
@@ -234,10 +233,11 @@ def _decide_again(analysis: Analysis, dropped: Dropped) -> Surgery:
         )
     chosen = [analysis.blocks[name] for name in dropped.blocks]
     kept = _list_kept(analysis, dropped.iterations)
-    flow = analysis.residuals.flow
-    surgery = operate(analysis.traced, flow, chosen, kept, shorter=dropped.rows)
+    surgery = operate(analysis.traced, chosen, kept, shorter=dropped.rows)
     paths = analysis.traced.part_paths
-    read = {p for v, p in zip(flow.inputs, paths, strict=False) if v in surgery.live.values[()]}
+    read = {
+        p for v, p in zip(analysis.flow.inputs, paths, strict=False) if v in surgery.live.values[()]
+    }
     missing = [p for p in dropped.removed if p in read]
     missing += [p for p in dropped.rows if p in read and p not in surgery.rows]
     if missing:
@@ -253,7 +253,7 @@ def _decide_again(analysis: Analysis, dropped: Dropped) -> Surgery:
 def _check_gone(analysis: Analysis, names: Sequence[str], surgery: Surgery) -> None:
     """Refuse a block of which every contraction is needed for something else than its sum."""
     sites = analysis.traced.record.sites
-    nodes = _nodes(analysis.residuals.flow)
+    nodes = _nodes(analysis.flow)
     for name in names:
         mine = [sites[k] for k in analysis.blocks[name].sites]
         left = [s.site.name for s in mine if _innermost(s.position, nodes) in surgery.live.nodes]

@@ -108,15 +108,7 @@ class Dropped:
         Args:
             path: Where to.
         """
-        content = {
-            "kind": _KIND,
-            "version": 1,
-            "blocks": self.blocks,
-            "iterations": self.iterations,
-            "removed": self.removed,
-            "rows": self.rows,
-            "leaves": self.leaves,
-        }
+        content = {"kind": _KIND, "version": 1, **vars(self)}
         files.write(path, json.dumps(content, indent=1) + "\n")
 
     @classmethod
@@ -269,10 +261,9 @@ def _resolve(analysis: Analysis, item: Item) -> tuple[tuple[str, ...], tuple[int
         return analysis.layers[name].blocks, None
     if name in analysis.rejected:
         raise _make_rejected_error(name, analysis.rejected[name])
-    if indexed := re.fullmatch(r"(.+)\[(-?\d+)\]", name):
-        known = indexed[1] in analysis.layers or indexed[1] in analysis.blocks
-        if known:
-            return (indexed[1],), _check_indices(analysis, indexed[1], (int(indexed[2]),))
+    indexed = re.fullmatch(r"(.+)\[(-?\d+)\]", name)
+    if indexed and indexed[1] in {*analysis.layers, *analysis.blocks}:
+        return (indexed[1],), _check_indices(analysis, indexed[1], (int(indexed[2]),))
     layers = [layer.blocks for n, layer in analysis.layers.items() if tree.matches(name, n)]
     found = [n for n in analysis.blocks if tree.matches(name, n)]
     found += [block for blocks in layers for block in blocks]

@@ -196,8 +196,7 @@ class _Flowing(Domain[int]):
     def feed(self, value: int, k: int, role: Role, frame: Frame[int]) -> int:
         return self._flow._add(0, ()) if value == NO_VALUE else value
 
-    def give(self, value: int, k: int, role: Role, frame: Frame[int]) -> int:
-        return self._flow._add(0, ()) if value == NO_VALUE else value
+    give = feed
 
     def end(
         self, eqn: Any, operands: Sequence[int], results: list[int], here: Position

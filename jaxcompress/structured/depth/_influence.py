@@ -20,7 +20,6 @@ from jaxcompress.graph import Equation
 from jaxcompress.graph.program import Cells, Position, run_program
 from jaxcompress.structured.depth._blocks import Analysis, analyse
 from jaxcompress.structured.depth._gated import run_gated
-from jaxcompress.structured.depth._residuals import Stack
 from jaxcompress.structured.depth._surgery import add_step, new_plan
 from jaxcompress.structured.depth._units import (
     DepthUnit,
@@ -150,10 +149,9 @@ def _watch(analysis: Analysis, args: Any, level: Level, axis: int) -> dict[str, 
     """Run fn, and give what was seen at each unit, `(length,)` for a stack."""
     keyed: dict[Position, list[tuple[str, str]]] = {}
     ends: dict[str, tuple[str, str]] = {}  # base -> its first and last block
-    stacks: dict[str, Stack] = {}
+    stacks = analysis.stacks if level == "layer" else {}
     for layer in analysis.layers.values():
-        if level == "layer" and layer.length is not None:
-            stacks[layer.name] = analysis.stacks[layer.name]
+        if layer.name in stacks:
             continue
         for base, blocks in split_layer(layer, level):
             first, last = ends[base] = blocks[0], blocks[-1]
@@ -291,13 +289,9 @@ def _run_without(
     if level == "block":
         return run_gated(analysis, args, block_gates(analysis, gates, level))
     stacks = {name: gates[name] for name in analysis.stacks}
-    always = {
-        name: gates[name] if name not in stacks else jnp.ones(shapes[name], jnp.bool_)
-        for name in gates
-    }
     switches = {
         block: gate
-        for block, gate in block_gates(analysis, always, level).items()
+        for block, gate in block_gates(analysis, gates, level).items()
         if analysis.layer_of(block) not in stacks
     }
     return run_gated(analysis, args, switches, layers=stacks)

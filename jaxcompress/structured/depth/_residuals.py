@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from jaxcompress import tree
 from jaxcompress.graph import Traced
 from jaxcompress.graph.program import Position, scan_counts
+from jaxcompress.graph.sites import number_repeats
 from jaxcompress.structured.depth._flow import NO_VALUE, Flow, Node, bits, flow_of
 
 
@@ -53,47 +54,34 @@ class Stack:
     """A scan over the rows of leaves whose body has residual sums: a stack of layers.
 
     Attributes:
-        flow: Where the scan is.
         node: The scan.
         length: How many layers there are.
         paths: The leaves of which each layer reads a row.
         carry: Which of the carried values the layers pass on.
     """
 
-    flow: Flow
     node: Node
     length: int
     paths: tuple[str, ...]
     carry: int
 
 
-@dataclass(frozen=True, eq=False)
-class Residuals:
-    """What was found in a captured call, in the order in which it runs."""
-
-    flow: Flow
-    found: tuple[Residual, ...]
-    rejected: tuple[Rejected, ...]
-    stacks: tuple[Stack, ...]
-
-
-def residuals_of(traced: Traced) -> Residuals:
-    """Find the residual sums of a captured call."""
+def residuals_of(traced: Traced) -> tuple[list[Residual], list[Rejected], list[Stack]]:
+    """Find the residual sums of a captured call, in the order in which it runs."""
     paths = [found.site.path for found in traced.record.sites]
-    flow = flow_of(traced)
     found: list[Residual] = []
     rejected: list[Rejected] = []
     stacks: list[Stack] = []
-    for one, scans in _flows(flow, ()):
+    for one, scans in _flows(flow_of(traced), ()):
         stack = tuple(scan.eqn.params["length"] for scan in scans)
         mine = list(_find_residuals(one, paths, stack, tuple(scan.position for scan in scans)))
         found += mine
         inside = set().union(*(r.inner for r in mine))
         rejected += _find_lookalikes(one, paths, mine, inside)
-        if mine and len(scans) == 1 and (layers := _describe_stack(flow, scans[0], mine[0])):
+        if mine and len(scans) == 1 and (layers := _describe_stack(scans[0], mine[0])):
             stacks.append(layers)
     found.sort(key=lambda r: r.node.position)
-    return Residuals(flow, tuple(found), tuple(rejected), tuple(stacks))
+    return found, rejected, stacks
 
 
 def _flows(flow: Flow, scans: tuple[Node, ...]) -> Iterator[tuple[Flow, tuple[Node, ...]]]:
@@ -177,10 +165,9 @@ def _find_lookalikes(
         yield Rejected(tuple(leaves), reason)
 
 
-def _describe_stack(flow: Flow, node: Node, first: Residual) -> Stack | None:
+def _describe_stack(node: Node, first: Residual) -> Stack | None:
     """Describe a scan as a stack of layers, if each iteration reads rows of leaves."""
-    body = node.body
-    assert body is not None
+    body = first.flow
     consts, carry = scan_counts(node.eqn)
     slots = range(consts + carry, len(node.operands))
     read = {value for inner in body.nodes for value in inner.operands}
@@ -195,7 +182,7 @@ def _describe_stack(flow: Flow, node: Node, first: Residual) -> Stack | None:
     ]
     if not paths or not carried:
         return None
-    return Stack(flow, node, node.eqn.params["length"], tuple(paths), carried[0])
+    return Stack(node, node.eqn.params["length"], tuple(paths), carried[0])
 
 
 # --- names ----------------------------------------------------------------------------------------
@@ -236,12 +223,7 @@ def names_of(groups: Sequence[Sequence[str]]) -> list[str]:
         if len(below) > 4:
             below = [*below[:2], "...", below[-1]]
         names.append("/".join([*prefix, "+".join(below)]))
-    count: collections.Counter[str] = collections.Counter()
-    unique = []
-    for name in names:
-        unique.append(f"{name}#{count[name]}" if count[name] else name)
-        count[name] += 1
-    return unique
+    return number_repeats(names)
 
 
 def layers_of(groups: Sequence[Sequence[str]], names: Sequence[str]) -> list[tuple[str, list[int]]]:

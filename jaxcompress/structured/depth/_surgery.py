@@ -34,6 +34,7 @@ from jaxcompress.structured.depth._flow import (
     Node,
     find_needed,
     find_tainted,
+    flow_of,
 )
 from jaxcompress.structured.depth._residuals import Residual
 
@@ -52,27 +53,24 @@ class Surgery:
         kept: The iterations that stay.
         live: What is still needed.
         removed: Paths of the leaves that nothing reads any more.
-        rows: `{path: axis}` of the leaves that lose the rows of the iterations that go.
+        rows: `{path: (axis, scan)}` of the leaves that lose the rows of iterations of a scan.
         small: The values of fn's own flow that have fewer rows.
         dropped_outputs: Numbers of the results that mirror leaves of what is gone.
         short_outputs: `{number: (axis, scan)}` of the results that mirror leaves that lose rows.
-        row_of: For each leaf that loses rows, the scan that says which.
     """
 
     passes: Mapping[Position, int]
     kept: Kept
     live: Needed
     removed: tuple[str, ...]
-    rows: Mapping[str, int]
+    rows: Mapping[str, tuple[int, Position]]
     small: frozenset[int]
     dropped_outputs: frozenset[int]
     short_outputs: Mapping[int, tuple[int, Position]]
-    row_of: Mapping[str, Position]
 
 
 def operate(
     traced: Traced,
-    flow: Flow,
     dropped: Iterable[Residual],
     kept: Kept,
     *,
@@ -94,7 +92,7 @@ def operate(
         ArgumentError: If a result stacked over the iterations of a scan is needed.
     """
     passes = {one.node.position: one.skip for one in dropped}
-    parts = traced.part_paths
+    flow, parts = flow_of(traced), traced.part_paths
     state = state_outputs(traced)
     leaves = set(flow.inputs[: len(parts)])
     through = {k for k in state if flow.outputs[k] in leaves}
@@ -115,11 +113,10 @@ def operate(
         kept=kept,
         live=after,
         removed=removed,
-        rows=rows.axes,
+        rows=rows.leaves,
         small=frozenset(rows.small),
         dropped_outputs=frozenset(lost),
         short_outputs=rows.outputs,
-        row_of=rows.scans,
     )
 
 
@@ -156,8 +153,7 @@ class _Rows:
     ):
         self._flow, self._after, self._kept = flow, after, kept
         self._state, self._lost = state, lost
-        self.axes: dict[str, int] = {}
-        self.scans: dict[str, Position] = {}
+        self.leaves: dict[str, tuple[int, Position]] = {}
         self.small: set[int] = set()
         self.outputs: dict[int, tuple[int, Position]] = {}
         parts, scans = traced.part_paths, [n for n in flow.nodes if n.position in kept]
@@ -169,7 +165,7 @@ class _Rows:
                 outputs: dict[int, tuple[int, Position]] = {}
                 reached = self._spread(values[path], axis, scan, path, outputs)
                 if reached is not None:
-                    self.axes[path], self.scans[path] = axis, scan.position
+                    self.leaves[path] = axis, scan.position
                     self.small |= reached
                     self.outputs |= outputs
         for scan in scans:
@@ -228,9 +224,9 @@ class _Rows:
             outputs: dict[int, tuple[int, Position]] = {}
             path = next(iter(paths), None)
             reached, ends = None, list[bool]()
-            if path in self.axes and len(paths) == 1:
+            if path in self.leaves and len(paths) == 1:
                 reached = self._spread(value, 0, scan, path, outputs)
-                ends = [p == (self.axes[path], self.scans[path]) for p in outputs.values()]
+                ends = [end == self.leaves[path] for end in outputs.values()]
             if reached is None or not all(ends):
                 raise ArgumentError(
                     "blocks",

@@ -57,11 +57,10 @@ class ActivationNorm(Method):
     def prepare(self, given: Given) -> Found:
         """Collect norms of channels."""
         given.need(self, "fn", "batches")
-        assert given.fn is not None and given.batches is not None
         reads = "channels" if self.at == "input" else "output"
         statistics = {"norm": stats.channel_norm(reads=reads)}
-        paths = [m.path for group in given.groups.values() for m in self._members(group, given)]
-        return collect_seen(given.fn, given.params, given.batches, statistics, paths)
+        members = lambda group: self._members(group, given)
+        return collect_seen(given, given.fn, statistics, members)
 
     def parts(self, group: Group, given: Given, prepared: Found) -> list[ArrayLike]:
         """Average over tokens, for each member with a site."""

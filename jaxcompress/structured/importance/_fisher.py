@@ -9,12 +9,10 @@ import numpy as np
 from jaxtyping import ArrayLike
 
 from jaxcompress import tree
-from jaxcompress.batches import open_stream
 from jaxcompress.errors import ArgumentError
 from jaxcompress.structured._groups import Group
 from jaxcompress.structured.importance._method import Given, Method
-from jaxcompress.structured.importance._slopes import Slopes, differentiate, slopes
-from jaxcompress.structured.importance._taylor import make_zero_slopes
+from jaxcompress.structured.importance._slopes import Slopes, average, differentiate
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,28 +43,20 @@ class Fisher(Method):
 
     def prepare(self, given: Given) -> Slopes:
         """Sum squares over examples."""
-        gradient = differentiate(self, given)
+        slopes_at = differentiate(self, given)
 
-        @jax.jit
-        def step(totals: Slopes, params: tree.Params, batch: tuple) -> Slopes:
+        def sum_squares(params: tree.Params, batch: tuple) -> Slopes:
             def of_example(example: tuple) -> Slopes:
-                _, weights, gradients = gradient(params, jax.tree.map(lambda x: x[None], example))
-                return jax.tree.map(jnp.square, slopes(weights, gradients, given))
+                alone = jax.tree.map(lambda x: x[None], example)
+                return jax.tree.map(jnp.square, slopes_at(params, alone))
 
             # One by one there is no vmap, which some primitives lack.
             several = jax.lax.map(
                 of_example, batch, batch_size=self.at_once if self.at_once > 1 else None
             )
-            return jax.tree.map(lambda total, found: total + found.sum(0), totals, several)
+            return jax.tree.map(lambda found: found.sum(0), several)
 
-        first, rest = open_stream(given.batches)
-        examples = batch_size(first)
-        totals = step(make_zero_slopes(given), given.params, first)
-        for batch in rest:
-            jax.block_until_ready(totals)  # one batch at a time on the device
-            examples += batch_size(batch)
-            totals = step(totals, given.params, batch)
-        return {name: total / (2 * examples) for name, total in totals.items()}
+        return average(given, sum_squares, lambda batch: 2 * batch_size(batch))
 
     def parts(self, group: Group, given: Given, prepared: Slopes) -> list[ArrayLike]:
         """Look the group up."""

@@ -38,10 +38,8 @@ class OBD(Method):
     def prepare(self, given: Given) -> Found:
         """Collect the diagonal Fisher."""
         given.need(self, "fn or loss", "batches")
-        f = given.loss if given.loss is not None else given.fn
-        assert f is not None and given.batches is not None
-        paths = [m.path for group in given.groups.values() for m in given.weights(group)]
-        return collect_seen(f, given.params, given.batches, {"fisher": stats.fisher()}, paths)
+        fn = given.loss if given.loss is not None else given.fn
+        return collect_seen(given, fn, {"fisher": stats.fisher()}, given.weights)
 
     def parts(self, group: Group, given: Given, prepared: Found) -> list[ArrayLike]:
         """Sum saliencies per unit, for each kernel."""

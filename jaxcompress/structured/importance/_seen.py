@@ -13,22 +13,25 @@ from jaxcompress.batches import open_stream
 from jaxcompress.errors import ArgumentError
 from jaxcompress.graph import Site
 from jaxcompress.graph.sites import Form, form_of
+from jaxcompress.structured._groups import Group, Member
+from jaxcompress.structured.importance._method import Given
 
 Found = Mapping[str, tuple[tuple[Site, Any], ...]]
 """`{path: ((site, {key: result}), ...)}`."""
 
 
 def collect_seen(
-    fn: Callable[..., Any],
-    params: tree.Params,
-    batches: Iterable[Any],
+    given: Given,
+    fn: Callable[..., Any] | None,
     statistics: Mapping[str, stats.Statistic],
-    paths: Iterable[str],
+    members: Callable[[Group], Iterable[Member]],
 ) -> Found:
-    """Collect statistics at all sites of some leaves; a leaf without any has an empty entry."""
-    first, rest = open_stream(batches)
-    traced = graph.trace(fn, params, *first)
-    wanted = [path for path in dict.fromkeys(paths) if traced.sites_of(path)]
+    """Collect statistics at all sites of members; a leaf without any has an empty entry."""
+    assert fn is not None and given.batches is not None, "see `Given.need`"
+    paths = dict.fromkeys(m.path for group in given.groups.values() for m in members(group))
+    first, rest = open_stream(given.batches)
+    traced = graph.trace(fn, given.params, *first)
+    wanted = [path for path in paths if traced.sites_of(path)]
     crooked = [path for path in wanted if not all(s.aligned for s in traced.sites_of(path))]
     if crooked:
         raise ArgumentError(
@@ -43,14 +46,14 @@ def collect_seen(
         return dict.fromkeys(paths, ())
     collected = stats.collect(
         fn,
-        params,
+        given.params,
         itertools.chain([first], rest),
         statistics,
         where=lambda path, leaf: path in chosen,
     )
     return {
         path: tuple((s, collected[s.name]) for s in traced.sites_of(path) if s.name in collected)
-        for path in dict.fromkeys(paths)
+        for path in paths
     }
 
 

@@ -1,5 +1,6 @@
 """Gradients by unit: what the loss would change if all that goes with a unit became zero."""
 
+import itertools
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -7,6 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxcompress import tree
+from jaxcompress.batches import open_stream
 from jaxcompress.errors import ArgumentError
 from jaxcompress.structured.importance._method import Given, Method
 from jaxcompress.structured.importance._units import unit_sums
@@ -31,8 +33,8 @@ def slopes(weights: Mapping[str, Any], gradients: Mapping[str, Any], given: Give
     }
 
 
-def differentiate(method: Method, given: Given) -> Callable[..., tuple[jax.Array, Any, Any]]:
-    """Give `(params, batch) -> (loss, weights, gradients)`, both by path, of the members' leaves.
+def differentiate(method: Method, given: Given) -> Callable[[tree.Params, tuple], Slopes]:
+    """Give `(params, batch) -> slopes` of the members' leaves.
 
     The loss is the mean of the per-example losses, or the sum of fn's floating-point outputs.
     """
@@ -55,9 +57,32 @@ def differentiate(method: Method, given: Given) -> Callable[..., tuple[jax.Array
             )
         return jnp.stack(floats).sum()
 
-    def gradient(params: tree.Params, batch: tuple) -> tuple[jax.Array, Any, Any]:
+    def slopes_at(params: tree.Params, batch: tuple) -> Slopes:
         chosen = {path: x for path, x in tree.items(params) if path in paths}
-        loss, gradients = jax.value_and_grad(value)(chosen, params, batch)
-        return loss, chosen, gradients
+        return slopes(chosen, jax.grad(value)(chosen, params, batch), given)
 
-    return gradient
+    return slopes_at
+
+
+def average(
+    given: Given,
+    measure: Callable[[tree.Params, tuple], Slopes],
+    size: Callable[[tuple], int] = lambda batch: 1,
+) -> Slopes:
+    """Add up what is measured on each batch, and divide by the sum of the batches' sizes."""
+
+    @jax.jit
+    def step(totals: Slopes, params: tree.Params, batch: tuple) -> Slopes:
+        return jax.tree.map(jnp.add, totals, measure(params, batch))
+
+    totals = {
+        name: jnp.zeros((*group.layers, group.size), jnp.float32)
+        for name, group in given.groups.items()
+    }
+    count = 0
+    first, rest = open_stream(given.batches)
+    for batch in itertools.chain([first], rest):
+        count += size(batch)
+        jax.block_until_ready(totals)  # one batch at a time on the device
+        totals = step(totals, given.params, batch)
+    return {name: total / count for name, total in totals.items()}

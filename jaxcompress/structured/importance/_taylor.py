@@ -8,11 +8,10 @@ import jax.numpy as jnp
 from jaxtyping import ArrayLike
 
 from jaxcompress import tree
-from jaxcompress.batches import open_stream
 from jaxcompress.errors import ArgumentError
 from jaxcompress.structured._groups import Group
 from jaxcompress.structured.importance._method import Given, Method
-from jaxcompress.structured.importance._slopes import Slopes, differentiate, slopes
+from jaxcompress.structured.importance._slopes import Slopes, average, differentiate, slopes
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -56,35 +55,12 @@ class Taylor(Method):
             found = dict(zip(tree.paths(given.params), entries, strict=True))
             _check_present(found, given)
             return jax.tree.map(effect, slopes(given.leaves, found, given))
-        gradient = differentiate(self, given)
-
-        @jax.jit
-        def step(totals: Slopes, params: tree.Params, batch: tuple) -> Slopes:
-            _, weights, gradients = gradient(params, batch)
-            return jax.tree.map(
-                lambda total, change: total + effect(change),
-                totals,
-                slopes(weights, gradients, given),
-            )
-
-        first, rest = open_stream(given.batches)
-        totals, count = step(make_zero_slopes(given), given.params, first), 1
-        for batch in rest:
-            jax.block_until_ready(totals)  # one batch at a time on the device
-            totals, count = step(totals, given.params, batch), count + 1
-        return {name: total / count for name, total in totals.items()}
+        slopes_at = differentiate(self, given)
+        return average(given, lambda *args: jax.tree.map(effect, slopes_at(*args)))
 
     def parts(self, group: Group, given: Given, prepared: Slopes) -> list[ArrayLike]:
         """Look the group up."""
         return [prepared[group.name]]
-
-
-def make_zero_slopes(given: Given) -> Slopes:
-    """Give zeros for each unit."""
-    return {
-        name: jnp.zeros((*group.layers, group.size), jnp.float32)
-        for name, group in given.groups.items()
-    }
 
 
 def _check_present(gradients: dict[str, Any], given: Given) -> None:

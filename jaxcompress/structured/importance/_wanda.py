@@ -45,10 +45,8 @@ class Wanda(Method):
     def prepare(self, given: Given) -> Found:
         """Collect norms of inputs."""
         given.need(self, "fn", "batches")
-        assert given.fn is not None and given.batches is not None
         statistics = {"norm": stats.channel_norm(), "rows": stats.lookups()}
-        paths = [m.path for group in given.groups.values() for m in given.weights(group)]
-        return collect_seen(given.fn, given.params, given.batches, statistics, paths)
+        return collect_seen(given, given.fn, statistics, given.weights)
 
     def parts(self, group: Group, given: Given, prepared: Found) -> list[ArrayLike]:
         """Sum |w| times the norm per unit, for each kernel."""

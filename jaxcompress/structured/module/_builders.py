@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any, TypeAlias
 
 import jax
 
@@ -18,29 +18,8 @@ def is_near(a: float, b: float) -> bool:
     return math.isclose(a, b, rel_tol=1e-5)
 
 
-class Builder(Protocol):
-    """How modules of one library are built."""
-
-    source: Any
-    """What has the numbers."""
-
-    def shapes_of(self, settings: Settings) -> Shapes | None:
-        """Give the shapes of the leaves with some settings; `None` if it cannot be built."""
-        ...
-
-    def make_module(
-        self, source: Any, norms: Sequence[WidthLiteral]
-    ) -> tuple[Any, list[WidthLiteral]]:
-        """Build it, with the epsilons of norms set; gives those where no attribute has it."""
-        ...
-
-    def make_fn(self, module: Any, params: tree.Params) -> Callable[..., Any]:
-        """Give its function of params."""
-        ...
-
-    def fill_module(self, module: Any, params: tree.Params) -> Any:
-        """Give the module that the user gets."""
-        ...
+Builder: TypeAlias = "_Linen | _Nnx"
+"""How modules of one library are built; `source` has the numbers."""
 
 
 def builder_of(module: Any, inputs: Sequence[Any], kwargs: Mapping[str, Any]) -> Builder:

@@ -145,11 +145,7 @@ class _Reader(Domain[Tag | None]):
 
     def list_bare(self) -> list[WidthLiteral]:
         """List the norms that no leaf scales."""
-        return [
-            WidthLiteral(kind="norm", leaves=(), old=tag.old, new=tag.new, epsilon=tag.value,
-                         added=tag.added, centred=tag.centred)
-            for at, tag in self._norms.items() if at not in self._met
-        ]  # fmt: skip
+        return [_describe_norm(tag) for at, tag in self._norms.items() if at not in self._met]
 
     def constant(self, var: Any, value: Any, place: Place) -> None:
         return None
@@ -220,11 +216,7 @@ class _Reader(Domain[Tag | None]):
         leaf = next((x for x in operands if x and x.kind == "leaf"), None)
         if norm and leaf:
             self._met.add(norm.at)
-            self.found.append(
-                WidthLiteral(kind="norm", leaves=tuple(leaf.leaves), old=norm.old, new=norm.new,
-                             epsilon=norm.value, added=norm.added, offset=leaf.value,
-                             centred=norm.centred)
-            )  # fmt: skip
+            self.found.append(_describe_norm(norm, tuple(leaf.leaves), leaf.value))
 
     def _record_scores(
         self,
@@ -245,3 +237,8 @@ class _Reader(Domain[Tag | None]):
                     self.found.append(
                         WidthLiteral(kind="attention", leaves=leaves, old=old, new=new)
                     )
+
+
+def _describe_norm(norm: Tag, leaves: tuple[str, ...] = (), offset: float = 0.0) -> WidthLiteral:
+    return WidthLiteral(kind="norm", leaves=leaves, old=norm.old, new=norm.new, epsilon=norm.value,
+                        added=norm.added, offset=offset, centred=norm.centred)  # fmt: skip

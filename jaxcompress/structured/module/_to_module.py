@@ -256,9 +256,8 @@ def _candidates(
     source = replace_numbers(builder.source, settings)
     epsilons = _epsilons(builder.source, literals)
     norms = [literal for literal in literals if literal.kind == "norm" and literal.epsilon]
-    centred = [literal for literal in literals if literal.centred]
     fewer = [literal for literal in literals if not literal.centred]
-    for chosen in [literals, fewer] if centred else [literals]:
+    for chosen in [literals, fewer] if len(fewer) < len(literals) else [literals]:
         for floats in [epsilons, {}] if epsilons else [{}]:
             folded, factors = _fold_literals(smaller, chosen)
             covered = [known for known, _ in _changes(builder.source, floats).values()]

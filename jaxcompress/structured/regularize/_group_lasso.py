@@ -103,7 +103,6 @@ def group_lasso(
     def update(
         updates: tree.Params, state: Any, params: tree.Params | None = None, **extra: Any
     ) -> tuple[tree.Params, Any]:
-        del extra
         params = require_params(params)
         weight = figure_at(strength, state.step) * figure_at(learning_rate, state.step)
         before = dict(tree.items(params))

@@ -100,7 +100,6 @@ def growing_regularization(
     def update(
         updates: tree.Params, state: Any, params: tree.Params | None = None, **extra: Any
     ) -> tuple[tree.Params, Any]:
-        del extra
         params = require_params(params)
         leaves = dict(tree.items(params))
         more = jnp.where(state.step % every == 0, jnp.float32(increment), jnp.float32(0))

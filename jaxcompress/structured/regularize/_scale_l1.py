@@ -80,7 +80,6 @@ def scale_l1(
     def update(
         updates: tree.Params, state: Any, params: tree.Params | None = None, **extra: Any
     ) -> tuple[tree.Params, Any]:
-        del extra
         params = require_params(params)
         leaves = dict(tree.items(params))
         weight, penalties = figure_at(strength, state.step), {}
