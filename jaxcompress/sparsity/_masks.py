@@ -413,9 +413,7 @@ def _accumulate(
             expected="a gradient tree or accumulators, which this score needs",
             fix="Pass grads=jax.grad(loss)(params), or accumulate with update_scores.",
         )
-    given = dict(
-        zip(tree.paths(params), tree.flatten_like(params, grads, name="grads"), strict=True)
-    )
+    given = read_by_path(params, grads, name="grads")
     accumulated = {}
     for path, p in leaves.items():
         entry = given[path]
