@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from jaxcompress.errors import ArgumentError, require_at_least
+from jaxcompress.errors import ArgumentError, require_at_least, require_one_of
 from jaxcompress.train._log import Row
 
 
@@ -36,10 +36,7 @@ class EarlyStopping:
     def __post_init__(self):
         require_at_least("patience", self.patience, 1, fix="Raise it.")
         require_at_least("min_delta", self.min_delta, 0, fix="Raise it.")
-        if self.mode not in ("min", "max"):
-            raise ArgumentError(
-                "mode", got=self.mode, expected="'min' or 'max'", fix="Change the value."
-            )
+        require_one_of("mode", self.mode, ("min", "max"), fix='A loss has mode="min".')
 
     def improves(self, value: float, best: float | None) -> bool:
         """Tell whether a value is an improvement.
