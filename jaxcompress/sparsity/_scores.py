@@ -36,6 +36,15 @@ class Accumulated(NamedTuple):
         return self.total / jnp.maximum(self.weight, 1e-30)
 
 
+def _accumulate_nothing(path: str, p: jax.Array) -> Any:
+    """Accumulate nothing."""
+
+
+def _keep_unchanged(accumulated: Any, p: jax.Array, g: jax.Array) -> Any:
+    """Learn nothing from a gradient."""
+    return accumulated
+
+
 @dataclass(frozen=True, kw_only=True)
 class Score:
     """How much we would miss each entry of a leaf; the lowest scores are pruned first.
@@ -53,8 +62,8 @@ class Score:
     """
 
     evaluate: Callable[[Any, jax.Array], jax.Array]
-    init: Callable[[str, jax.Array], Any] = lambda path, p: None
-    update: Callable[[Any, jax.Array, jax.Array], Any] = lambda accumulated, p, g: accumulated
+    init: Callable[[str, jax.Array], Any] = _accumulate_nothing
+    update: Callable[[Any, jax.Array, jax.Array], Any] = _keep_unchanged
     evaluate_units: Callable[[Any, jax.Array, Mean], jax.Array] | None = None
     needs_grads: bool = False
 
