@@ -4,7 +4,7 @@ A message names the argument, says what came, what was expected, and how to mend
 """
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 
@@ -58,6 +58,23 @@ def require_at_least(argument: str, value: float | None, least: float, *, fix: s
     """
     if value is not None and not value >= least:
         raise ArgumentError(argument, got=value, expected=f"{least} or more", fix=fix)
+
+
+def require_one_of(argument: str, value: Any, choices: Sequence[Any], *, fix: str) -> None:
+    """Refuse a value that is none of a few.
+
+    Args:
+        argument: The name of the argument.
+        value: Its value.
+        choices: What can be used.
+        fix: What to do about it.
+
+    Raises:
+        ArgumentError: If it is none of them.
+    """
+    if value not in choices:
+        expected = " or ".join(map(repr, choices))
+        raise ArgumentError(argument, got=repr(value), expected=expected, fix=fix)
 
 
 class MissingExtraError(JaxCompressError, ImportError):

@@ -31,14 +31,10 @@ DECLARED = {
     "uint8": "U8",
     "complex64": "U64",
     "complex128": "U8",
-    "float8_e3m4": "U8",
-    "float8_e4m3": "U8",
-    "float8_e4m3b11fnuz": "U8",
-    "float8_e4m3fnuz": "U8",
-    "float8_e5m2fnuz": "U8",
-    "float8_e8m0fnu": "U8",
     BITS: "U8",
 }
+_RARE_FLOATS = ("e3m4", "e4m3", "e4m3b11fnuz", "e4m3fnuz", "e5m2fnuz", "e8m0fnu")
+DECLARED |= {f"float8_{name}": "U8" for name in _RARE_FLOATS}
 ITEMSIZE = {"U8": 1, "I8": 1, "F8_E4M3": 1, "F8_E5M2": 1, "F16": 2, "BF16": 2, "U16": 2, "I16": 2}
 ITEMSIZE |= {"F32": 4, "U32": 4, "I32": 4, "F64": 8, "U64": 8, "I64": 8}
 

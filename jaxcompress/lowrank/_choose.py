@@ -1,5 +1,6 @@
 """Ranks, as they are given or as a budget has them."""
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
@@ -46,7 +47,8 @@ def choose_ranks(
         for path, one in found.items()
     }
     if isinstance(budget, budgets.Seconds):
-        return _in_time(fn, params, inputs, traced, found, ladders, budget)
+        estimate = functools.partial(_estimate, fn, params, inputs, found, budget.target)
+        return _in_time(estimate, traced.flops, ladders, budget)
     unit = type(budget).__name__.lower()
     total = {"params": tree.count, "bytes": tree.nbytes}.get(unit, lambda _: traced.flops)(params)
     limit = budget.limit(total)
@@ -82,24 +84,18 @@ def _read_ranks(
 
 
 def _in_time(
-    fn: Callable[..., Any],
-    params: tree.Params,
-    inputs: Sequence[Any],
-    traced: graph.Graph,
-    found: Mapping[str, Candidate],
+    estimate: Callable[[Mapping[str, tuple[int, ...]]], float],
+    flops: int,
     ladders: Mapping[str, Sequence[Rung]],
     budget: budgets.Seconds,
 ) -> tuple[dict[str, tuple[int, ...]], tuple[float, float]]:
     """Find the fewest steps after which the target's compiler says that a call is short enough."""
-    rest = traced.flops - sum(ladder[0].flops for ladder in ladders.values())
+    rest = flops - sum(ladder[0].flops for ladder in ladders.values())
     allocation = Allocation(ladders, "flops", rest)
-    known: dict[int, float] = {}
 
+    @functools.cache
     def seconds(count: int) -> float:
-        if count not in known:
-            ranks = _read_ranks(ladders, allocation.after(count))
-            known[count] = _estimate(fn, params, inputs, found, ranks, budget.target)
-        return known[count]
+        return estimate(_read_ranks(ladders, allocation.after(count)))
 
     total = seconds(0)
     limit = budget.limit(total)
@@ -116,8 +112,8 @@ def _estimate(
     params: tree.Params,
     inputs: Sequence[Any],
     found: Mapping[str, Candidate],
-    ranks: Mapping[str, tuple[int, ...]],
     target: str,
+    ranks: Mapping[str, tuple[int, ...]],
 ) -> float:
     """Ask a target's compiler how long a call takes with some ranks, from shapes alone."""
     shapes, inputs = jax.eval_shape(lambda *args: args, params, tuple(inputs))

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxcompress import numerics, tree
-from jaxcompress.errors import ArgumentError
+from jaxcompress.errors import require_one_of
 from jaxcompress.graph import Equation
 from jaxcompress.graph.leaves import (
     Converted,
@@ -134,13 +134,8 @@ def site_kernels(
 
 
 def _read_backend(backend: str | None) -> Callable[[], str]:
-    if backend not in (None, *_BACKENDS):
-        raise ArgumentError(
-            "backend",
-            got=repr(backend),
-            expected=f"one of {', '.join(_BACKENDS)}, or None for the default backend",
-            fix='A CUDA or ROCm device is "gpu".',
-        )
+    fix = 'None is the default backend; a CUDA or ROCm device is "gpu".'
+    require_one_of("backend", backend, (*_BACKENDS, None), fix=fix)
     return jax.default_backend if backend is None else (lambda: backend)
 
 

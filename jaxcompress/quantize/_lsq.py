@@ -33,14 +33,7 @@ class LSQ(Quantizer):
 
     def check(self, format: Format, *, of: str) -> None:
         """Accept symmetric integer formats."""
-        require(
-            isinstance(format.qtype, Int) and format.symmetric,
-            format,
-            of=of,
-            method="LSQ()",
-            expected="a symmetric integer format",
-        )
-        require_one_range(format, of, "LSQ()")
+        _require_integers(format, of, "LSQ()", symmetric=True)
 
     def learns(self, *, of: str) -> bool:
         """Steps, for both."""
@@ -96,15 +89,7 @@ class LSQPlus(LSQ):
 
     def check(self, format: Format, *, of: str) -> None:
         """Accept symmetric integer formats for weights, asymmetric ones for activations."""
-        symmetric = of == "weights"
-        require(
-            isinstance(format.qtype, Int) and format.symmetric == symmetric,
-            format,
-            of=of,
-            method="LSQPlus()",
-            expected=f"{'a symmetric' if symmetric else 'an asymmetric'} integer format",
-        )
-        require_one_range(format, of, "LSQPlus()")
+        _require_integers(format, of, "LSQPlus()", symmetric=of == "weights")
 
     def init_weights(self, w: Array, format: Format) -> Learned:
         """Cover three standard deviations."""
@@ -145,3 +130,14 @@ class LSQPlus(LSQ):
         if not self.whole:
             return self.surrogate(x, learned, format)
         return super().activations(x, learned, format)
+
+
+def _require_integers(format: Format, of: str, method: str, *, symmetric: bool) -> None:
+    require(
+        isinstance(format.qtype, Int) and format.symmetric == symmetric,
+        format,
+        of=of,
+        method=method,
+        expected=f"{'a symmetric' if symmetric else 'an asymmetric'} integer format",
+    )
+    require_one_range(format, of, method)

@@ -202,8 +202,7 @@ class QAT:
         params = params["params"] if is_variables(params) else params
         plan = self._plan(params, inputs, kwargs)
         sites = graph.trace(self.fn, params, *inputs, **kwargs).sites
-        met, unrounded = meet(sites, plan.rules, plan.leaves)
-        return self._account(plan, sites, met, unrounded)
+        return self._meet(plan, sites)[1]
 
     # --- Parts ----------------------------------------------------------------------------------
 
@@ -236,13 +235,9 @@ class QAT:
         formats = plan.covered.formats.items()
         return {path: scale_shape(plan.leaves[path].shape, format) for path, format in formats}
 
-    def _account(
-        self,
-        plan: _Plan,
-        sites: tuple[Site, ...],
-        met: Mapping[str, Met],
-        unrounded: dict[str, str],
-    ) -> TrainCoverage:
+    def _meet(self, plan: _Plan, sites: tuple[Site, ...]) -> tuple[dict[str, Met], TrainCoverage]:
+        """Find the activations to round, and account for all; see `meet`."""
+        met, unrounded = meet(sites, plan.rules, plan.leaves)
         if self.integers and not any(
             self._in_integers(site, one, plan) for one in met.values() for site in one.sites
         ):
@@ -265,13 +260,14 @@ class QAT:
                 fix="Put a rule without `activations`, or with weights=None, first for these, or "
                 "pass strict=False.",
             )
-        return TrainCoverage(
+        coverage = TrainCoverage(
             leaves=plan.covered,
             rounded={site.name: one.format for one in met.values() for site in one.sites},
             unrounded=unrounded,
             elsewhere=elsewhere,
             notes=plan.notes,
         )
+        return met, coverage
 
     def _run(
         self, variables: Params, inputs: Any, kwargs: Any, *, watch: bool
@@ -283,8 +279,7 @@ class QAT:
         met: dict[str, Met] = {}
 
         def decide(sites: tuple[Site, ...]) -> dict[str, Interception]:
-            found, unrounded = meet(sites, plan.rules, plan.leaves)
-            self._account(plan, sites, found, unrounded)
+            found, _ = self._meet(plan, sites)
             check_activations(
                 state, {path: one.shape for path, one in found.items() if self._has_range(one.rule)}
             )
@@ -358,18 +353,14 @@ class QAT:
     ) -> tuple[dict[str, Met], dict[str, Any]]:
         """Run fn unrounded, and see the activations whose range is learned or followed."""
         met: dict[str, Met] = {}
+        learns = self.activations.learns(of="activations")
 
         def decide(sites: tuple[Site, ...]) -> dict[str, Interception]:
-            found, unrounded = meet(sites, plan.rules, plan.leaves)
-            self._account(plan, sites, found, unrounded)
+            found, _ = self._meet(plan, sites)
             met.update({path: one for path, one in found.items() if self._has_range(one.rule)})
             return {
                 site.name: Interception(
-                    functools.partial(
-                        _look,
-                        site,
-                        None if self.activations.learns(of="activations") else one.format,
-                    ),
+                    functools.partial(_look, site, None if learns else one.format),
                     _observers.nothing(site.stack),
                 )
                 for one in met.values()
@@ -391,7 +382,7 @@ class QAT:
                     fix="Find where they come from: no range can hold them.",
                 )
             low, high = jnp.where(ran, one.low, 0), jnp.where(ran, one.high, 0)
-            if self.activations.learns(of="activations"):
+            if learns:
                 merged[path] = one._replace(low=low, high=high)
         return met, merged
 

@@ -5,6 +5,7 @@ that pass a row, orders by barycentre; then places that are closest to an item's
 (isotonic regression, which keeps the order and the gaps).
 """
 
+import graphlib
 import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -105,24 +106,14 @@ def _depths(
     items: Sequence[Item], edges: Sequence[tuple[str, str]], *, hang: bool
 ) -> dict[str, int]:
     """Number the rows by longest path."""
-    into: dict[str, list[str]] = {item.key: [] for item in items}
-    out: dict[str, list[str]] = {item.key: [] for item in items}
-    for a, b in edges:
-        into[b].append(a)
-        out[a].append(b)
+    above, below = _list_neighbours(edges)
+    feeders = {item.key: above.get(item.key, []) for item in items}
     depth: dict[str, int] = {}
-    waiting = {key: len(before) for key, before in into.items()}
-    ready = [key for key, count in waiting.items() if not count]
-    while ready:
-        key = ready.pop()
-        depth[key] = max((depth[a] + 1 for a in into[key]), default=0)
-        for b in out[key]:
-            waiting[b] -= 1
-            if not waiting[b]:
-                ready.append(b)
-    for key in into:
-        if hang and not into[key] and out[key]:
-            depth[key] = min(depth[b] for b in out[key]) - 1
+    for key in graphlib.TopologicalSorter(feeders).static_order():
+        depth[key] = max((depth[a] + 1 for a in feeders[key]), default=0)
+    for key, fed in below.items():
+        if hang and not feeders[key]:
+            depth[key] = min(depth[b] for b in fed) - 1
     return depth
 
 

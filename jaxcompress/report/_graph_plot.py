@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias
 
-from jaxcompress.errors import ArgumentError
+from jaxcompress.errors import ArgumentError, require_one_of
 from jaxcompress.graph import Graph, Site, Summary
 from jaxcompress.report._graph_fold import Run, find_runs, share_prefix, short_names
 from jaxcompress.report._graph_layout import Item, Placed, Point, place
@@ -122,10 +122,7 @@ def plot_graph(
             expected="at least one site",
             fix="Check that fn uses the params that were traced.",
         )
-    if width not in _UNIT:
-        raise ArgumentError(
-            "width", got=repr(width), expected=f"one of {list(_UNIT)}", fix="Choose one of them."
-        )
+    require_one_of("width", width, tuple(_UNIT), fix="Choose one of them.")
     folded = find_runs(graph) if fold else []
     boxes, frames = _boxes(graph, folded, width)
     edges = _edges(graph, boxes)

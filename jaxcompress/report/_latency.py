@@ -1,7 +1,6 @@
 """How long one call takes."""
 
-import gc
-import time
+import timeit
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -64,20 +63,9 @@ def latency(fn: Callable[..., Any], *args: Any, repeats: int = 30, warmup: int =
     require_at_least("repeats", repeats, 1, fix="Use 1 or more.")
     require_at_least("warmup", warmup, 1, fix="Use 1 or more.")
     jax.block_until_ready(args)
+    call = lambda: jax.block_until_ready(fn(*args))
     for _ in range(warmup):
-        jax.block_until_ready(fn(*args))
-    collects = gc.isenabled()
-    gc.disable()
-    try:
-        seconds = [_time(fn, args) for _ in range(repeats)]
-    finally:
-        if collects:
-            gc.enable()
+        call()
+    seconds = timeit.repeat(call, number=1, repeat=repeats)  # pauses the collector
     low, median, high = np.percentile(seconds, [25, 50, 75]).tolist()
     return Latency(median=median, low=low, high=high, repeats=repeats)
-
-
-def _time(fn: Callable[..., Any], args: tuple[Any, ...]) -> float:
-    start = time.perf_counter()
-    jax.block_until_ready(fn(*args))
-    return time.perf_counter() - start

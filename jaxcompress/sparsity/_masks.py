@@ -10,7 +10,7 @@ from jax.core import Tracer
 from jaxtyping import ArrayLike
 
 from jaxcompress import linalg, tree
-from jaxcompress.errors import ArgumentError, SelectionError
+from jaxcompress.errors import ArgumentError, SelectionError, require_one_of
 from jaxcompress.sparsity._apply import check_mask, read_by_path
 from jaxcompress.sparsity._patterns import NM, Pattern, Unstructured, keep_count
 from jaxcompress.sparsity._scores import Accumulated, Score, magnitude
@@ -281,10 +281,7 @@ def check_amount(sparsity: Any, threshold: float | None, pattern: Pattern, scope
     Raises:
         ArgumentError: With what is wrong.
     """
-    if scope not in ("layer", "global"):
-        raise ArgumentError(
-            "scope", got=repr(scope), expected='"layer" or "global"', fix='Use scope="layer".'
-        )
+    require_one_of("scope", scope, ("layer", "global"), fix='Use scope="layer".')
     if threshold is not None and not isinstance(threshold, Tracer) and np.isnan(threshold):
         raise ArgumentError(
             "threshold", got="NaN", expected="a number", fix="Look at the scores it came from."
@@ -413,9 +410,7 @@ def _accumulate(
             expected="a gradient tree or accumulators, which this score needs",
             fix="Pass grads=jax.grad(loss)(params), or accumulate with update_scores.",
         )
-    given = dict(
-        zip(tree.paths(params), tree.flatten_like(params, grads, name="grads"), strict=True)
-    )
+    given = read_by_path(params, grads, name="grads")
     accumulated = {}
     for path, p in leaves.items():
         entry = given[path]

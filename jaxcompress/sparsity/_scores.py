@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxcompress import linalg, tree
-from jaxcompress.errors import ArgumentError
+from jaxcompress.errors import ArgumentError, require_one_of
 
 Mean: TypeAlias = Callable[[jax.Array], jax.Array]
 """Averages an array like the leaf over the entries of each unit of a pattern."""
@@ -120,8 +120,7 @@ def magnitude(*, order: int = 1) -> Score:
         "Learning both weights and connections for efficient neural networks",
         arXiv:1506.02626; for filters "Pruning filters for efficient ConvNets", arXiv:1608.08710.
     """
-    if order not in (1, 2):
-        raise ArgumentError("order", got=f"{order}", expected="1 or 2", fix="Use order=1 for L1.")
+    require_one_of("order", order, (1, 2), fix="Use order=1 for L1.")
 
     def root_mean_square(_: None, p: jax.Array, mean: Mean) -> jax.Array:
         largest = jnp.max(jnp.abs(linalg.widen(p)), initial=0)

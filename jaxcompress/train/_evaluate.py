@@ -9,7 +9,7 @@ import numpy as np
 from jax.typing import ArrayLike
 
 from jaxcompress.errors import ArgumentError
-from jaxcompress.train._data import Data
+from jaxcompress.train._data import Data, prefetch_batches
 from jaxcompress.tree import Params
 
 
@@ -46,10 +46,10 @@ def evaluate(
     compiled = jax.jit(metrics)
     sums: dict[str, float] = collections.defaultdict(float)
     total, full = 0, _count_examples(data[0])
-    pending: collections.deque[tuple[int, Any]] = collections.deque()
-
-    def settle() -> None:
-        size, values = pending.popleft()
+    start = lambda batch: (_count_examples(batch), compiled(params, place(_fill(batch, full))))
+    # Two batches in flight keep the device busy without holding the whole set on it.
+    for _, (size, values) in prefetch_batches(data, start, range(data.steps_per_epoch), depth=2):
+        total += size
         for name, value in values.items():
             if value.shape != (full,):
                 raise ArgumentError(
@@ -59,17 +59,6 @@ def evaluate(
                     fix="Leave the averaging to evaluate.",
                 )
             sums[name] += float(np.sum(np.asarray(value[:size], np.float64)))
-
-    for i in range(data.steps_per_epoch):
-        batch = data[i]
-        size = _count_examples(batch)
-        total += size
-        pending.append((size, compiled(params, place(_fill(batch, full)))))
-        # Two batches in flight keep the device busy without holding the whole set on it.
-        if len(pending) > 2:
-            settle()
-    while pending:
-        settle()
     return {name: value / total for name, value in sums.items()}
 
 

@@ -15,7 +15,7 @@ from jaxcompress.train._checkpoint import Checkpoints
 from jaxcompress.train._data import Data, prefetch_batches
 from jaxcompress.train._evaluate import evaluate as evaluate_on
 from jaxcompress.train._ledger import EarlyStopping, Ledger
-from jaxcompress.train._log import Bar, Log, Row
+from jaxcompress.train._log import Bar, Row, open_log
 from jaxcompress.train._sharding import shard
 from jaxcompress.train._state import State
 from jaxcompress.tree import Params
@@ -114,7 +114,7 @@ def fit(
                 fix="Lengths count from step 0 of the run; ask for more, or use another "
                 "checkpoint directory.",
             )
-        writer = stack.enter_context(Log(log, ledger.rows))
+        write_row = stack.enter_context(open_log(log, ledger.rows))
         bar = stack.enter_context(Bar(start=start, total=last, enabled=progress))
 
         # Metrics stay on the device for a few steps, so that the host never waits for the latest.
@@ -134,7 +134,7 @@ def fit(
                 ledger, improved = ledger.report(row, early_stopping)
                 if improved and early_stopping and early_stopping.restore_best:
                     best = jax.tree.map(jnp.copy, state)
-                writer.write(row)
+                write_row(row)
                 for callback in callbacks:
                     callback(state, row)
                 stopped = ledger.stops(early_stopping)

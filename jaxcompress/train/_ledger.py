@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from jaxcompress.errors import ArgumentError
+from jaxcompress.errors import ArgumentError, require_at_least, require_one_of
 from jaxcompress.train._log import Row
 
 
@@ -34,14 +34,9 @@ class EarlyStopping:
     after: int = 0
 
     def __post_init__(self):
-        for name, ok, expected in (
-            ("patience", self.patience >= 1, "1 or more"),
-            ("mode", self.mode in ("min", "max"), "'min' or 'max'"),
-            ("min_delta", self.min_delta >= 0, "0 or more"),
-        ):
-            if not ok:
-                got = getattr(self, name)
-                raise ArgumentError(name, got=got, expected=expected, fix="Change the value.")
+        require_at_least("patience", self.patience, 1, fix="Raise it.")
+        require_at_least("min_delta", self.min_delta, 0, fix="Raise it.")
+        require_one_of("mode", self.mode, ("min", "max"), fix='A loss has mode="min".')
 
     def improves(self, value: float, best: float | None) -> bool:
         """Tell whether a value is an improvement.

@@ -1,11 +1,12 @@
 """Metrics on disk, one row per report, and the progress bar."""
 
+import contextlib
 import csv
 import json
 import math
 import os
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeAlias
 
 from rich.progress import (
@@ -25,61 +26,55 @@ Row: TypeAlias = dict[str, float]
 """The metrics of one report: `step`, `epoch`, means over the steps since the last, evaluations."""
 
 
-class Log:
-    """A CSV or JSONL file of rows, flushed row by row.
+@contextlib.contextmanager
+def open_log(
+    path: str | os.PathLike[str] | None, rows: Sequence[Row]
+) -> Iterator[Callable[[Row], None]]:
+    """Open a CSV or JSONL file of rows, flushed row by row.
 
-    Opening it writes the rows known so far in place of whatever the file held: after a resume
-    that is everything up to the checkpoint, so no row appears twice.
+    The rows known so far replace whatever the file held: after a resume that is everything up to
+    the checkpoint, so no row appears twice.
+
+    Args:
+        path: The file, by its ending; `None` for none.
+        rows: The rows known so far.
+
+    Yields:
+        What appends a row; every row has the names of the first.
+
+    Raises:
+        ArgumentError: If the path has another ending.
     """
+    if path is None:
+        yield lambda row: None
+        return
+    path = pathlib.Path(path)
+    if path.suffix not in (".csv", ".jsonl"):
+        raise ArgumentError(
+            "log",
+            got=str(path),
+            expected="a path that ends in .csv or .jsonl",
+            fix="The ending chooses the format.",
+        )
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w", newline="") as file:
+        columns = csv.DictWriter(file, [], extrasaction="ignore", lineterminator="\n")
 
-    def __init__(self, path: str | os.PathLike[str] | None, rows: Sequence[Row]):
-        self._path = None if path is None else pathlib.Path(path)
-        self._rows = rows
-        self._columns: list[str] | None = None
+        def write(row: Row) -> None:
+            if path.suffix == ".jsonl":
+                # JSON has no NaN or infinity.
+                finite = {name: x if math.isfinite(x) else None for name, x in row.items()}
+                file.write(json.dumps(finite) + "\n")
+            else:
+                if not columns.fieldnames:
+                    columns.fieldnames = list(row)
+                    columns.writeheader()
+                columns.writerow(row)
+            file.flush()
 
-    def __enter__(self) -> "Log":
-        """Open the file and write the rows known so far."""
-        if self._path is not None:
-            if self._path.suffix not in (".csv", ".jsonl"):
-                raise ArgumentError(
-                    "log",
-                    got=str(self._path),
-                    expected="a path that ends in .csv or .jsonl",
-                    fix="The ending chooses the format.",
-                )
-            self._path.parent.mkdir(parents=True, exist_ok=True)
-            self._file = self._path.open("w", newline="")
-            for row in self._rows:
-                self.write(row)
-        return self
-
-    def __exit__(self, *details: Any) -> None:
-        """Close the file."""
-        if self._path is not None:
-            self._file.close()
-
-    def write(self, row: Row) -> None:
-        """Append a row.
-
-        Args:
-            row: The metrics; every row has the names of the first.
-        """
-        if self._path is None:
-            return
-        if self._path.suffix == ".jsonl":
-            # JSON has no NaN or infinity.
-            finite = {name: x if math.isfinite(x) else None for name, x in row.items()}
-            self._file.write(json.dumps(finite) + "\n")
-        else:
-            self._write_csv(row)
-        self._file.flush()
-
-    def _write_csv(self, row: Row) -> None:
-        columns = csv.writer(self._file, lineterminator="\n")
-        if self._columns is None:
-            self._columns = list(row)
-            columns.writerow(self._columns)
-        columns.writerow([row.get(name) for name in self._columns])
+        for row in rows:
+            write(row)
+        yield write
 
 
 class _Rate(ProgressColumn):

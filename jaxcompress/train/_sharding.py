@@ -1,5 +1,6 @@
 """Placing batches, params and everything that mirrors params over a device mesh."""
 
+import math
 from collections.abc import Mapping
 from typing import Any, TypeAlias
 
@@ -140,9 +141,7 @@ def _check_spec(path: str, leaf: Any, spec: PartitionSpec, mesh: Mesh) -> None:
                 expected=f"an axis {unknown[0]!r}, over which {path!r} is split",
                 fix="Rename the mesh axis, or say data_axis=... or another rule.",
             )
-        parts = 1
-        for name in names:
-            parts *= mesh.shape[name]
+        parts = math.prod(mesh.shape[name] for name in names)
         if size % parts:
             raise ArgumentError(
                 "sharding",

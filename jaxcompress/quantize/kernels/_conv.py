@@ -44,12 +44,12 @@ def by_codes(params: Any, node: CarriedCodes, x: Array, backend: str, *, patches
     sums = run(params, acts, weights.codes, codes_of.accumulator(node.format))
     out = numbers.rhs_spec[0]
     batch, channels = numbers.out_spec[0], numbers.out_spec[1]
-    along = lambda part, axis: _along(part.reshape(-1), axis, x.ndim)
     if acts.zero is not None:
         others = [k for k in range(x.ndim) if k != out]
         total = weights.codes.sum(others, dtype=jnp.int32)
-        sums -= _along(acts.zero.reshape(-1), batch, x.ndim) * _along(total, channels, x.ndim)
-    return sums.astype(jnp.float32) * along(weights.scale, channels) * along(acts.scale, batch)
+        sums -= _along(acts.zero, batch, x.ndim) * _along(total, channels, x.ndim)
+    scaled = sums.astype(jnp.float32) * _along(weights.scale, channels, x.ndim)
+    return scaled * _along(acts.scale, batch, x.ndim)
 
 
 def by_weights(params: Any, node: CarriedCodes, x: Array, backend: str) -> Array:
@@ -61,12 +61,12 @@ def by_weights(params: Any, node: CarriedCodes, x: Array, backend: str) -> Array
     wide = jnp.promote_types(x.dtype, jnp.float32)
     w = node.codes(x.dtype, backend=backend)
     sums = lax.conv_general_dilated(x, w, **_read_conv_params(params), preferred_element_type=wide)
-    scale = node.scale.reshape(-1).astype(wide)
-    return sums * _along(scale, params["dimension_numbers"].out_spec[1], x.ndim)
+    return sums * _along(node.scale.astype(wide), params["dimension_numbers"].out_spec[1], x.ndim)
 
 
-def _along(vector: Array, axis: int, ndim: int) -> Array:
-    return vector.reshape([-1 if k == axis else 1 for k in range(ndim)])
+def _along(part: Array, axis: int, ndim: int) -> Array:
+    """Bring a part of one entry per index of an axis beside an array of so many axes."""
+    return part.reshape([-1 if k == axis else 1 for k in range(ndim)])
 
 
 def _read_conv_params(params: Any) -> dict[str, Any]:

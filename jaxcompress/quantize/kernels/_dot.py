@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
@@ -170,15 +171,13 @@ def by_codes(params: Any, operand: int, node: CarriedCodes, x: Array, backend: s
     """
     how = arrange_axes(params, operand, node, x)
     rounded, weights = codes_of.encode_sides("dot_general", params, operand, node, x, backend)
-    acts = Operand(
-        how.cut(rounded.codes),
-        how.cut(rounded.scale),
-        None if rounded.zero is None else how.cut(rounded.zero),
-    )
+    acts = jax.tree.map(how.cut, rounded)
     plain = acts.zero is None and weights.zero is None and not how.x_batch
     if backend in _IN_TURN and any(how.grouped) and plain:
         sums = in_turn(how, acts, weights, codes_of.accumulator(node.format))
-        return (sums * _beside_free(how, acts.scale)).reshape(how.shape)
+        # The same for all groups: -> (*free).
+        scale = jnp.squeeze(how.beside(acts.scale, of_weights=False), range(len(how.groups[0])))
+        return (sums * scale).reshape(how.shape)
     sums = _sum_products(how, acts, weights, codes_of.accumulator(node.format))
     scaled = (
         sums.astype(jnp.float32)
@@ -186,17 +185,7 @@ def by_codes(params: Any, operand: int, node: CarriedCodes, x: Array, backend: s
         * how.beside(acts.scale, of_weights=False)
     )
     lead, groups = len(how.x_batch), len(how.groups[0])
-    return (
-        scaled.sum(range(lead, lead + groups)).reshape(how.shape)
-        if groups
-        else scaled.reshape(how.shape)
-    )
-
-
-def _beside_free(how: Arrangement, part: Array) -> Array:
-    """Bring a scale of the activation, the same for all groups, next to `(*free)`."""
-    lead = len(how.groups[0])
-    return jnp.squeeze(how.beside(part, of_weights=False), tuple(range(lead)))
+    return scaled.sum(range(lead, lead + groups)).reshape(how.shape)
 
 
 def _few_rows(how: Arrangement, x: Array, node: CarriedCodes) -> bool:

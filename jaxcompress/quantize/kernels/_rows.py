@@ -51,10 +51,8 @@ def lookup(params: Any, node: CarriedCodes, indices: Array) -> Array:
 
     fill = params["fill_value"]
     values = rows(node.values, 0)
-    scale, zero = (
-        rows(node.scale, None).astype(jnp.float32),
-        None if node.zero is None else rows(node.zero, 0),
-    )
+    scale = rows(node.scale, None).astype(jnp.float32)
+    zero = None if node.zero is None else rows(node.zero, 0)
     found = node.format.qtype.to_numbers(values, scale, zero)
     lead = indices.shape[:-1]
     kept = [n for k, n in enumerate(node.shape) if k != axis]

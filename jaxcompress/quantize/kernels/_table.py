@@ -142,12 +142,23 @@ def run_kernel(
     if choice.kernel == "dequantized":
         return equation.bind(*_exchange(operands, operand, _round_both(equation, operand, node, x)))
 
-    def kernel(x: Array, node: CarriedCodes, *rest: Any) -> Array:
-        how = choice.kernel, name, params, operand
-        return _call_kernel(*how, node, x, *rest, backend=backend).astype(dtype)
+    by_codes = choice.kernel.startswith("codes")
 
-    call = place_result(kernel, equation, operands)
-    if not choice.kernel.startswith("codes"):
+    def kernel(x: Array, node: CarriedCodes, *rest: Any) -> Array:
+        if choice.kernel == "rows":
+            return _rows.lookup(params, node, x)
+        if name == "dot_general":
+            run = _dot.by_codes if by_codes else _dot.by_weights
+            return run(params, operand, node, x, backend)
+        if name == "ragged_dot_general":
+            return _rows.ragged(params, node, x, rest[0], backend)
+        if by_codes:
+            patches = choice.kernel == "codes as patches"
+            return _conv.by_codes(params, node, x, backend, patches=patches)
+        return _conv.by_weights(params, node, x, backend)
+
+    call = place_result(lambda *xs: kernel(*xs).astype(dtype), equation, operands)
+    if not by_codes:
         return call(x, node, *rest)
     through = _differentiate_linearly(
         lambda x, node: call(x, node, *rest),
@@ -155,31 +166,6 @@ def run_kernel(
         _list_shared(equation, operand, node, x),
     )
     return through(x, node)
-
-
-def _call_kernel(
-    kind: str,
-    name: str,
-    params: Any,
-    operand: int,
-    node: CarriedCodes,
-    x: Array,
-    *rest: Array,
-    backend: str,
-) -> Array:
-    if kind == "rows":
-        return _rows.lookup(params, node, x)
-    by_codes = kind.startswith("codes")
-    if name == "dot_general":
-        if by_codes:
-            return _dot.by_codes(params, operand, node, x, backend)
-        return _dot.by_weights(params, operand, node, x, backend)
-    if name == "conv_general_dilated":
-        if by_codes:
-            return _conv.by_codes(params, node, x, backend, patches=kind == "codes as patches")
-        return _conv.by_weights(params, node, x, backend)
-    (sizes,) = rest
-    return _rows.ragged(params, node, x, sizes, backend)
 
 
 def _exchange(operands: Sequence[Any], operand: int, pair: tuple[Any, Any]) -> list[Any]:
