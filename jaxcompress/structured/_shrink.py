@@ -109,6 +109,7 @@ def rebuild(fn: Callable[..., Any], keep: Keep) -> Callable[..., Any]:
 
     Example:
         >>> from jaxcompress import structured
+        >>> import jax.numpy as jnp
         >>> fn = lambda p, x: jnp.tanh(x @ p["up"]) @ p["down"]
         >>> params = {"up": jnp.ones((3, 8)), "down": jnp.ones((8, 2))}
         >>> groups = structured.groups(fn, params, jnp.ones((1, 3)))
@@ -145,6 +146,7 @@ def shrink(
         ArgumentError: If indices or shapes do not fit.
 
     Example:
+        >>> import jax.numpy as jnp
         >>> fn = lambda p, x: jnp.tanh(x @ p["up"]) @ p["down"]
         >>> params = {"up": jnp.ones((3, 8)), "down": jnp.ones((8, 2))}
         >>> small, fewer, certificate = shrink(fn, params, {"up": [0, 2, 5]}, jnp.ones((1, 3)))
