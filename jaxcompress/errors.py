@@ -44,19 +44,22 @@ class FileError(ArgumentError):
     """A file is truncated, altered, or not what its name promises."""
 
 
-def require_at_least(argument: str, value: float | None, least: float, *, fix: str) -> None:
-    """Refuse a number that is too small; `None` passes.
+def require_at_least(
+    argument: str, value: float | None, least: float, *, fix: str, optional: bool = False
+) -> None:
+    """Refuse a number that is too small.
 
     Args:
         argument: The name of the argument.
         value: Its value.
         least: The smallest that can be used.
         fix: What to do about it.
+        optional: Whether it may be `None`.
 
     Raises:
-        ArgumentError: If it is smaller, or NaN.
+        ArgumentError: If it is smaller, NaN, or `None`.
     """
-    if value is not None and not value >= least:
+    if not (optional if value is None else value >= least):
         raise ArgumentError(argument, got=value, expected=f"{least} or more", fix=fix)
 
 

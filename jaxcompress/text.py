@@ -67,7 +67,9 @@ def render_plain(renderable: Any) -> str:
     """
     import rich.console
 
-    console = rich.console.Console(file=io.StringIO(), width=10_000, color_system=None)
+    console = rich.console.Console(
+        file=io.StringIO(), width=10_000, color_system=None, markup=False
+    )
     with console.capture() as capture:
         console.print(renderable)
     return "\n".join(line.rstrip() for line in capture.get().rstrip().splitlines())

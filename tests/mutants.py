@@ -162,7 +162,11 @@ class Runner:
         if status == 0:
             return None
         failed = find_failures(output)
-        return failed[0] if failed else "no end" if status is None else f"exit status {status}"
+        if status is not None and not any("::" in test for test in failed):
+            if status in (4, 5):  # usage error, no tests: the record is of other tests
+                raise RuntimeError(f"Record the tests anew: {output}")
+            return f"exit status {status}"
+        return failed[0] if failed else "no end"
 
     def find_unsound(self, tests: list[str]) -> list[str]:
         """List the tests that fail without a mutant, too."""

@@ -128,7 +128,7 @@ def _check_schedule(
     policy: Policy, activations: Quantizer, start: int, freeze: int | None, decay: float
 ) -> None:
     require_at_least("start", start, 0, fix="0 is at once.")
-    require_at_least("freeze", freeze, 0, fix="0 is at once.")
+    require_at_least("freeze", freeze, 0, fix="0 is at once.", optional=True)
     if not 0 <= decay < 1:
         raise ArgumentError("decay", got=decay, expected="in [0, 1)", fix="0.99 is the default.")
     followed = any(rule.static for rule in policy.rules) and isinstance(activations, STE)

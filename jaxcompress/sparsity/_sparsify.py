@@ -118,7 +118,7 @@ def sparsify(
     # What a function will return is only known under jit, where it is clipped to [0, 1].
     check_amount(0.0 if callable(schedule) else schedule, None, pattern, scope)
     require_at_least("every", every, 1, fix="Use every=100 for every 100 steps.")
-    require_at_least("until", until, 0, fix="Use until=None for no end.")
+    require_at_least("until", until, 0, fix="Use until=None for no end.", optional=True)
     inner = optax.with_extra_args_support(inner)
     choose = functools.partial(
         choose_masks, threshold=None, score=score, pattern=pattern, scope=scope

@@ -94,10 +94,10 @@ def measure_call(
         return tree.count(params)
     if isinstance(budget, Bytes):
         return tree.nbytes(params)
-    call = lambda params, *inputs: fn(params, *inputs, **kwargs)
+    traced = graph.capture(fn, params, *inputs, **kwargs)
     if isinstance(budget, Flops):
-        return graph.trace(call, params, *inputs).flops
-    seconds = graph.cost(call, params, *inputs, target=budget.target).seconds
+        return graph.trace(traced).flops
+    seconds = graph.cost(traced, target=budget.target).seconds
     if seconds is None:
         raise ArgumentError(
             "budget",

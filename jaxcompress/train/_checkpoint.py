@@ -24,7 +24,7 @@ class Checkpoints:
     keep: int = 3
 
     def __post_init__(self):
-        require_at_least("every", self.every, 1, fix="Raise it.")
+        require_at_least("every", self.every, 1, fix="Raise it.", optional=True)
         require_at_least("keep", self.keep, 1, fix="Raise it.")
 
 

@@ -110,6 +110,12 @@ def wide_range():
     return x
 
 
+@pytest.mark.parametrize("dtype", ["bfloat16", "float8_e8m0fnu", "float8_e4m3fn"])
+def test_gradients_of_gradients_pass_through_rounded_scales(dtype):
+    squared = lambda s: numerics.round_scale(s, jnp.dtype(dtype)) ** 2
+    assert jax.hessian(squared)(jnp.float32(0.3)) == 2
+
+
 @pytest.mark.parametrize("size", [1.0, 1e30, 1e-25, 3.0e37])
 def test_nvfp4_is_as_its_definition_says(size):
     x = wide_range() * F32(size)

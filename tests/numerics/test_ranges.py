@@ -144,6 +144,7 @@ def test_values_are_computed_with_the_scale_as_stored(dtype):
         lambda: MSE(points=1),
         lambda: LeastSquares(0),
         lambda: numerics.PerGroup(0),
+        lambda: numerics.PerGroup(None),
         lambda: PerChannel(()),
         lambda: PerChannel((0, 0)),
         lambda: Format(numerics.nf4, symmetric=False),

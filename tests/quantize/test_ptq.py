@@ -178,6 +178,7 @@ def test_reasons_and_notes():
     assert report.unused_rules == (2,)
     assert report.untouched == {"kept": "is excluded by a rule", "prime": report.exempt["prime"]}
     text = str(report)
+    assert "weights [dB]" in text  # brackets are no markup
     assert "rule 2 decided no leaf" in text and "prime: left alone, it has 19 entries" in text
     assert "short: groups of 10, since 16 does not divide 20" in text
     with pytest.raises(SelectionError, match=r"5 of 8 leaves.*rules \[2\]"):

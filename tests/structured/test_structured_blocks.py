@@ -160,6 +160,18 @@ def test_names_tell_apart():
     assert names_of([[f"{k}/w" for k in "abcdef"]]) == ["a+b+...+f"]
 
 
+def test_layers_have_names_of_their_own():
+    """Two slices of a stacked leaf before the scan over it: three layers of one path."""
+
+    def fn(p, x):
+        for k in (0, 1):
+            x = x + jnp.tanh(x @ p["w"][k])
+        return jax.lax.scan(lambda h, w: (h + jnp.tanh(h @ w), None), x, p["w"][2:])[0]
+
+    found = structured.blocks(fn, {"w": jnp.ones((5, 2, 2))}, jnp.ones((3, 2)))
+    assert list(found.layers) == ["w", "w#1", "w#2"] and found.layers["w#2"].length == 3
+
+
 def test_layers_share_a_numbered_path():
     groups = [["s1/0/a/w"], ["s1/0/b/w"], ["s1/1/a/w"], ["s1/1/b/w"], ["head_1/w"]]
     names = [group[0].removesuffix("/w") for group in groups]

@@ -112,6 +112,15 @@ def test_seconds_are_searched_on_a_target():
     assert graph.cost(small, fewer, X, target=machine).seconds <= 0.7 * before
 
 
+def test_keyword_arrays_are_inputs_like_others():
+    fn = lambda p, x, *, mask: two_layers(p, x * mask)
+    found = structured.groups(fn, PARAMS, X, mask=X)
+    machine = graph.Target(name="mine", platform="cpu", rates={"float32": 1e9}, bandwidth=1e12)
+    for budget in (structured.Flops(0.5), structured.Seconds(0.9, machine)):
+        keep = structured.choose(found, scores(found), budget=budget, scope="local")
+        assert tree.count(structured.slice_params(PARAMS, keep)) < tree.count(PARAMS)
+
+
 def test_a_budget_that_cannot_be_met_says_the_least():
     found = groups()
     with pytest.raises(ArgumentError, match="at least 7,"):

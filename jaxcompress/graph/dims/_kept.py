@@ -17,7 +17,7 @@ Mask: TypeAlias = np.ndarray | None
 for all."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Kept:
     """The masks of an equation's operands and results.
 

@@ -88,13 +88,13 @@ class Plan:
         sites: The sites of the equations that have any.
         forward: `(position, program) -> plan` of the forward program of a `custom_vjp`, which
             is only known under differentiation.
-        fills: Whether visits fill cells, named as the sites they visit.
+        fills: Whether visits fill the cells of their positions.
         carrier: What takes nodes through the program, if any are among the arguments.
         entered: Positions of constructs to rebuild though nothing inside is visited.
         consts: Other constants of the programs at some positions.
         derivative: `(position, program, which tangents are zero) -> plan` of the program of a
             `custom_jvp` rule, which is only known under differentiation; `None` runs it as it is.
-        keyed: Names of cells that visits at some positions read, beside those of their sites.
+        keyed: Keys of cells that visits at some positions read, beside those of their sites.
         made: What constructs made for all runs (see `Entry.once`), if the plan is kept for others.
     """
 
@@ -281,7 +281,7 @@ def rebuild_construct(
     """
     rule = construct(eqn.primitive.name)
     assert rule is not None
-    names = sorted(plan.cells.get(position, ()))
+    names = sorted(plan.cells.get(position, ()), key=str)
     inside = {name: cells[name] for name in names if name in cells}
     bodies = functools.partial(rule.bodies, eqn)
     enter = entry(bodies, plan, position, returns_nodes=returns_nodes)

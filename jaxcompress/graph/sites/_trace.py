@@ -303,18 +303,23 @@ def number_repeats(names: Sequence[str]) -> list[str]:
         names: Any names.
 
     Returns:
-        Them; the second of a name ends with `#1`.
+        Them; the second of a name ends with `#1`, or the first number that is free.
 
     Example:
         >>> number_repeats(["up", "down", "up"])
         ['up', 'down', 'up#1']
+        >>> number_repeats(["up", "up#1", "up"])
+        ['up', 'up#1', 'up#2']
     """
     before: collections.Counter[str] = collections.Counter()
-    distinct = []
+    distinct: dict[str, None] = {}
     for name in names:
-        distinct.append(f"{name}#{before[name]}" if before[name] else name)
-        before[name] += 1
-    return distinct
+        free = name
+        while free in distinct:
+            before[name] += 1
+            free = f"{name}#{before[name]}"
+        distinct[free] = None
+    return list(distinct)
 
 
 def suggest_sites(traced: Traced) -> str:

@@ -80,7 +80,6 @@ def operate(
 
     Args:
         traced: The captured call.
-        flow: The same as a flow.
         dropped: The sums.
         kept: The iterations.
         shorter: The leaves that may lose rows; `None` for all that can.
