@@ -5,7 +5,7 @@ import enum
 import math
 from dataclasses import dataclass
 from fractions import Fraction
-from typing import TYPE_CHECKING
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +15,7 @@ from jax.typing import ArrayLike
 
 from jaxcompress.errors import ArgumentError, require_at_least
 from jaxcompress.numerics._basis import Basis
+from jaxcompress.numerics._qtypes import Limits, QType
 from jaxcompress.numerics._scales import (
     POWERS,
     microscale,
@@ -24,9 +25,6 @@ from jaxcompress.numerics._scales import (
     scale_bounds,
     settle_scale,
 )
-
-if TYPE_CHECKING:
-    from jaxcompress.numerics._format import Format
 
 Axes = tuple[int, ...]
 Fit = tuple[Array, Array | None]  # float32 scale and zero point
@@ -51,13 +49,30 @@ class Convention(enum.Enum):
     SIGNED = "signed"
 
 
+class RangeTarget(Protocol):
+    """What ranges read of a `Format`; see there."""
+
+    @property
+    def qtype(self) -> QType: ...
+    @property
+    def symmetric(self) -> bool: ...
+    @property
+    def scale_dtype(self) -> Any: ...
+    @property
+    def convention(self) -> Convention | None: ...
+    @property
+    def global_scale(self) -> bool: ...
+    @property
+    def limits(self) -> Limits | None: ...
+
+
 @dataclass(frozen=True)
 class Range(abc.ABC):
     """How a slice's scale is found: the base class of the methods below."""
 
     @abc.abstractmethod
     def fit(
-        self, x: Array, *, shared: Axes, format: "Format", global_scale: Array | None = None
+        self, x: Array, *, shared: Axes, format: RangeTarget, global_scale: Array | None = None
     ) -> Fit:
         """Find the scale and zero point of every slice.
 
@@ -80,7 +95,7 @@ class AbsMax(Range):
     """The whole range: no entry is clipped (but see `Convention.HALF`)."""
 
     def fit(
-        self, x: Array, *, shared: Axes, format: "Format", global_scale: Array | None = None
+        self, x: Array, *, shared: Axes, format: RangeTarget, global_scale: Array | None = None
     ) -> Fit:
         """Take the smallest and largest entries."""
         require_global_scale(global_scale, wanted=format.global_scale)
@@ -111,7 +126,7 @@ class Percentile(Range):
             )
 
     def fit(
-        self, x: Array, *, shared: Axes, format: "Format", global_scale: Array | None = None
+        self, x: Array, *, shared: Axes, format: RangeTarget, global_scale: Array | None = None
     ) -> Fit:
         """Cut the range of each slice at its percentile."""
         require_global_scale(global_scale, wanted=format.global_scale)
@@ -173,7 +188,7 @@ class MSE(Range):
         x: Array,
         *,
         shared: Axes,
-        format: "Format",
+        format: RangeTarget,
         global_scale: Array | None = None,
         weights: Array | None = None,
     ) -> Fit:
@@ -208,7 +223,7 @@ class MSE(Range):
         (_, fraction), _ = jax.lax.scan(attempt, start, jnp.asarray(self._fractions(format)))
         return _from_fraction(low, high, fraction, format, global_scale)
 
-    def _fractions(self, format: "Format") -> np.ndarray:
+    def _fractions(self, format: RangeTarget) -> np.ndarray:
         if format.scale_dtype != POWERS:
             return np.linspace(1, self.lowest, self.points, dtype=np.float32)
         least = math.ceil(math.log2(self.lowest))
@@ -224,7 +239,7 @@ class Entropy(Range):
     """
 
     def fit(
-        self, x: Array, *, shared: Axes, format: "Format", global_scale: Array | None = None
+        self, x: Array, *, shared: Axes, format: RangeTarget, global_scale: Array | None = None
     ) -> Fit:
         """Refuse.
 
@@ -260,7 +275,7 @@ class LeastSquares(Range):
         require_at_least("iterations", self.iterations, 1, fix="Try 10.")
 
     def fit(
-        self, x: Array, *, shared: Axes, format: "Format", global_scale: Array | None = None
+        self, x: Array, *, shared: Axes, format: RangeTarget, global_scale: Array | None = None
     ) -> Fit:
         """Refine the scale of each slice."""
         require_global_scale(global_scale, wanted=format.global_scale)
@@ -287,7 +302,7 @@ class LeastSquares(Range):
         return settle_scale(unit_scale * peak, format.scale_dtype, global_scale), zero
 
 
-def scale_of_range(low: ArrayLike, high: ArrayLike, format: "Format") -> Fit:
+def scale_of_range(low: ArrayLike, high: ArrayLike, format: RangeTarget) -> Fit:
     """Give the scale (and zero point) of a known range: a static one, say.
 
     Args:
@@ -314,7 +329,7 @@ def scale_of_range(low: ArrayLike, high: ArrayLike, format: "Format") -> Fit:
     return _from_range(low, high, format, None)
 
 
-def _extremes(x: Array, shared: Axes, format: "Format") -> tuple[Array, Array]:
+def _extremes(x: Array, shared: Axes, format: RangeTarget) -> tuple[Array, Array]:
     """Find each slice's range, made to include 0, and to be centred where that is what counts."""
     low_limit, high_limit = format.limits or (-1.0, 1.0)
     if (format.symmetric and -low_limit == high_limit) or format.convention is Convention.HALF:
@@ -335,7 +350,7 @@ def _power_below(x: Array) -> Array:
     return jax.lax.bitcast_convert_type(bits & 0x7F80_0000, jnp.float32)
 
 
-def _from_range(low: Array, high: Array, format: "Format", global_scale: Array | None) -> Fit:
+def _from_range(low: Array, high: Array, format: RangeTarget, global_scale: Array | None) -> Fit:
     """Turn a range `low <= 0 <= high` into a scale and zero point.
 
     Products with reciprocal constants and nothing that could be contracted to a fused
@@ -363,7 +378,7 @@ def _from_range(low: Array, high: Array, format: "Format", global_scale: Array |
 
 
 def _from_fraction(
-    low: Array, high: Array, fraction: Array, format: "Format", global_scale: Array | None
+    low: Array, high: Array, fraction: Array, format: RangeTarget, global_scale: Array | None
 ) -> Fit:
     """Turn a fraction of a range into a scale and zero point."""
     if format.scale_dtype == POWERS:  # twice the range may be past float32
