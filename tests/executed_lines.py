@@ -12,6 +12,7 @@ import os
 import pathlib
 import sys
 import types
+from typing import Any
 
 import jax
 import pytest
@@ -28,10 +29,10 @@ class Recorder:
     def __init__(self, folder: pathlib.Path, root: pathlib.Path) -> None:
         self.file = folder / f"lines-{os.getpid()}.jsonl"
         self.root = root
-        self.monitoring = sys.monitoring  # type: ignore  # from Python 3.12 on
+        self.monitoring: Any = vars(sys)["monitoring"]  # from Python 3.12 on
         self.library = str(root / "jaxcompress") + os.sep
         self.lines: Lines = collections.defaultdict(set)
-        self.of_fixture: dict[object, Lines] = {}
+        self.of_fixture: dict[tuple[str, str], Lines] = {}
         self.seconds, self.passed = 0.0, True
         self.test_file = None
 
@@ -70,9 +71,10 @@ class Recorder:
         self.seconds, self.passed = 0.0, True
         self.restart()
         done = yield
-        for name in getattr(item, "fixturenames", ()):
-            for definition in item._fixtureinfo.name2fixturedefs.get(name, ()):  # type: ignore
-                self.add(self.of_fixture.get(definition, {}))
+        names = getattr(item, "fixturenames", ())
+        for (folder, name), lines in self.of_fixture.items():
+            if name in names and item.nodeid.startswith(folder):
+                self.add(lines)
         self.write(item.nodeid)
         return done
 
@@ -85,7 +87,8 @@ class Recorder:
         try:
             return (yield)
         finally:
-            own = self.of_fixture.setdefault(fixturedef, collections.defaultdict(set))
+            where = fixturedef.baseid, fixturedef.argname
+            own = self.of_fixture.setdefault(where, collections.defaultdict(set))
             for file, found in self.lines.items():
                 own[file] |= found
             self.add(before)

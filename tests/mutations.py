@@ -96,9 +96,10 @@ class Finder(ast.NodeVisitor):
         self.function, self.body, self.at_import = "", (1, len(lines)), True
         self.visit(ast.parse(source))
 
-    def span(self, node: ast.AST) -> tuple[int, int]:
-        start = self.offsets[node.lineno - 1] + node.col_offset  # type: ignore
-        return start, self.offsets[node.end_lineno - 1] + node.end_col_offset  # type: ignore
+    def span(self, node: ast.expr) -> tuple[int, int]:
+        assert node.end_lineno is not None and node.end_col_offset is not None
+        start = self.offsets[node.lineno - 1] + node.col_offset
+        return start, self.offsets[node.end_lineno - 1] + node.end_col_offset
 
     def add(self, line: int, start: int, end: int, text: str) -> None:
         where = {"function": self.function, "body": self.body, "at_import": self.at_import}
@@ -106,14 +107,13 @@ class Finder(ast.NodeVisitor):
             Mutant(file=self.file, start=start, end=end, text=text, line=line, **where)
         )
 
-    def swap_between(self, left: ast.AST, right: ast.AST, old: str, new: str) -> None:
+    def swap_between(self, left: ast.expr, right: ast.expr, old: str, new: str) -> None:
         """Replace the operator that stands between two operands."""
         start, end = self.span(left)[1], self.span(right)[0]
         gap = self.source[start:end].decode()
         match = re.search(r"\s+".join(map(re.escape, old.split())), gap)
         if match and "#" not in gap:
-            line = left.lineno  # type: ignore
-            self.add(line, start + match.start(), start + match.end(), new)
+            self.add(left.lineno, start + match.start(), start + match.end(), new)
 
     def visit_FunctionDef(self, node: ast.FunctionDef) -> None:
         outer = self.function, self.body, self.at_import

@@ -10,10 +10,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxcompress import graph, quantize, stats, structured
+from jaxcompress import graph, lowrank, quantize, stats, structured
+from jaxcompress.budget import Params
+from jaxcompress.graph.cost import _aot
+from jaxcompress.numerics import Format, PerChannel, PerTensor, int8
 
 PARAMS = {"up": jax.random.normal(jax.random.key(0), (3, 8)), "down": jnp.ones((8, 3)) / 8}
 X = jax.random.normal(jax.random.key(1), (4, 3))
+W8, A8 = Format(int8, PerChannel()), Format(int8, PerTensor())
 
 
 class Counted:
@@ -75,6 +79,35 @@ def test_shrink_in_bfloat16_traces_once_more_in_float32(fn):
     keep = structured.keep(structured.groups(fn, params, x), {"up": [0, 2, 5]})
     fn.calls = 0
     assert structured.shrink(fn, params, keep, x)[2].holds and fn.calls == 2
+
+
+def test_quantization_aware_training(fn):
+    policy = quantize.Policy((quantize.Rule(weights=W8, activations=A8, static=True),))
+    qat = quantize.train(fn, policy)
+    variables = qat.init(PARAMS, X)
+    assert fn.calls == 1
+    qat(variables, X)
+    assert fn.calls == 2
+    jax.grad(lambda v: qat(v, X).sum(), allow_int=True)(variables)
+    qat.observe(variables, X)
+    qat.coverage(variables, X)
+    assert fn.calls == 5
+
+
+def test_factorize(fn):
+    """The call, where factors are multiplied out, and what came of it."""
+    lowrank.factorize(fn, PARAMS, [X], budget=Params(0.9), method=lowrank.ActivationSVD())
+    assert fn.calls == 3
+
+
+def test_a_call_compiles_once_for_a_target(fn, monkeypatch):
+    compiled = []
+    inner = _aot._compile
+    monkeypatch.setattr(_aot, "_compile", lambda *args: compiled.append(1) or inner(*args))
+    traced = graph.capture(fn, PARAMS, X)
+    for _ in range(2):
+        assert graph.cost(traced, target="cpu").compiled is not None
+    assert len(compiled) == 1
 
 
 def test_drop_layers(fn):

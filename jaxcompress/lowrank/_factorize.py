@@ -105,7 +105,8 @@ def factorize(
     """
     _check_arguments(budget, multiple)
     first, rest = open_stream(batches)
-    traced = graph.trace(fn, params, *first)
+    call = graph.capture(fn, params, *first)
+    traced = graph.trace(call)
     found, coverage = find_candidates(
         fn,
         params,
@@ -120,7 +121,7 @@ def factorize(
         {path: one.leaf for path, one in found.items()},
         fix="Find where they come from; factors would spread them over whole matrices.",
     )
-    _collect_grams(fn, params, (first, rest), found, progress=progress)
+    _collect_grams(call, params, (first, rest), found, progress=progress)
     ranks, seconds = choose_ranks(fn, params, first, traced, found, budget, multiple)
     factored = {
         path: place_factors(found[path].factors(r), found[path].leaf) for path, r in ranks.items()
@@ -157,7 +158,7 @@ def _check_arguments(budget: Any, multiple: int) -> None:
 
 
 def _collect_grams(
-    fn: Callable[..., Any],
+    call: graph.Traced,
     params: tree.Params,
     batches: tuple[tuple[Any, ...], Iterable[Any]],
     found: Mapping[str, Candidate],
@@ -176,7 +177,7 @@ def _collect_grams(
     stream = itertools.chain([first], rest)
     where = lambda path, _: path in wanted
     collected = stats.collect(
-        fn, params, stream, stats.second_moment(), where=where, progress=progress
+        call, params, stream, stats.second_moment(), where=where, progress=progress
     )
     for one in wanted.values():
         moments = [

@@ -322,17 +322,21 @@ def scale_of_range(low: ArrayLike, high: ArrayLike, format: RangeTarget) -> Fit:
     """
     low = jnp.minimum(jnp.asarray(low, jnp.float32), 0)
     high = jnp.maximum(jnp.asarray(high, jnp.float32), 0)
-    low_limit, high_limit = format.limits or (-1.0, 1.0)
-    if (format.symmetric and -low_limit == high_limit) or format.convention is Convention.HALF:
+    if _is_centred(format):
         high = jnp.maximum(-low, high)
         low = -high
     return _from_range(low, high, format, None)
 
 
+def _is_centred(format: RangeTarget) -> bool:
+    """Tell whether a range counts as far below zero as above."""
+    low, high = format.limits or (-1.0, 1.0)
+    return (format.symmetric and -low == high) or format.convention is Convention.HALF
+
+
 def _extremes(x: Array, shared: Axes, format: RangeTarget) -> tuple[Array, Array]:
     """Find each slice's range, made to include 0, and to be centred where that is what counts."""
-    low_limit, high_limit = format.limits or (-1.0, 1.0)
-    if (format.symmetric and -low_limit == high_limit) or format.convention is Convention.HALF:
+    if _is_centred(format):
         peak = jnp.abs(x).max(shared, keepdims=True)
         return -peak, peak
     low, high = x.min(shared, keepdims=True), x.max(shared, keepdims=True)

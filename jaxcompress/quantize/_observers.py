@@ -6,6 +6,7 @@ from typing import NamedTuple, TypeAlias
 import jax.numpy as jnp
 from jax import Array, lax
 
+from jaxcompress import numerics
 from jaxcompress.numerics import AbsMax, Activation, Format
 from jaxcompress.quantize._quantizer import SeenRange
 from jaxcompress.quantize._train_sites import Met
@@ -99,10 +100,8 @@ def follow(old: Range, seen: SeenRange, decay: float, moving: Array | bool = Tru
 
 def settle_activation(range: Range, format: Format) -> Activation:
     """Turn averages into a static form, its scale and zero point of their shape."""
-    ends = jnp.stack([range["low"], range["high"]], axis=-1)
-    scale, zero = AbsMax().fit(ends, shared=(ends.ndim - 1,), format=format)
-    drop = lambda part: part.squeeze(-1)
-    return Activation(format=format, scale=drop(scale), zero=None if zero is None else drop(zero))
+    scale, zero = numerics.scale_of_range(range["low"], range["high"], format)
+    return Activation(format=format, scale=scale, zero=zero)
 
 
 def is_known(range: Range) -> Array:

@@ -316,17 +316,25 @@ def find_obstacle(leaf: Any, format: Format | None) -> str | None:
 def _refuse(
     done: Mapping[str, Any], exempt: Mapping[str, str], unused: Sequence[int], strict: bool
 ) -> SelectionError:
-    listed = "; ".join(f"{path!r} {reason}" for path, reason in list(exempt.items())[:5])
-    got = f"{len(exempt)} of {len(done) + len(exempt)} leaves that cannot follow their rule"
-    got += f": {listed}" if listed else ""
+    got, fixes = [], []
+    if exempt:
+        listed = "; ".join(f"{path!r} {reason}" for path, reason in list(exempt.items())[:5])
+        count = f"{len(exempt)} of {len(done) + len(exempt)} leaves"
+        got.append(f"{count} that cannot follow their rule: {listed}")
+        fixes.append("narrow `where`, or choose another granularity")
+    elif not done:
+        got.append("rules that give no leaf a format")
+        fixes.append("add a rule with `weights=`, or widen `where`")
     if strict and unused:
-        got += f"; rules {list(unused)}, which decide no leaf"
+        got.append(f"rules {list(unused)}, which decide no leaf")
+        fixes.append("remove such rules, or put them first")
+    if strict:
+        fixes.append("pass strict=False to leave this alone")
     return SelectionError(
         "policy",
-        got=got,
+        got="; ".join(got),
         expected="rules that each decide leaves which can be quantized",
-        fix="Narrow `where`, or choose another granularity"
-        + (", or pass strict=False to leave them alone." if strict else "."),
+        fix=f"{'; or '.join(fixes).capitalize()}.",
     )
 
 

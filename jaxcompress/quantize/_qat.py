@@ -13,21 +13,23 @@ from jax.core import Tracer
 from jaxcompress import graph, numerics, tree
 from jaxcompress.errors import ArgumentError, NonFiniteError, SelectionError
 from jaxcompress.graph import Equation, Interception, Site
-from jaxcompress.numerics import Activation, Format, scale_shape
+from jaxcompress.numerics import Activation, Format
 from jaxcompress.quantize import _observers
 from jaxcompress.quantize._activations import fit_activation, round_through, shared_axes, to_codes
 from jaxcompress.quantize._integer_forward import contract_codes, suits
 from jaxcompress.quantize._matrix import follows_site
 from jaxcompress.quantize._policy import Coverage, Policy, Rule, alone, cover_formats, first_matches
-from jaxcompress.quantize._quantizer import STE, Quantizer
+from jaxcompress.quantize._quantizer import STE, Quantizer, SeenRange
 from jaxcompress.quantize._train_sites import Met, TrainCoverage, meet, target_at
 from jaxcompress.quantize._variables import (
     QuantizerState,
+    Shapes,
     check_activations,
     check_weights,
     is_variables,
     join_variables,
     nest,
+    shapes_of,
     split_variables,
 )
 from jaxcompress.tree import Params
@@ -134,14 +136,15 @@ class QAT:
             SelectionError: If the policy leaves nothing to round.
             NonFiniteError: If concrete activations hold NaN or infinity.
         """
-        plan = self._plan(params, inputs, kwargs)
+        traced = graph.capture(self.fn, params, *inputs, **kwargs)
+        plan = self._plan(params, traced)
         quantizer = self.weights
         learned: dict[str, dict[str, Any]] = {}
         for path, format in plan.covered.formats.items():
             if quantizer.learns(of="weights"):
                 learned[path] = {"weights": quantizer.init_weights(plan.leaves[path], format)}
         ranges: dict[str, Any] = {}
-        met, seen = self._first_look(plan, params, inputs, kwargs)
+        met, seen = self._first_look(plan, traced, params, inputs, kwargs)
         for path, one in met.items():
             if self.activations.learns(of="activations"):
                 entry = self.activations.init_activations(seen[path], one.format)
@@ -173,7 +176,9 @@ class QAT:
             ArgumentTypeError: If inputs are not those of fn.
         """
         params, state = split_variables(variables, has_state=self.has_state)
-        plan = self._plan(params, inputs, kwargs)
+        follows = any(rule.weights and follows_site(rule.weights) for rule in self.policy.rules)
+        traced = graph.capture(self.fn, params, *inputs, **kwargs) if follows else None
+        plan = self._plan(params, traced)
         check_weights(state, self._weight_shapes(plan))
 
         def packed(path: str, leaf: Any) -> Any:
@@ -200,9 +205,8 @@ class QAT:
             SelectionError: If the policy leaves nothing to round.
         """
         params = params["params"] if is_variables(params) else params
-        plan = self._plan(params, inputs, kwargs)
-        sites = graph.trace(self.fn, params, *inputs, **kwargs).sites
-        return self._meet(plan, sites)[1]
+        traced = graph.capture(self.fn, params, *inputs, **kwargs)
+        return self._meet(self._plan(params, traced), traced.sites)[1]
 
     # --- Parts ----------------------------------------------------------------------------------
 
@@ -211,12 +215,9 @@ class QAT:
             rule.static and isinstance(self.activations, STE)
         )
 
-    def _plan(self, params: Params, inputs: Any, kwargs: Any) -> _Plan:
+    def _plan(self, params: Params, traced: graph.Traced | None) -> _Plan:
         policy, notes = alone(self.policy), {}
-        formats = [rule.weights for rule in policy.rules if rule.weights is not None]
-        sites: tuple[Site, ...] = ()
-        if any(follows_site(format) for format in formats):
-            sites = graph.trace(self.fn, params, *inputs, **kwargs).sites
+        sites = () if traced is None else traced.sites
 
         def resolve(path: str, leaf: Any, format: Format) -> Format:
             target = target_at(path, leaf, format, sites)
@@ -229,11 +230,27 @@ class QAT:
         chosen, _ = first_matches(params, leaves, self.policy)
         return _Plan(covered, {path: chosen[path] for path in covered.formats}, leaves, notes)
 
-    def _weight_shapes(self, plan: _Plan) -> dict[str, tuple[int, ...]]:
+    def _weight_shapes(self, plan: _Plan) -> dict[str, Shapes]:
         if not self.weights.learns(of="weights"):
             return {}
-        formats = plan.covered.formats.items()
-        return {path: scale_shape(plan.leaves[path].shape, format) for path, format in formats}
+        return {
+            path: shapes_of(lambda w, f=format: self.weights.init_weights(w, f), plan.leaves[path])
+            for path, format in plan.covered.formats.items()
+        }
+
+    def _range_shapes(self, met: Mapping[str, Met]) -> dict[str, Shapes]:
+        shapes = {}
+        for path, one in met.items():
+            if not self._has_range(one.rule):
+                continue
+            if self.activations.learns(of="activations"):
+                entry: Any = jax.ShapeDtypeStruct(one.shape, jnp.float32)
+                seen = SeenRange(low=entry, high=entry, mean=entry)
+                start = functools.partial(self.activations.init_activations, format=one.format)
+                shapes[path] = shapes_of(start, seen)
+            else:
+                shapes[path] = shapes_of(lambda shape=one.shape: _observers.start(shape))
+        return shapes
 
     def _meet(self, plan: _Plan, sites: tuple[Site, ...]) -> tuple[dict[str, Met], TrainCoverage]:
         """Find the activations to round, and account for all; see `meet`."""
@@ -273,23 +290,22 @@ class QAT:
         self, variables: Params, inputs: Any, kwargs: Any, *, watch: bool
     ) -> tuple[Any, dict[str, Any], Array]:
         params, state = split_variables(variables, has_state=self.has_state)
-        plan = self._plan(params, inputs, kwargs)
+        traced = graph.capture(self.fn, params, *inputs, **kwargs)
+        plan = self._plan(params, traced)
         check_weights(state, self._weight_shapes(plan))
         active = state.steps >= self.start if self.start else None
         met: dict[str, Met] = {}
 
         def decide(sites: tuple[Site, ...]) -> dict[str, Interception]:
             found, _ = self._meet(plan, sites)
-            check_activations(
-                state, {path: one.shape for path, one in found.items() if self._has_range(one.rule)}
-            )
+            check_activations(state, self._range_shapes(found))
             met.update(found)
             return self._interceptions(found, plan, state, active, watch)
 
         rounded = tree.map_with_path(
             lambda path, w: self._weight(path, w, plan, state, active), params
         )
-        outputs, seen = graph.intercept(self.fn, decide)(rounded, *inputs, **kwargs)
+        outputs, seen = graph.intercept(traced, decide)(rounded, *inputs, **kwargs)
         ranges = dict(state.ranges)
         for path, one in met.items():
             if watch and path in ranges:
@@ -349,7 +365,7 @@ class QAT:
         return simple and suits(site, weights, met.format, plan.leaves[met.path].shape)
 
     def _first_look(
-        self, plan: _Plan, params: Params, inputs: Any, kwargs: Any
+        self, plan: _Plan, traced: graph.Traced, params: Params, inputs: Any, kwargs: Any
     ) -> tuple[dict[str, Met], dict[str, Any]]:
         """Run fn unrounded, and see the activations whose range is learned or followed."""
         met: dict[str, Met] = {}
@@ -367,7 +383,7 @@ class QAT:
                 for site in one.sites
             }
 
-        _, seen = graph.intercept(self.fn, decide)(params, *inputs, **kwargs)
+        _, seen = graph.intercept(traced, decide)(params, *inputs, **kwargs)
         merged = {
             path: _observers.merge_extents(one, [seen[site.name] for site in one.sites])
             for path, one in met.items()

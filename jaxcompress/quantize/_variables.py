@@ -1,8 +1,9 @@
 """The variables of quantization-aware training: params, and beside them what quantizers hold."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 from jax import Array
 
@@ -57,6 +58,15 @@ def join_variables(params: Params, state: QuantizerState) -> Params:
     }
 
 
+Shapes = dict[str, tuple[int, ...]]
+"""Shapes by name of what is learned or followed of one leaf: `{"step": (1, 8)}`."""
+
+
+def shapes_of(start: Callable[..., Mapping[str, Any]], *like: Any) -> Shapes:
+    """Give the shapes of what is learned or followed, from what starts it; nothing is computed."""
+    return {name: tuple(x.shape) for name, x in jax.eval_shape(start, *like).items()}
+
+
 def split_variables(variables: Params, *, has_state: bool) -> tuple[Params, QuantizerState]:
     """Take variables, or params that need nothing beside them, apart.
 
@@ -99,13 +109,13 @@ def split_variables(variables: Params, *, has_state: bool) -> tuple[Params, Quan
     return params, QuantizerState(learned, ranges, beside["steps"])
 
 
-def check_weights(state: QuantizerState, wanted: Mapping[str, tuple[int, ...]]) -> None:
+def check_weights(state: QuantizerState, wanted: Mapping[str, Shapes]) -> None:
     """Refuse variables that do not hold what is learned of the weights, and that alone."""
     held = {path: entry["weights"] for path, entry in state.learned.items() if "weights" in entry}
     _check_entries("what is learned of weights", held, wanted)
 
 
-def check_activations(state: QuantizerState, wanted: Mapping[str, tuple[int, ...]]) -> None:
+def check_activations(state: QuantizerState, wanted: Mapping[str, Shapes]) -> None:
     """Refuse variables that do not hold a range for each leaf that needs one, and those alone."""
     held: dict[str, Any] = dict(state.ranges)
     for path, entry in state.learned.items():
@@ -114,9 +124,7 @@ def check_activations(state: QuantizerState, wanted: Mapping[str, tuple[int, ...
     _check_entries("ranges of activations", held, wanted)
 
 
-def _check_entries(
-    what: str, held: Mapping[str, Any], wanted: Mapping[str, tuple[int, ...]]
-) -> None:
+def _check_entries(what: str, held: Mapping[str, Any], wanted: Mapping[str, Shapes]) -> None:
     missing, extra = sorted(set(wanted) - set(held)), sorted(set(held) - set(wanted))
     if missing or extra:
         got = [f"none for {tree.shorten(missing)}"] if missing else []
@@ -127,15 +135,14 @@ def _check_entries(
             expected="variables made by this function's own `init`",
             fix="Call `qat.init(params, *inputs)`, with the options that training goes on with.",
         )
-    for path, shape in wanted.items():
+    for path, shapes in wanted.items():
         found = {name: tuple(x.shape) for name, x in held[path].items()}
-        wrong = {name: there for name, there in found.items() if there != shape}
-        if wrong:
+        if found != shapes:
             raise StructureError(
                 "variables",
-                got=f"for {path!r} the shapes {wrong}",
-                expected=f"shape {shape}",
-                fix="Call `qat.init(params, *inputs)` with these params.",
+                got=f"for {path!r} {what} of the shapes {found}",
+                expected=f"the shapes {shapes}",
+                fix="Call `qat.init(params, *inputs)` with these params and quantizers.",
             )
 
 

@@ -20,7 +20,7 @@ from jaxcompress.quantize._matrix import assemble
 from jaxcompress.quantize._method import Method, RoundToNearest
 from jaxcompress.quantize._plan import Task
 from jaxcompress.quantize._shardings import place_codes
-from jaxcompress.stats import by_matrix, merge_results, scans_of
+from jaxcompress.stats import by_matrix, merge_results
 
 Picks: TypeAlias = tuple[tuple[int, int], ...]
 """Which slice of a leaf: `(axis, index)` pairs, sorted; empty for the whole leaf."""
@@ -62,8 +62,7 @@ class Work:
             self._means[here] = by_matrix(results[mean_key], site, form).mean
         if self._ranges is not None and range_key is not None:
             left = [k for k in range(len(self.task.form.shape)) if k not in picks]
-            axes, _ = scans_of(site)
-            named = tuple(None if k is None else left[k] for k in axes)
+            named = tuple(None if k is None else left[k] for k in site.layers)
             self._ranges.add(results[range_key], named, picks)
 
     def quantize(

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from jaxcompress import text
 from jaxcompress.report._latency import Latency
 
 
@@ -99,9 +100,9 @@ def abbreviate(count: float, unit: str) -> str:
     Returns:
         For example `20 kB`.
     """
-    power = max(0, min(5, math.floor(math.log10(count) / 3 + 1e-9))) if count >= 1 else 0
-    text = f"{count / 1000**power:.3g} {['', 'k', 'M', 'G', 'T', 'P'][power]}{unit}"
-    return text.replace("  ", " ")
+    number, _, rest = text.write_scaled(count, unit).partition(" ")
+    number = number.rstrip("0").rstrip(".") if "." in number else number
+    return f"{number} {rest.lstrip()}"
 
 
 def show(unit: Unit, value: Any) -> str:
@@ -136,5 +137,5 @@ def show_signed(value: float, digits: int) -> str:
     Returns:
         Text; a difference that rounds to zero has no sign.
     """
-    text = f"{value:+,.{digits}f}".replace("-", MINUS)
-    return text if any(c in text for c in "123456789") else text[1:]
+    number = f"{value:+,.{digits}f}".replace("-", MINUS)
+    return number if any(c in number for c in "123456789") else number[1:]

@@ -14,7 +14,7 @@ wherever it contracts its params. What holds for all of them:
 
 from jaxcompress.stats._by_matrix import by_matrix as by_matrix
 from jaxcompress.stats._by_matrix import merge_results as merge_results
-from jaxcompress.stats._by_matrix import scans_of as scans_of
+from jaxcompress.stats._by_matrix import place_leading as place_leading
 from jaxcompress.stats._collect import Collected as Collected
 from jaxcompress.stats._collect import collect as collect
 from jaxcompress.stats._gradients import Fisher as Fisher
@@ -42,3 +42,4 @@ from jaxcompress.stats._ranges import moving_average as moving_average
 from jaxcompress.stats._sequential import Stop as Stop
 from jaxcompress.stats._sequential import sequential as sequential
 from jaxcompress.stats._statistic import Statistic as Statistic
+from jaxcompress.stats._step import sum_outputs as sum_outputs

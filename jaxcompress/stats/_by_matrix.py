@@ -27,33 +27,37 @@ def by_matrix(result: Any, site: Site, form: Form) -> Any:
     Returns:
         The same, its arrays leading with `form.matrices`.
     """
-    apart, loose = scans_of(site)
-    result = merge_axes(result, loose)
-    source = [*(k for k in apart if k is not None), *site.axes.batch]
-    known = [k for k in form.lead if k in source]
-    groups = form.matrices[len(form.lead) :]
+    result = merge_axes(result, [k for k, axis in enumerate(site.layers) if axis is None])
+    source = [*(axis for axis in site.layers if axis is not None), *site.axes.batch]
 
     def place(x: Any) -> Any:
-        order = [source.index(k) for k in known]
-        x = jnp.transpose(x, [*order, *range(len(source), x.ndim)])
-        tail = x.shape[len(known) + len(groups) :]
-        lead = [form.shape[k] if k in known else 1 for k in form.lead]
-        x = x.reshape(*lead, *groups, *tail)
-        return jnp.broadcast_to(x, (*form.matrices, *tail))
+        tail = x.ndim - len(source) - len(form.matrices) + len(form.lead)
+        x = place_leading(x, source, form, tail=tail)
+        return jnp.broadcast_to(x, (*form.matrices, *x.shape[x.ndim - tail :]))
 
     return jax.tree.map(place, result)
 
 
-def scans_of(site: Site) -> tuple[tuple[int | None, ...], tuple[int, ...]]:
-    """Tell which scan around a site takes which axis of the leaf apart, and which take none.
+def place_leading(x: Any, source: Sequence[int], form: Form, *, tail: int) -> Any:
+    """Bring leading axes that run along axes of a leaf into the order of its matrices.
 
     Args:
-        site: The site.
+        x: `(*source, *groups, *features)`.
+        source: The leaf's axis along which each leading axis runs.
+        form: The leaf's form.
+        tail: How many axes are features.
 
     Returns:
-        For each scan the leaf's axis, or `None`; and the numbers of those that have none.
+        `(*form.matrices, *features)`, with length 1 for what `source` does not tell apart.
     """
-    return site.layers, tuple(k for k, axis in enumerate(site.layers) if axis is None)
+    # A leading axis of one entry is none to the form.
+    x = x.squeeze(tuple(i for i, axis in enumerate(source) if axis not in form.lead))
+    source = [axis for axis in source if axis in form.lead]
+    known = [axis for axis in form.lead if axis in source]
+    x = x.transpose([*(source.index(axis) for axis in known), *range(len(source), x.ndim)])
+    lead = [form.shape[axis] if axis in known else 1 for axis in form.lead]
+    groups = form.matrices[len(form.lead) :]
+    return x.reshape(*lead, *groups, *x.shape[x.ndim - tail :])
 
 
 def merge_results(results: Sequence[Any]) -> Any:

@@ -1,5 +1,6 @@
 """Which statistic is computed where: what fits a site, and what sites can share."""
 
+import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -31,6 +32,17 @@ class SiteShapes:
         """What `read_rows` reads."""
         x, y = self.activation, self.output
         return {"activation": x, "input_grad": x, "output": y, "output_grad": y}
+
+    @functools.cached_property
+    def _known(self) -> dict[str, tuple[int, ...]]:
+        return {}
+
+    def rows(self, kind: str) -> tuple[int, ...]:
+        """Give the shape of an array as rows; see `read_rows`."""
+        if kind not in self._known:
+            read = functools.partial(read_rows, self.site, kind)
+            self._known[kind] = jax.eval_shape(read, self.arrays).shape
+        return self._known[kind]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,10 +101,7 @@ def read_rows(site: Site, kind: str, arrays: Mapping[str, Any]) -> jax.Array:
 
 def row_shapes(seen: SiteShapes, statistic: Statistic) -> list[tuple[int, ...]]:
     """Give the shape of each array that a statistic reads at a site."""
-    return [
-        jax.eval_shape(lambda a, kind=kind: read_rows(seen.site, kind, a), seen.arrays).shape
-        for kind in statistic.reads
-    ]
+    return [seen.rows(kind) for kind in statistic.reads]
 
 
 def sizes(plan: StatisticPlan, name: str, statistic: Statistic) -> list[int]:

@@ -25,6 +25,8 @@ from jaxcompress.meshes import call_with_auto_axes
 from jaxcompress.stats._plan import Keyed, StatisticPlan, batch_shape, lead, read_rows, sizes
 from jaxcompress.stats._statistic import Statistic
 
+_RETURN_LOSS = "Return the loss: lambda params, x, y: loss(fn(params, x), y)."
+
 Step = Callable[..., tuple[Any, dict[str, Array]]]
 """`(states, params, batch) -> (states, {site name: non-finite entries, per iteration})`."""
 
@@ -74,7 +76,7 @@ def make_collect_step(plan: StatisticPlan) -> Step:
             cells = run_layers(traced, args, layers, cells, fills=True)[1]
             gradient, worse = {}, {}
         else:
-            cells, arrays = _differentiate(traced, args, layers, cells, plan, backward)
+            cells, arrays = _differentiate(traced, args, layers, cells, backward)
             runs = {name: cell[1] for name, cell in cells.items()}
             gradient, worse = _update_from_gradients(
                 plan, backward, states["gradient"], arrays, runs
@@ -163,7 +165,6 @@ def _differentiate(
     args: Any,
     layers: Mapping[str, Sequence[SiteLayer]],
     cells: dict[str, Any],
-    plan: StatisticPlan,
     backward: Mapping[str, Mapping[str, Statistic]],
 ) -> tuple[dict[str, Any], dict[str, dict[str, Array]]]:
     """Run fn and its gradient; returns the cells, and arrays of each site with stacked axes.
@@ -188,7 +189,7 @@ def _differentiate(
     def total(offsets: Any, args: Any, cells: dict[str, Any]) -> Any:
         given = {**cells, **offsets}
         outputs, filled = run_layers(traced, args, around, given, fills=True)
-        return _sum_outputs(outputs), filled
+        return sum_outputs(outputs), filled
 
     gradients, filled = jax.grad(total, has_aux=True)(offsets, args, cells)
     found = {**filled, **gradients}
@@ -200,15 +201,26 @@ def _differentiate(
     return {name: filled[name] for name in layers}, arrays
 
 
-def _sum_outputs(outputs: Any) -> Array:
-    """Sum all floating-point outputs in float32."""
-    leaves = [x for x in jax.tree.leaves(outputs) if jnp.issubdtype(x.dtype, jnp.floating)]
+def sum_outputs(outputs: Any, *, fix: str = _RETURN_LOSS) -> Array:
+    """Sum all floating-point outputs in float32.
+
+    Args:
+        outputs: What fn returned.
+        fix: What to do where there are none.
+
+    Returns:
+        float32, of no axes.
+
+    Raises:
+        ArgumentError: If no output is floating point.
+    """
+    leaves = [x for x in jax.tree.leaves(outputs) if tree.is_floating(x)]
     if not leaves:
         raise ArgumentError(
             "fn",
             got="outputs without a floating-point array",
             expected="a loss, or outputs whose sum can be differentiated",
-            fix="Return the loss: lambda params, x, y: loss(fn(params, x), y).",
+            fix=fix,
         )
     return jnp.stack([x.astype(jnp.float32).sum() for x in leaves]).sum()
 

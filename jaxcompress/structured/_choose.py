@@ -9,7 +9,7 @@ from jax.typing import ArrayLike
 from jaxcompress import tree
 from jaxcompress.budget import Budget, Bytes, Flops, Params, fewest_steps
 from jaxcompress.errors import ArgumentError, NonFiniteError, SelectionError, StructureError
-from jaxcompress.structured._groups import Group, Groups, find_group
+from jaxcompress.structured._groups import Group, Groups, check_keys, find_group, matches_group
 from jaxcompress.structured._keep import Keep
 from jaxcompress.structured._keep import keep as make_keep
 from jaxcompress.structured._shrink import rebuild, slice_params
@@ -51,7 +51,8 @@ def choose(
         The decision, for `shrink`.
 
     Raises:
-        SelectionError: If there is no such group, or it is frozen.
+        SelectionError: If there is no such group, or it is frozen; if a key of `bounds` is
+            neither a role nor matches a group.
         StructureError: If scores have other shapes.
         NonFiniteError: If scores hold NaN.
         ArgumentError: If the budget cannot be met; the message says what the least is.
@@ -74,9 +75,10 @@ def choose(
             expected="scores of at least one group",
             fix=f"These can shrink: {tree.shorten(sorted(groups))}.",
         )
+    check_keys("bounds", bounds or (), (*groups.values(), *groups.frozen.values()))
     steps = _list_steps(groups, ranked, scope, bounds or {})
     measure_kept = _make_measure(groups, budget)
-    dense = measure_kept(_keep_after(groups, ranked, steps, 0), {})
+    dense = measure_kept(_keep_after(groups, ranked, steps, 0), _counts(groups, ranked, steps, 0))
     limit = budget.limit(dense)
     counted = _choose_counter(groups, budget)
 
@@ -180,7 +182,7 @@ def _list_allowed(group: Group, bounds: Bounds) -> list[int]:
     """List the numbers of units that can be kept below all, descending."""
     low, high = 1, group.size
     for key, (least, most) in bounds.items():
-        if key == group.role or tree.matches(key, group.name):
+        if matches_group(key, group):
             low, high = _units(least, group.size), _units(most, group.size)
             break
     if not 0 <= low <= high <= group.size:

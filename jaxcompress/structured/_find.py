@@ -11,7 +11,7 @@ from jaxcompress import graph, tree
 from jaxcompress.errors import ArgumentError
 from jaxcompress.graph.sites import describe_array, number_repeats
 from jaxcompress.structured._certificate import capture_exactly
-from jaxcompress.structured._groups import Group, Groups, Member, Role
+from jaxcompress.structured._groups import Group, Groups, Member, Role, check_keys, matches_group
 
 _WORDS: dict[Role, str] = {
     "channels": "channels of a convolution",
@@ -67,6 +67,8 @@ def groups(
     dims = graph.dims(replace(traced, leaves=shapes))  # it holds no weights
     found = _Finder(dims, whole_heads).groups()
     named = _name_groups(found)
+    if not isinstance(round_to, int):
+        check_keys("round_to", round_to, named)
     rounded = [replace(group, round_to=_multiple(group, round_to)) for group in named]
     return Groups(
         prunable={group.name: group for group in rounded if group.frozen is None},
@@ -93,7 +95,7 @@ def _multiple(group: Group, round_to: int | Mapping[str, int]) -> int:
                 expected="a positive multiple",
                 fix="1 leaves all free.",
             )
-        if key == "*" or key == group.role or tree.matches(key, group.name):
+        if matches_group(key, group):
             features = max((m.indices.shape[1] for m in group.members), default=1)
             return max(1, value // features if group.role == "heads" else value)
     return 1

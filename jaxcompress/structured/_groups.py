@@ -1,8 +1,8 @@
 """Groups: which slices of which leaves must shrink together."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal, TypeAlias, get_args
 
 import numpy as np
 
@@ -89,6 +89,29 @@ class Groups(FieldMapping[Group]):
     like: Any = field(default=None, repr=False)
     inputs: tuple[Any, ...] = field(default=(), repr=False)
     kwargs: Mapping[str, Any] = field(default_factory=dict, repr=False)
+
+
+def check_keys(argument: str, keys: Iterable[str], groups: Iterable[Group]) -> None:
+    """Refuse keys that are no role, and match the name of no group."""
+    groups = list(groups)
+    unused = [
+        key
+        for key in keys
+        if key not in get_args(Role) and not any(matches_group(key, group) for group in groups)
+    ]
+    if unused:
+        names = sorted({group.role for group in groups} | {group.name for group in groups})
+        raise SelectionError(
+            argument,
+            got=f"{tree.shorten(unused)}, which match no group",
+            expected="roles, or globs over names of groups",
+            fix=f"There are: {tree.shorten(names)}.",
+        )
+
+
+def matches_group(key: str, group: Group) -> bool:
+    """Tell whether a key is a group's role, a glob over its name, or `*`."""
+    return key in ("*", group.role) or tree.matches(key, group.name)
 
 
 def find_group(groups: Groups, name: str, argument: str) -> Group:

@@ -40,6 +40,18 @@ class Keep(FieldMapping[np.ndarray]):
     shapes: Mapping[str, tuple[int, ...]] = field(repr=False)
     traced: graph.Traced | None = field(default=None, repr=False)
 
+    def __eq__(self, other: object) -> bool:
+        """Tell whether the same units stay of the same groups and leaves."""
+        return self._plain() == other._plain() if isinstance(other, Keep) else NotImplemented
+
+    def _plain(self) -> tuple[Any, ...]:
+        indices = {name: units.tolist() for name, units in self.indices.items()}
+        leaves = {
+            path: {axis: units.tolist() for axis, units in axes.items()}
+            for path, axes in self.leaves.items()
+        }
+        return indices, leaves, dict(self.sizes), dict(self.layers), dict(self.shapes)
+
     def __getstate__(self) -> dict[str, Any]:
         return {**vars(self), "traced": None}  # a program is neither pickled nor copied
 

@@ -32,12 +32,7 @@ def split(params: Params, trainable: Where) -> tuple[Params, Params]:
 
 
 def default_trainable(params: Params) -> Where:
-    """Choose the leaves that learn: floating arrays that are not mutable state.
-
-    Mutable state is told by its kind where the tree says it: in a Linen `variables` dict every
-    collection but `params`; in an `nnx.State` every variable that is not an `nnx.Param`; anywhere
-    else what lies under a `batch_stats` key. Of the variables of `quantize.train`, what quantizers
-    learn does, the ranges that they follow do not. Compressed leaves (`QArray`) do not learn.
+    """Choose the leaves that learn where no `trainable` is given: `quantize.learnable`.
 
     Args:
         params: Any pytree of arrays.

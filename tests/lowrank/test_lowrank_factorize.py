@@ -220,6 +220,18 @@ def test_stacked_layers_see_their_own_inputs():
         x = jnp.tanh(x @ w[layer])
 
 
+def test_a_stack_of_one_layer():
+    """A scan of one step: its axis of the leaf has one entry, and is none to its matrices."""
+    fn = lambda p, x: jax.lax.scan(lambda h, w: (jnp.tanh(h @ w), None), x, p["w"])[0]
+    w, x = np.random.default_rng(0).normal(size=(2, 1, 8, 8)).astype(np.float32)
+    stacked = factorize(fn, {"w": w}, [x[0]], budget=Ranks({"w": 2}), method=ActivationSVD())
+    plain = lambda p, x: jnp.tanh(x @ p["w"])
+    alone = factorize(plain, {"w": w[0]}, [x[0]], budget=Ranks({"w": 2}), method=ActivationSVD())
+    np.testing.assert_allclose(
+        stacked.params["w"].dense()[0], alone.params["w"].dense(), rtol=1e-4, atol=1e-5
+    )
+
+
 def test_convolutions_see_patches():
     """The error that is reported is that of the outputs of a strided convolution."""
 

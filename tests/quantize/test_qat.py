@@ -372,5 +372,5 @@ def test_params_and_variables_are_told_apart(params, x):
     with pytest.raises(StructureError, match="'a', which params do not have"):
         static({**variables, "params": {"b": params["b"]}}, x)
     wrong = jax.tree.map(lambda r: r[0], variables["quantizers"]["ranges"])
-    with pytest.raises(StructureError, match=r"shape \(1, 1\)"):
+    with pytest.raises(StructureError, match=r"the shapes \{.*'low': \(1, 1\)"):
         static(put(variables, {"quantizers": {"ranges": wrong}}), x)

@@ -306,6 +306,16 @@ def test_formats_that_a_method_is_not_defined_for(rule, options, says):
         quantize.train(mlp, rule, **options)
 
 
+@pytest.mark.parametrize(("made", "taken"), [(PACT(), LSQ()), (LSQ(), PACT()), (LSQ(), STE())])
+def test_variables_of_another_quantizer(made, taken, params, x):
+    """What it learned has other names; `STE` follows ranges, and learns nothing."""
+    rules = Policy((Rule(weights=W8, activations=UNSIGNED, static=True),))
+    variables = quantize.train(mlp, rules, activations=made).init(params, x)
+    other = quantize.train(mlp, rules, activations=taken)
+    with pytest.raises(StructureError, match="`variables`"):
+        other(variables, x)
+
+
 def test_variables_of_another_training(params, x):
     lsq = quantize.train(mlp, policy(W4, UNSIGNED), weights=LSQ(), activations=LSQ())
     variables = lsq.init(params, x)

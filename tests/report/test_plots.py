@@ -139,7 +139,17 @@ def test_curves_skip_what_was_not_logged():
 
 @pytest.mark.parametrize(
     ("count", "text"),
-    [(1, "1 B"), (999, "999 B"), (1000, "1 kB"), (2.5e6, "2.5 MB"), (5e9, "5 GB")],
+    [
+        (0, "0 B"),
+        (1, "1 B"),
+        (999, "999 B"),
+        (999.7, "1 kB"),
+        (1000, "1 kB"),
+        (20_000, "20 kB"),
+        (999_600, "1 MB"),
+        (2.5e6, "2.5 MB"),
+        (5e9, "5 GB"),
+    ],
 )
 def test_abbreviate(count, text):
     assert abbreviate(count, "B") == text

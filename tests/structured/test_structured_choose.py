@@ -9,6 +9,7 @@ from zoo import ZOO
 
 from jaxcompress import graph, structured, tree
 from jaxcompress.errors import ArgumentError, NonFiniteError, SelectionError, StructureError
+from jaxcompress.structured import _choose
 from jaxcompress.structured._sizes import Sizes
 
 
@@ -110,6 +111,25 @@ def test_seconds_are_searched_on_a_target():
     small, fewer = structured.rebuild(two_layers, keep), structured.slice_params(PARAMS, keep)
     before = graph.cost(two_layers, PARAMS, X, target=machine).seconds
     assert graph.cost(small, fewer, X, target=machine).seconds <= 0.7 * before
+
+
+def test_keys_that_match_no_group_are_refused():
+    with pytest.raises(SelectionError, match="`bounds`.*'hiden', which match no group"):
+        structured.choose(
+            groups(), scores(groups()), budget=structured.Params(0.5), bounds={"hiden": (1, 2)}
+        )
+    with pytest.raises(SelectionError, match="`round_to`.*'b/\\*\\*'"):
+        groups(round_to={"a": 4, "b/**": 2})
+    assert groups(round_to={"heads": 2, "a": 4})["a"].round_to == 4  # a role may be missing
+
+
+def test_what_is_dense_is_measured_once(monkeypatch):
+    seen = []
+    measure = _choose.measure_call
+    monkeypatch.setattr(_choose, "measure_call", lambda *args: seen.append(1) or measure(*args))
+    found = groups()
+    assert not structured.choose(found, scores(found), budget=structured.Flops(1.0))
+    assert len(seen) == 1
 
 
 def test_keyword_arrays_are_inputs_like_others():

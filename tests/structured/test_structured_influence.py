@@ -239,6 +239,14 @@ def test_sparse_gates_is_the_proximal_step():
     assert state.step == 2
     with pytest.raises(ArgumentError, match="at least 0"):
         structured.sparse_gates(-1.0)
+    with pytest.raises(ArgumentError, match="`strength`"):
+        structured.sparse_gates(jnp.inf)
+    injected = optax.inject_hyperparams(structured.sparse_gates)(strength=0.25)
+    gates = {"gates": {"a": jnp.float32(1.0)}}
+    updates, _ = jax.jit(injected.update)(
+        jax.tree.map(jnp.zeros_like, gates), injected.init(gates), gates
+    )
+    assert updates["gates"]["a"] == -0.25
     with pytest.raises(SelectionError, match="matches none"):
         structured.sparse_gates(0.1).init({"w": jnp.ones(2)})
     with pytest.raises(ArgumentError, match="params that the updates are for"):

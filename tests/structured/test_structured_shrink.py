@@ -57,6 +57,17 @@ def test_other_batch_sizes(batch):
     np.testing.assert_allclose(jax.jit(fn)(params, x), by_hand(x), rtol=1e-6)
 
 
+def test_equations_without_results():
+    def fn(params, x):
+        jax.debug.callback(lambda x: None, x.sum())
+        return mlp(params, x)
+
+    smaller_fn, params, certificate = structured.shrink(fn, mlp_params(), KEEP, X)
+    keep = structured.keep(structured.groups(fn, mlp_params(), X), KEEP)
+    assert certificate.holds and not graph.leaks(fn, keep.leaves, mlp_params(), X)
+    np.testing.assert_allclose(smaller_fn(params, X), by_hand(X), rtol=1e-6)
+
+
 def test_vmap_and_grad():
     fn, params, _ = shrunk()
     np.testing.assert_allclose(
@@ -298,6 +309,13 @@ def test_keep_files_come_back(tmp_path):
         structured.rebuild(fn, again)(small, *inputs),
         structured.rebuild(fn, keep)(structured.slice_params(params, keep), *inputs),
     )
+
+
+def test_keeps_compare_by_what_stays():
+    groups = structured.groups(mlp, mlp_params(), X)
+    keep, alike = structured.keep(groups, KEEP), structured.keep(groups, KEEP)
+    assert keep == alike and keep is not alike
+    assert keep != structured.keep(groups, {"up": [1, 2, 5]}) and keep != dict(keep)
 
 
 def test_a_keep_is_shown_and_pickled_without_the_call():

@@ -74,7 +74,7 @@ def compile_for(
     except TypeError:  # cannot be referenced weakly
         known = {}
     if key not in known:
-        known[key] = _compile(fn, args, target, devices, tuple(donate))
+        known[key] = _compile(fn, args, devices, tuple(donate))
     return known[key]
 
 
@@ -123,7 +123,6 @@ def _find_named_sharding(leaf: Any) -> NamedSharding | None:
 def _compile(
     fn: Callable[..., Any],
     args: tuple[Any, ...],
-    target: Target,
     devices: int,
     donate: tuple[int, ...],
 ) -> Outcome:

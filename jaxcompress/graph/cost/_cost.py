@@ -118,7 +118,8 @@ def _runnable(
         named = dict(zip(kwargs, given[len(inputs) :], strict=True))
         return call(traced, params, given[: len(inputs)], named)
 
-    return run, (params, *inputs, *kwargs.values())
+    # The same function each time, so that the same call compiles once.
+    return traced.derive("run", lambda: run), (params, *inputs, *kwargs.values())
 
 
 def _site_cost(site: Site, leaf: Any) -> SiteCost:

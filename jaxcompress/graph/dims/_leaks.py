@@ -51,7 +51,7 @@ class _Opened(Masker):
         # At a site the leaf is zero where the activation is not.
         count = lambda masks: sum(mask is not None for mask in masks)
         given = max((count(kept.operand(k)) for k in range(len(kept.eqn.invars))), default=0)
-        left = max(count(kept.result(k)) for k in range(len(kept.eqn.outvars)))
+        left = max((count(kept.result(k)) for k in range(len(kept.eqn.outvars))), default=0)
         return here not in self._sites and given > left
 
     def _visit(

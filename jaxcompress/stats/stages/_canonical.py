@@ -21,9 +21,9 @@ from jaxcompress.graph.program import (
     is_jaxpr,
     live,
     normalize,
+    run_program,
     variables,
 )
-from jaxcompress.graph.program import run_program as run_program
 
 
 class Same:

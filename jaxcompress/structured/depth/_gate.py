@@ -16,7 +16,12 @@ from jaxcompress.structured.depth._dropped import check_leaves
 from jaxcompress.structured.depth._gated import run_gated
 from jaxcompress.structured.depth._influence import check_scores
 from jaxcompress.structured.depth._units import Level, block_gates, gate_shapes, units_of
-from jaxcompress.structured.regularize._penalties import require_params
+from jaxcompress.structured.regularize._penalties import (
+    Figure,
+    check_figure,
+    figure_at,
+    require_params,
+)
 
 
 def gate(
@@ -119,7 +124,7 @@ class SparseGatesState(NamedTuple):
 
 
 def sparse_gates(
-    strength: float | Callable[[Array], ArrayLike], *, where: tree.Where = "gates/**"
+    strength: Figure, *, where: tree.Where = "gates/**"
 ) -> optax.GradientTransformation:
     """Shrink gates towards zero after each update: the proximal step of an L1 penalty.
 
@@ -135,7 +140,8 @@ def sparse_gates(
         An optax transformation.
 
     Raises:
-        ArgumentError: If the strength is negative; in `update`, if params are missing.
+        ArgumentError: If the strength is negative or not finite; in `update`, if params are
+            missing.
         SelectionError: In `init`, if there are no such leaves.
 
     Example:
@@ -149,13 +155,7 @@ def sparse_gates(
     Reference:
         Huang and Wang, arXiv:1707.01213, section 3.3 (there accelerated proximal gradient).
     """
-    if not callable(strength) and not strength >= 0:
-        raise ArgumentError(
-            "strength",
-            got=str(strength),
-            expected="a number of at least 0, or a function of the update count",
-            fix="Learning rate times penalty, such as 0.1 * 1e-3.",
-        )
+    check_figure("strength", strength, fix="Learning rate times penalty, such as 0.1 * 1e-3.")
 
     def init(params: tree.Params) -> SparseGatesState:
         tree.select(params, where)
@@ -165,13 +165,13 @@ def sparse_gates(
         updates: Any, state: Any, params: tree.Params | None = None
     ) -> tuple[Any, SparseGatesState]:
         params = require_params(params)
-        off = strength(state.step) if callable(strength) else strength
+        off = figure_at(strength, state.step)
 
         def shrink(path: str, p: Any, u: Any) -> Any:
             return soft_threshold(p + u, off) - p if tree.matches(where, path, p) else u
 
         shrunk = tree.map_with_path(shrink, params, updates)
-        return shrunk, SparseGatesState(state.step + 1)
+        return shrunk, SparseGatesState(step=jnp.asarray(optax.safe_increment(state.step)))
 
     return optax.GradientTransformation(init, update)
 

@@ -96,11 +96,15 @@ def operate(
     leaves = set(flow.inputs[: len(parts)])
     through = {k for k in state if flow.outputs[k] in leaves}
     fixed = [v for k, v in enumerate(flow.outputs) if k not in state]
-    gone = find_needed(flow, fixed, {}).nodes - find_needed(flow, fixed, passes).nodes
-    touched = find_tainted(flow, gone, passes) if state else set[int]()
-    lost = {k for k in state.keys() - through if flow.outputs[k] in touched}
+    lost = set[int]()
+    if state:
+        whole = traced.derive("needed beside state", lambda: find_needed(flow, fixed, {}))
+        gone = whole.nodes - find_needed(flow, fixed, passes).nodes
+        touched = find_tainted(flow, gone, passes)
+        lost = {k for k in state.keys() - through if flow.outputs[k] in touched}
     roots = [(k, v) for k, v in enumerate(flow.outputs) if k not in through]
-    before = find_needed(flow, [v for _, v in roots], {}).values[()]
+    every = [v for _, v in roots]
+    before = traced.derive("needed", lambda: find_needed(flow, every, {})).values[()]
     after = find_needed(flow, [v for k, v in roots if k not in lost], passes)
     read_before = {parts[v] for v in before & leaves}
     read_after = {parts[v] for v in after.values[()] & leaves}

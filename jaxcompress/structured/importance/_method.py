@@ -101,7 +101,7 @@ class Method(abc.ABC):
     """How much each unit of a group would be missed; the lowest scores go first.
 
     Write your own by giving `parts`, the scores of the units of a group by member, none negative
-    and each of shape `(*group.layers, group.size)`; see `structured/_magnitude.py`.
+    and each of shape `(*group.layers, group.size)`; see `structured/importance/_magnitude.py`.
 
     Attributes:
         joint: Whether there is one part, since it takes the members of a group together.

@@ -77,18 +77,9 @@ class LeafPlace(NamedTuple):
 
         Scans that share the leaf are added up; what a site does not tell apart has length 1.
         """
-        form = self.form
         sums = sums.sum(tuple(k for k, axis in enumerate(self.source) if axis is None))
         source = [axis for axis in self.source if axis is not None]
-        # A lead axis of one entry is none to the form.
-        sums = sums.squeeze(tuple(i for i, axis in enumerate(source) if axis not in form.lead))
-        source = [axis for axis in source if axis in form.lead]
-        known = [axis for axis in form.lead if axis in source]
-        rest = range(len(source), sums.ndim)
-        sums = sums.transpose([*(source.index(axis) for axis in known), *rest])
-        sizes = [form.shape[k] if k in known else 1 for k in form.lead]
-        groups = form.matrices[len(form.lead) :]
-        return sums.reshape(*sizes, *groups, *sums.shape[sums.ndim - tail :])
+        return stats.place_leading(sums, source, self.form, tail=tail)
 
 
 def find_place(site: Site, shape: Sequence[int], *, window: bool = True) -> LeafPlace:

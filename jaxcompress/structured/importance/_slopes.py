@@ -7,9 +7,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxcompress import tree
+from jaxcompress import stats, tree
 from jaxcompress.batches import open_stream
-from jaxcompress.errors import ArgumentError
 from jaxcompress.structured.importance._method import Given, Method
 from jaxcompress.structured.importance._units import unit_sums
 
@@ -46,16 +45,8 @@ def differentiate(method: Method, given: Given) -> Callable[[tree.Params, tuple]
         if given.loss is not None:
             return jnp.mean(jnp.asarray(given.loss(filled, *batch)).astype(jnp.float32))
         assert given.fn is not None
-        outputs = jax.tree.leaves(given.fn(filled, *batch))
-        floats = [x.astype(jnp.float32).sum() for x in outputs if tree.is_floating(x)]
-        if not floats:
-            raise ArgumentError(
-                "fn",
-                got="outputs without a floating-point array",
-                expected="outputs whose sum can be differentiated",
-                fix="Pass loss=: loss(params, *inputs) -> per-example losses.",
-            )
-        return jnp.stack(floats).sum()
+        fix = "Pass loss=: loss(params, *inputs) -> per-example losses."
+        return stats.sum_outputs(given.fn(filled, *batch), fix=fix)
 
     def slopes_at(params: tree.Params, batch: tuple) -> Slopes:
         chosen = {path: x for path, x in tree.items(params) if path in paths}
