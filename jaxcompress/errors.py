@@ -76,7 +76,8 @@ def require_one_of(argument: str, value: Any, choices: Sequence[Any], *, fix: st
         ArgumentError: If it is none of them.
     """
     if value not in choices:
-        expected = " or ".join(map(repr, choices))
+        *others, last = map(repr, choices)
+        expected = f"{', '.join(others)} or {last}"
         raise ArgumentError(argument, got=repr(value), expected=expected, fix=fix)
 
 

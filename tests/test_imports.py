@@ -101,7 +101,17 @@ def test_inspect_loads_what_reads_and_prints_a_file(packed):
     )
     assert not loaded & HEAVY
     ours = {name.split(".")[1] for name in loaded if name.startswith("jaxcompress.")}
-    assert ours == {"cli", "errors", "export", "files", "lazy", "numerics", "report", "tree"}
+    assert ours == {
+        "cli",
+        "errors",
+        "export",
+        "files",
+        "lazy",
+        "numerics",
+        "report",
+        "text",
+        "tree",
+    }
 
 
 def test_help_loads_no_jax():

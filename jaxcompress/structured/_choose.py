@@ -1,14 +1,20 @@
 """`choose`: which units stay, so that a budget is met exactly."""
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Literal, NamedTuple, TypeAlias
+from typing import Literal, NamedTuple, TypeAlias, get_args
 
 import numpy as np
 from jax.typing import ArrayLike
 
 from jaxcompress import tree
 from jaxcompress.budget import Budget, Bytes, Flops, Params, fewest_steps
-from jaxcompress.errors import ArgumentError, NonFiniteError, SelectionError, StructureError
+from jaxcompress.errors import (
+    ArgumentError,
+    NonFiniteError,
+    SelectionError,
+    StructureError,
+    require_one_of,
+)
 from jaxcompress.structured._groups import Group, Groups, check_keys, find_group, matches_group
 from jaxcompress.structured._keep import Keep
 from jaxcompress.structured._keep import keep as make_keep
@@ -134,10 +140,7 @@ def _list_steps(
     groups: Groups, ranked: Mapping[str, np.ndarray], scope: Scope, bounds: Bounds
 ) -> list[_Step]:
     """List all steps, least important first; those of one group come in order."""
-    if scope not in ("global", "isomorphic", "local"):
-        raise ArgumentError(
-            "scope", got=repr(scope), expected="'global', 'isomorphic' or 'local'", fix="Pick one."
-        )
+    require_one_of("scope", scope, get_args(Scope), fix="Pick one.")
     # The score of the j-th unit to go, over layers that go together.
     ordered = {
         name: np.sort(scores, axis=-1).reshape(-1, scores.shape[-1]).mean(0)

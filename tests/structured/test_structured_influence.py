@@ -101,7 +101,7 @@ def test_influence_needs_batches_blocks_and_numbers():
         structured.block_influence(unrolled, unrolled_params(), [])
     with pytest.raises(ArgumentError, match="without residual blocks"):
         structured.block_influence(lambda p, x: x @ p, jnp.eye(4), [X])
-    with pytest.raises(ArgumentError, match='"layer" or "block"'):
+    with pytest.raises(ArgumentError, match="'layer' or 'block'"):
         structured.block_influence(unrolled, unrolled_params(), [X], level="blocks")
     with pytest.raises(NonFiniteError, match="'layer_0'"):
         structured.block_influence(unrolled, unrolled_params(), [jnp.full((2, 4), jnp.nan)])

@@ -23,7 +23,7 @@ def bypass(fn: Callable[..., Any] | Traced, names: Iterable[str]) -> Callable[..
     out is left out, too. It takes the leaves that `Chain.folded` gives.
 
     Args:
-        fn: `fn(params, *inputs, **kwargs) -> outputs`, pure.
+        fn: `fn(params, *inputs, **kwargs) -> outputs`, pure; or what `capture` made of it.
         names: Names of sites whose chains have `unfoldable` of `None`; see `affine`.
 
     Returns:

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from jaxcompress.errors import ArgumentError, ArgumentTypeError
+from jaxcompress.errors import ArgumentError, ArgumentTypeError, require_one_of
 from jaxcompress.graph.cost import _aot_devices
 from jaxcompress.tree import bits_of
 
@@ -55,13 +55,8 @@ class Target:
     source: str = ""
 
     def __post_init__(self) -> None:
-        if self.platform not in ("cpu", "tpu", "cuda"):
-            raise ArgumentError(
-                "platform",
-                got=repr(self.platform),
-                expected="'cpu', 'tpu' or 'cuda'",
-                fix="These are the compilers that can be reached ahead of time.",
-            )
+        fix = "These are the compilers that can be reached ahead of time."
+        require_one_of("platform", self.platform, ("cpu", "tpu", "cuda"), fix=fix)
 
     @staticmethod
     def named(name: str) -> "Target":

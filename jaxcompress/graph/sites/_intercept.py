@@ -119,7 +119,7 @@ def intercept(
     several sites the handler of the first chosen one is called.
 
     Args:
-        fn: `fn(params, *inputs, **kwargs) -> outputs`, pure.
+        fn: `fn(params, *inputs, **kwargs) -> outputs`, pure; or what `capture` made of it.
         decide: Called once per call with fn's sites, chooses some of them. What states hold may
             be traced already, by `grad` say.
 

@@ -21,7 +21,7 @@ def observe(
     """Make a function that updates a state at chosen sites as it runs: streaming statistics.
 
     Args:
-        fn: `fn(params, *inputs, **kwargs) -> outputs`, pure.
+        fn: `fn(params, *inputs, **kwargs) -> outputs`, pure; or what `capture` made of it.
         observers: `{Site.name: observer}`; `observer(site, state, activation, output)` returns
             the state after one run of the site. For `jax.lax.ragged_dot` activation and output are
             `(experts, tokens, ...)`, zero where a token belongs to another expert.
@@ -35,6 +35,7 @@ def observe(
     Raises:
         SelectionError: When called, if a name is no site.
         StructureError: When called, if a state is missing.
+        ArgumentError: When called, if a site lies in the condition of a loop.
 
     Example:
         >>> import jax.numpy as jnp

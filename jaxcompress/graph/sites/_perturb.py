@@ -24,7 +24,7 @@ def perturb(
     Taylor criteria need.
 
     Args:
-        fn: `fn(params, *inputs, **kwargs) -> outputs`, pure.
+        fn: `fn(params, *inputs, **kwargs) -> outputs`, pure; or what `capture` made of it.
         where: Leaves at whose sites offsets are added; see `tree.matches`.
         at: "output" for the result of the contraction, "input" for the activation that goes in.
 
@@ -34,8 +34,10 @@ def perturb(
         Sites that `offsets` leaves out get none.
 
     Raises:
-        ArgumentError: When called, if a site lies inside a function with its own differentiation
-            rule or in the condition of a loop, where gradients do not reach.
+        ArgumentError: If `at` is neither; when called, if a site lies inside a function with its
+            own differentiation rule or in the condition of a loop, where gradients do not reach.
+        SelectionError: When called, if `where` selects no site.
+        StructureError: When called, if an offset is of no such site, or of another shape.
 
     Example:
         >>> import jax, jax.numpy as jnp

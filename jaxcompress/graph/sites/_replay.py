@@ -189,7 +189,7 @@ def replay(
     under jit.
 
     Args:
-        fn: `fn(params, *inputs, **kwargs) -> outputs`, pure.
+        fn: `fn(params, *inputs, **kwargs) -> outputs`, pure; or what `capture` made of it.
         handlers: `{key: handler}`, or pairs where a key cannot be hashed. A key is a `where`
             over the paths of leaves (glob, compiled regex, `(path, leaf) -> bool`, or several),
             which takes equations that contract such a leaf or look it up; a JAX primitive
@@ -200,8 +200,13 @@ def replay(
             `equation.bind(*operands)` does what the equation does.
 
     Returns:
-        A function of the same arguments. Calling it raises `SelectionError` if some key takes
-        no equation.
+        A function of the same arguments.
+
+    Raises:
+        ArgumentTypeError: If a key or a handler is none.
+        SelectionError: When called, if some key takes no equation.
+        ArgumentError: When called, if a handler does not return what the primitive has: one
+            array, or a list of as many.
 
     Example:
         >>> import jax.numpy as jnp

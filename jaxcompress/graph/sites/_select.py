@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxcompress import tree
-from jaxcompress.errors import ArgumentError, SelectionError, StructureError
+from jaxcompress.errors import ArgumentError, SelectionError, StructureError, require_one_of
 from jaxcompress.graph.sites._trace import Traced, suggest_sites
 
 Side: TypeAlias = Literal["input", "output"]
@@ -79,7 +79,4 @@ def check_states(traced: Traced, states: Mapping[str, Any], names: Sequence[str]
 
 def check_side(at: Any) -> None:
     """Refuse what names neither side of a site."""
-    if at not in ("input", "output"):
-        raise ArgumentError(
-            "at", got=repr(at), expected='"input" or "output"', fix="Choose one of the two."
-        )
+    require_one_of("at", at, ("input", "output"), fix="Choose one of the two.")

@@ -25,7 +25,7 @@ def tap(
     callbacks included.
 
     Args:
-        fn: `fn(params, *inputs, **kwargs) -> outputs`, pure.
+        fn: `fn(params, *inputs, **kwargs) -> outputs`, pure; or what `capture` made of it.
         where: Leaves whose sites are tapped; see `tree.matches`.
         at: "output" for the result of the contraction (before any bias), "input" for the
             activation that goes into it (the indices of a lookup).
@@ -34,6 +34,10 @@ def tap(
         A function of the same arguments that returns `(outputs, activations)`, activations being
         `{Site.name: array}`. Inside scans they have `Site.stack` as leading axes; a `while` loop
         gives its last iteration, a branch not taken zeros.
+
+    Raises:
+        ArgumentError: If `at` is neither; when called, if a site lies in the condition of a loop.
+        SelectionError: When called, if `where` selects no site.
 
     Example:
         >>> import jax.numpy as jnp

@@ -6,7 +6,7 @@ from typing import Any, Literal, TypeAlias
 
 import jax.numpy as jnp
 
-from jaxcompress.errors import ArgumentError
+from jaxcompress.errors import ArgumentError, require_one_of
 from jaxcompress.structured.depth._blocks import Analysis, Layer
 
 Level: TypeAlias = Literal["layer", "block"]
@@ -61,13 +61,8 @@ def split_layer(layer: Layer, level: Level) -> list[tuple[str, tuple[str, ...]]]
 
 
 def check_level(level: str) -> None:
-    if level not in ("layer", "block"):
-        raise ArgumentError(
-            "level",
-            got=repr(level),
-            expected='"layer" or "block"',
-            fix='Choose level="layer" for whole layers, "block" for each residual branch.',
-        )
+    fix = 'Choose level="layer" for whole layers, "block" for each residual branch.'
+    require_one_of("level", level, ("layer", "block"), fix=fix)
 
 
 def by_unit(units: list[DepthUnit], values: Mapping[str, Any]) -> dict[str, float]:

@@ -8,7 +8,7 @@ import numpy as np
 from jaxtyping import ArrayLike
 
 from jaxcompress import graph, stats
-from jaxcompress.errors import ArgumentError
+from jaxcompress.errors import ArgumentError, require_one_of
 from jaxcompress.graph import Site
 from jaxcompress.graph.sites import check_side
 from jaxcompress.structured._groups import Group, Member
@@ -50,8 +50,7 @@ class ActivationNorm(Method):
     at: Literal["input", "output"] = "input"
 
     def __post_init__(self):
-        if self.order not in (1, 2):
-            raise ArgumentError("order", got=self.order, expected="1 or 2", fix="Use order=1.")
+        require_one_of("order", self.order, (1, 2), fix="Use order=1.")
         check_side(self.at)
 
     def prepare(self, given: Given) -> Found:

@@ -9,7 +9,7 @@ import numpy as np
 from jaxtyping import ArrayLike
 
 from jaxcompress import tree
-from jaxcompress.errors import ArgumentError, ArgumentTypeError, NonFiniteError
+from jaxcompress.errors import ArgumentError, ArgumentTypeError, NonFiniteError, require_one_of
 from jaxcompress.structured._groups import Group
 from jaxcompress.structured.importance._magnitude import Magnitude
 from jaxcompress.structured.importance._method import Given, Method
@@ -122,15 +122,8 @@ def _check_importance_options(method: Any, normalize: Any, reduce: Any) -> None:
             expected="a method of structured, called",
             fix="For example structured.Magnitude(p=1).",
         )
-    known, ways = ("mean", "max", "sum", None), get_args(Reduce)
-    if normalize not in known:
-        raise ArgumentError(
-            "normalize", got=f"{normalize!r}", expected=f"one of {known}", fix='Use "mean".'
-        )
-    if reduce not in ways:
-        raise ArgumentError(
-            "reduce", got=f"{reduce!r}", expected=f"one of {ways}", fix='Use "sum".'
-        )
+    require_one_of("normalize", normalize, ("mean", "max", "sum", None), fix='Use "mean".')
+    require_one_of("reduce", reduce, get_args(Reduce), fix='Use "sum".')
     if method.joint and reduce != "sum":
         raise ArgumentError(
             "reduce",

@@ -6,7 +6,7 @@ from typing import Any, Literal
 import jax.numpy as jnp
 from jaxtyping import ArrayLike
 
-from jaxcompress.errors import ArgumentError
+from jaxcompress.errors import require_one_of
 from jaxcompress.structured._groups import Group
 from jaxcompress.structured.importance._method import Given, Method
 from jaxcompress.structured.importance._units import unit_sums
@@ -34,8 +34,7 @@ class Magnitude(Method):
     p: Literal[1, 2] = 2
 
     def __post_init__(self):
-        if self.p not in (1, 2):
-            raise ArgumentError("p", got=f"{self.p}", expected="1 or 2", fix="Use p=1 for L1.")
+        require_one_of("p", self.p, (1, 2), fix="Use p=1 for L1.")
 
     def parts(self, group: Group, given: Given, prepared: Any) -> list[ArrayLike]:
         """Sum |w|^p per unit, for each kernel."""

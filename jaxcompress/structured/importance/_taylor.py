@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import ArrayLike
 
 from jaxcompress import tree
-from jaxcompress.errors import ArgumentError
+from jaxcompress.errors import ArgumentError, require_one_of
 from jaxcompress.structured._groups import Group
 from jaxcompress.structured.importance._method import Given, Method
 from jaxcompress.structured.importance._slopes import Slopes, average, differentiate, slopes
@@ -41,8 +41,7 @@ class Taylor(Method):
     gradients: tree.Params | None = None
 
     def __post_init__(self):
-        if self.power not in (1, 2):
-            raise ArgumentError("power", got=f"{self.power}", expected="1 or 2", fix="Use 2.")
+        require_one_of("power", self.power, (1, 2), fix="Use 2.")
 
     def prepare(self, given: Given) -> Slopes:
         """Average over batches."""
